@@ -1,0 +1,3497 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "rich>=13.7",
+#   "questionary>=2.0.1",
+#   "prompt_toolkit>=3.0.36",
+#   "colorama>=0.4.6",
+#   "torch>=2.4",
+#   "transformers>=4.45",
+#   "tokenizers>=0.20",
+#   "safetensors>=0.4.5",
+#   "numpy>=1.24",
+#   "pytest>=8.0",
+# ]
+# ///
+"""slerpmerge: merge two language-model checkpoints by spherical linear interpolation (SLERP).
+
+    python slerpmerge.py            asks three questions and makes a working child
+    python slerpmerge.py --demo     shows the whole thing on two tiny models it makes itself
+    python slerpmerge.py --help     every question as a flag
+
+How the data flows, which is also the order of the sections below:
+
+    primary folder ──┐  §4 headers        §6 plan             §7 streamed merge
+                     ├─► Checkpoint ─► §5 parity ─► MergePlan ─► workers ─► shards ─┐
+    secondary folder ┘   (no weights)                  │         measure,           │
+                                                       │         then blend         ▼
+                                                       └─► §8 companions ─► StagedChild
+                                                                                    │
+                             child folder ◄── one rename ◄── sync ◄── §9 verified ◄─┘
+
+     §1  imports and constants          §8  companions: tokenizer, config, model card
+     §2  vocabulary                     §9  verified child
+     §3  maths, pure                    §10 the story, in two functions; demo parents
+     §4  parents, headers only          §11 view (rich)
+     §5  parity                         §12 wizard (questionary)
+     §6  plan                           §13 command line
+     §7  streamed merge
+
+A section uses only names of the sections before it. Sections 0 to 10 never touch the screen: they
+tell what happens through one callable, `observe(event)`, always called on the main thread.
+A newcomer reads §10 first.
+"""
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §1  Imports and constants
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import json
+import math
+import os
+import pickle
+import pickletools
+import queue
+import re
+import shlex
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import torch
+    from prompt_toolkit.completion import Completer
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+__version__ = "0.1.0"
+
+# ── Arithmetic ──
+COLINEAR_DOT = 0.9995  # |cosine| above which SLERP is numerically a straight line (1.8 degrees)
+TINY_NORM = 1e-8  # a norm at or below this has no direction worth following
+CHUNK_ELEMENTS = 524_288  # elements read, computed and written at once: few enough calls, and near the cache
+SPAN_CHUNKS = 4  # chunks that one worker takes at a time
+MAX_THREADS = 8  # reading and writing saturate before more cores than this help
+
+# ── Files ──
+MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders expect
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit for a header
+MAX_JSON_BYTES = 64_000_000  # config, index, tokenizer: a larger one is not believed
+MAX_LAYER_INDEX = 100_000  # a number in a tensor's name above this is not a layer
+WEIGHTS_SINGLE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+CARD_NAME = "README.md"
+
+# Copied whole from the tokenizer's donor, so that no two halves of a tokenizer ever meet.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+# The files without which a folder has no tokenizer at all.
+TOKENIZER_CORES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+# Copied from the primary: how it generates, how it prepares its inputs, the code it ships.
+COMPANION_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "*.py",
+)
+
+# ── Numbers as they lie on disk ──
+# safetensors' names; bytes per element. Sub-byte types are packed quantised weights: refused by name.
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64",
+}  # fmt: skip
+SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
+METHODS = ("slerp", "slerp-norm", "lerp")
+
+
+class LazyModule:
+    """Stands for a module until an attribute of it is asked for; torch alone costs more than a second."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # asked once; the next time it is simply there
+        return value
+
+
+if not TYPE_CHECKING:
+    torch = LazyModule("torch")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §2  Vocabulary: errors, recipe, checkpoints, parity, plan, report, events
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class SlerpMergeError(Exception):
+    """Something the world did, in words for the person at the prompt.
+
+    message: what happened, to which file or tensor. hint: what to do about it.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def format_bytes(count: float) -> str:
+    """A byte count in decimal units, as disks and hubs state them: 2.2 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_count(count: int) -> str:
+    """A parameter count as people say it: 1.1B, 7.2B, 350M."""
+    for limit, unit in ((999_500_000, "B"), (999_500, "M"), (999.5, "K")):
+        if count >= limit:
+            size = {"B": 1e9, "M": 1e6, "K": 1e3}[unit]
+            return f"{count / size:.1f}{unit}" if count < 99.5 * size else f"{count / size:.0f}{unit}"
+    return str(count)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: 0.8 s, 42 s, 3 min 05 s."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def format_names(names: Sequence[str], most: int = 6) -> str:
+    """A list of names that stays readable when there are thousands of them."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@dataclass(frozen=True)
+class ScheduleRule:
+    """One line of a schedule: the gradient that tensors get whose name holds `name_filter`."""
+
+    gradient: tuple[float, ...]  # one value is a constant; more are anchors over the layers
+    name_filter: str = "*"  # a case-sensitive substring; "*" matches every name
+
+    def matches(self, tensor_name: str) -> bool:
+        return self.name_filter == "*" or self.name_filter in tensor_name
+
+    def value_at(self, position: float) -> float:
+        """The gradient's value at `position` (0 to 1), linear between anchors, as mergekit reads a list."""
+        scaled = position * (len(self.gradient) - 1)
+        index = int(scaled)
+        following = self.gradient[min(index + 1, len(self.gradient) - 1)]
+        return (1 - (scaled - index)) * self.gradient[index] + (scaled - index) * following
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which t each tensor gets. The first rule whose filter matches wins."""
+
+    rules: tuple[ScheduleRule, ...]
+
+    @classmethod
+    def constant(cls, t: float) -> Schedule:
+        return cls((ScheduleRule((t,)),))
+
+    def t_for(self, tensor_name: str, position: float) -> float:
+        """t for a tensor whose layer stands at `position` in its stack (0 first, 1 last; 0 outside layers).
+
+        Raises SlerpMergeError when no rule matches the name.
+        """
+        for rule in self.rules:
+            if rule.matches(tensor_name):
+                return rule.value_at(position)
+        raise SlerpMergeError(
+            f"The schedule of t has no value for the tensor {tensor_name}.",
+            "Add a last value without a filter; it is used for everything that no filter matches.",
+        )
+
+    def values(self) -> Iterator[float]:
+        for rule in self.rules:
+            yield from rule.gradient
+
+    def describe(self) -> str:
+        """In words: t = 0.5, or each filter with its gradient."""
+        parts = []
+        for rule in self.rules:
+            gradient = ", ".join(f"{value:g}" for value in rule.gradient)
+            parts.append(f"t = {gradient}" if rule.name_filter == "*" else f"{rule.name_filter}: t = {gradient}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """Everything the person decided. Order matters: t = 0 is the primary, t = 1 the secondary."""
+
+    primary: Path
+    secondary: Path
+    save_directory: Path
+    schedule: Schedule = Schedule.constant(0.5)
+    method: str = "slerp"  # one of METHODS
+    dot_threshold: float = COLINEAR_DOT
+    epsilon: float = TINY_NORM
+    dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    tokenizer: str = "auto"  # auto, primary or secondary
+    device: str = "auto"  # auto, cpu, cuda or mps
+    threads: int = 0  # 0 chooses
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor's bytes lie, as its file's header says and its file's size confirms."""
+
+    name: str
+    dtype: str  # safetensors' name: BF16, F32, ...
+    shape: tuple[int, ...]
+    file: Path
+    offset: int  # bytes from the start of the file
+    byte_count: int
+
+    @property
+    def element_count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A parent as far as its headers tell: nothing here holds a weight."""
+
+    folder: Path
+    name: str  # what people call it: org/name from a cache or config, else the folder's name
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    storage: str  # "safetensors" or "pickle"
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(info.element_count for info in self.tensors.values())
+
+    @property
+    def byte_count(self) -> int:
+        return sum(info.byte_count for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Stored dtypes in torch's names, the one with the most bytes first."""
+        bytes_by_dtype: dict[str, int] = {}
+        for info in self.tensors.values():
+            bytes_by_dtype[info.dtype] = bytes_by_dtype.get(info.dtype, 0) + info.byte_count
+        ranked = sorted(bytes_by_dtype, key=lambda dtype: -bytes_by_dtype[dtype])
+        return tuple(TORCH_NAMES.get(dtype, dtype) for dtype in ranked)
+
+    @property
+    def architecture(self) -> str:
+        architectures = self.config.get("architectures") or ["unknown architecture"]
+        return str(architectures[0])
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One difference between the parents and what follows from it."""
+
+    severity: str  # "blocking", "mended" or "notice"
+    subject: str  # the config key, tensor or file
+    primary: str
+    secondary: str
+    consequence: str  # why it blocks, the rule that mends it, or what to know
+
+
+@dataclass(frozen=True)
+class TensorPair:
+    """What the child's tensor of this name is made from."""
+
+    name: str
+    primary: TensorInfo
+    secondary: TensorInfo | None  # None: the primary's stands alone
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every difference found, not the first, and the pairs of tensors that follow."""
+
+    mismatches: tuple[Mismatch, ...]
+    pairs: tuple[TensorPair, ...]
+
+    def of_severity(self, severity: str) -> tuple[Mismatch, ...]:
+        return tuple(mismatch for mismatch in self.mismatches if mismatch.severity == severity)
+
+    def raise_if_blocking(self) -> None:
+        blocking = self.of_severity("blocking")
+        if not blocking:
+            return
+        lines = [f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}" for m in blocking]
+        raise SlerpMergeError(
+            "These parents cannot make a right child:\n  " + "\n  ".join(lines),
+            "Choose two models of the same architecture and shape, such as two fine-tunes of one base model.",
+        )
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One tensor of the child: what it is made from, how, and where its bytes go."""
+
+    name: str
+    dtype: str  # the child's, safetensors' name
+    shape: tuple[int, ...]
+    rule: str  # "slerp", "lerp" or "copy"; slerp may still fall back to lerp or copy once measured
+    t: float
+    sources: tuple[TensorInfo, ...]  # (primary, secondary), or the one that is copied
+    offset: int = 0  # bytes from the start of the child's shard
+
+    @property
+    def element_count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def byte_count(self) -> int:
+        return self.element_count * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file of the child: its header, ready to write, and the tensors behind it."""
+
+    file_name: str
+    header: bytes
+    jobs: tuple[TensorJob, ...]
+
+    @property
+    def byte_count(self) -> int:
+        return len(self.header) + sum(job.byte_count for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that will be done, decided before a byte is written."""
+
+    recipe: MergeRecipe
+    primary: Checkpoint
+    secondary: Checkpoint
+    parity: ParityReport
+    shards: tuple[ShardPlan, ...]
+    tokenizer_role: str | None  # "primary", "secondary", or None where neither has a tokenizer
+    tokenizer_reason: str
+    threads: int
+    peak_memory_bytes: int
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    read_bytes_per_second: float  # of a short probe of the parents' files
+    expected_seconds: float
+
+    @property
+    def jobs(self) -> Iterator[TensorJob]:
+        for shard in self.shards:
+            yield from shard.jobs
+
+    @property
+    def child_bytes(self) -> int:
+        return sum(job.byte_count for job in self.jobs)
+
+    @property
+    def tokenizer_donor(self) -> Checkpoint | None:
+        return {"primary": self.primary, "secondary": self.secondary, None: None}[self.tokenizer_role]
+
+    def count(self, rule: str) -> int:
+        return sum(job.rule == rule for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """child = primary_weight * v0 + secondary_weight * v1, and why these weights."""
+
+    primary_weight: float
+    secondary_weight: float
+    rule: str  # "slerp", "lerp" or "copy"
+    reason: str  # "" when the asked method was followed
+    angle_degrees: float | None  # between the parents; None where a norm is zero or not finite
+
+
+@dataclass(frozen=True)
+class ParentOpened:
+    role: str  # "primary" or "secondary"
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class ParityChecked:
+    report: ParityReport
+
+
+@dataclass(frozen=True)
+class PlanReady:
+    plan: MergePlan
+
+
+@dataclass(frozen=True)
+class DeviceChosen:
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BytesMerged:
+    """The child grew by this many bytes."""
+
+    byte_count: int
+
+
+@dataclass(frozen=True)
+class TensorMerged:
+    """One tensor is whole. Comes in the child's order."""
+
+    job: TensorJob
+    blend: Blend
+    seconds: float  # from its first byte read to its last byte written
+    non_finite: int  # values in the child that are infinite or not a number
+
+
+@dataclass(frozen=True)
+class ShardWritten:
+    file_name: str
+    byte_count: int
+
+
+@dataclass(frozen=True)
+class CompanionCopied:
+    file_name: str
+    source: str  # "primary", "secondary" or "made"
+
+
+@dataclass(frozen=True)
+class ChildVerified:
+    checks: tuple[str, ...]  # what was found right, in words
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What streaming the tensors yielded."""
+
+    tensors: tuple[TensorMerged, ...]
+    seconds: float  # first byte read to last byte written
+    device: str
+
+    def count(self, rule: str) -> int:
+        return sum(merged.blend.rule == rule for merged in self.tensors)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The finished child and how it came about."""
+
+    child: Path
+    plan: MergePlan
+    result: MergeResult
+    checks: tuple[str, ...]
+    warnings: tuple[str, ...]
+    sync_seconds: float
+    total_seconds: float  # since prepare_merge began, or as the caller measured it
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report of `--json`."""
+        child_bytes = self.plan.child_bytes
+        parity = self.plan.parity
+        return {
+            "child": str(self.child),
+            "tensors": len(self.result.tensors),
+            "slerped": self.result.count("slerp"),
+            "lerped": self.result.count("lerp"),
+            "copied": self.result.count("copy"),
+            "bytes": child_bytes,
+            "seconds": self.result.seconds,
+            "sync_seconds": self.sync_seconds,
+            "total_seconds": self.total_seconds,
+            "bytes_per_second": child_bytes / max(self.result.seconds, 1e-9),
+            "device": self.result.device,
+            "threads": self.plan.threads,
+            "method": self.plan.recipe.method,
+            "t": self.plan.recipe.schedule.describe(),
+            "tokenizer_from": self.plan.tokenizer_role,
+            "mended": [dataclasses.asdict(m) for m in parity.of_severity("mended")],
+            "notices": [dataclasses.asdict(m) for m in parity.of_severity("notice")],
+            "warnings": list(self.warnings),
+            "checks": list(self.checks),
+        }
+
+
+Event = (
+    ParentOpened
+    | ParityChecked
+    | PlanReady
+    | DeviceChosen
+    | BytesMerged
+    | TensorMerged
+    | ShardWritten
+    | CompanionCopied
+    | ChildVerified
+)
+Observer = Callable[[Event], None]
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §3  Maths, pure
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def lerp(primary: torch.Tensor, secondary: torch.Tensor, t: float) -> torch.Tensor:
+    """(1 - t) primary + t secondary, in the precision of its arguments; t = 0 gives the primary."""
+    return (1 - t) * primary + t * secondary
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """The float64 nearest to the true sum, whatever the order; infinite where a value is not finite."""
+    values = list(values)
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def slerp_weights(cosine: float, t: float) -> tuple[float, float]:
+    """(sin((1-t) theta), sin(t theta)) / sin theta, with theta = acos(cosine). float64.
+
+    Formula: K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+    """
+    theta = math.acos(max(-1.0, min(1.0, cosine)))
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+
+
+def slerp_coefficients(
+    dot: float,  # v0 . v1
+    primary_norm: float,  # |v0|
+    secondary_norm: float,  # |v1|
+    t: float,
+    method: str = "slerp",
+    dot_threshold: float = COLINEAR_DOT,
+    epsilon: float = TINY_NORM,
+) -> Blend:
+    """The two weights that blend a pair of tensors, from three sums over them. float64 throughout.
+
+    `slerp` weights the raw tensors, the convention of dvschultz's gist and of mergekit; `slerp-norm`
+    follows the arc between the directions and interpolates the norms. Both fall back to LERP where a
+    norm is at most epsilon, where |cosine| exceeds dot_threshold (nearly parallel or antiparallel:
+    the arc is a line, or is not defined), or where the sums are not finite.
+    """
+    cosine = dot / (primary_norm * secondary_norm) if primary_norm and secondary_norm else math.nan
+    angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if math.isfinite(cosine) else None
+    straight = functools.partial(Blend, 1 - t, t, "lerp", angle_degrees=angle)
+    if method == "lerp":
+        return straight(reason="")
+    if not math.isfinite(dot + primary_norm + secondary_norm):
+        return straight(reason="not finite")
+    if min(primary_norm, secondary_norm) <= epsilon:
+        return straight(reason="zero")
+    if abs(cosine) > dot_threshold or abs(cosine) >= 1:
+        return straight(reason="parallel" if cosine > 0 else "antiparallel")
+    weight_primary, weight_secondary = slerp_weights(cosine, t)
+    if method == "slerp-norm":
+        norm = (1 - t) * primary_norm + t * secondary_norm
+        weight_primary *= norm / primary_norm
+        weight_secondary *= norm / secondary_norm
+    return Blend(weight_primary, weight_secondary, "slerp", "", angle)
+
+
+def slerp(
+    primary: torch.Tensor,  # any shape, taken as one flat vector
+    secondary: torch.Tensor,  # the same shape
+    t: float,
+    method: str = "slerp",
+    dot_threshold: float = COLINEAR_DOT,
+    epsilon: float = TINY_NORM,
+) -> torch.Tensor:
+    """SLERP of two whole tensors held in memory, in float64: the plain form that the stream is held against."""
+    v0, v1 = primary.double(), secondary.double()
+    blend = slerp_coefficients(
+        float(torch.sum(v0 * v1)), float(v0.norm()), float(v1.norm()), t, method, dot_threshold, epsilon
+    )
+    return blend.primary_weight * v0 + blend.secondary_weight * v1
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §4  Parents opened, headers only
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
+    """The operating system's refusal, in words. `doing` completes "Could not ..."."""
+    reason = error.strerror or str(error)
+    hints = {
+        "ENOSPC": "Free some space, or choose a save directory on another disk.",
+        "EDQUOT": "Your quota is used up; choose a save directory elsewhere.",
+        "EACCES": "Check who owns it and its permissions.",
+        "EPERM": "Check who owns it and its permissions.",
+        "EROFS": "That disk is mounted read-only; choose another place.",
+        "ENOENT": "Check the path; it may have been moved or deleted.",
+        "EIO": "The disk reports a fault; copy or download the file again.",
+    }
+    name = next((name for name in hints if error.errno == getattr(__import__("errno"), name, None)), "")
+    return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
+
+
+def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A small file, whole. Raises SlerpMergeError where it cannot be read or is larger than `limit` bytes."""
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise explain_os_error(error, path, "read") from error
+    if len(data) > limit:
+        raise SlerpMergeError(
+            f"{path} is larger than {format_bytes(limit)}, too large for what it should be.",
+            "Download this file again from where the model comes from.",
+        )
+    return data
+
+
+def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
+    """A JSON object from a stranger's file; a name given twice, or nesting without end, is refused."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"the name {twice!r} stands there twice")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise SlerpMergeError(f"{source} does not hold valid JSON: {reason}.", "Download this file again.") from error
+    if not isinstance(value, dict):
+        raise SlerpMergeError(f"{source} holds no JSON object.", "Download this file again.")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    return parse_json_object(read_bytes(path), path)
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise explain_os_error(error, path, "look at") from error
+
+
+def broken_file(path: Path, reason: str) -> SlerpMergeError:
+    return SlerpMergeError(
+        f"{path} is damaged or incomplete: {reason}.",
+        "Its download was probably cut short. Delete this file and download it again.",
+    )
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header alone; no weight is read.
+
+    Format: 8 bytes little-endian header length, JSON header, data. https://github.com/huggingface/safetensors
+    Raises SlerpMergeError where the header is not valid, or promises what the file does not hold.
+    """
+    size = file_size(path)
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(8)
+            header_length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if header_length > min(size - 8, MAX_HEADER_BYTES):
+                raise broken_file(path, f"its header should be {header_length} bytes, the file has {size}")
+            raw_header = stream.read(header_length)
+    except OSError as error:
+        raise explain_os_error(error, path, "read") from error
+    header = parse_json_object(raw_header, path)
+    header.pop("__metadata__", None)
+    data_start = 8 + header_length
+    tensors = {name: parse_header_entry(path, name, entry, data_start) for name, entry in header.items()}
+    check_extents(path, tensors.values(), data_start, size)
+    validate_with_library(path)
+    return tensors
+
+
+def parse_header_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """One tensor's line of a safetensors header, believed only after its parts agree with each other."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        well_typed = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        well_typed = False
+    if not well_typed:
+        raise broken_file(path, f"its entry for {name!r} is not understood")
+    expected = math.prod(shape) * DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else end - begin
+    if end - begin != expected:
+        raise broken_file(path, f"{name!r} has {end - begin} bytes where its shape and dtype need {expected}")
+    return TensorInfo(name, dtype, shape, path, data_start + begin, end - begin)
+
+
+def check_extents(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
+    """Tensors must lie end to end and fill the file exactly, as the format demands."""
+    position = data_start
+    for info in sorted(tensors, key=lambda info: (info.offset, info.byte_count)):
+        if info.offset != position:
+            fault = "overlaps the tensor before it" if info.offset < position else "leaves a hole before it"
+            raise broken_file(path, f"{info.name!r} {fault}")
+        position += info.byte_count
+    if position != size:
+        raise broken_file(path, f"its header speaks of {position} bytes, the file has {size}")
+
+
+def validate_with_library(path: Path) -> None:
+    """The format's own library has the last word on whether a header is valid."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise broken_file(path, f"the safetensors library says: {error}") from error
+
+
+@dataclass(frozen=True)
+class PickledStorage:
+    """A stretch of a `.bin` file that tensors are cut from."""
+
+    key: str
+    dtype: str
+    element_count: int
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor as a `.bin` file's pickle describes it."""
+
+    storage: PickledStorage
+    first_element: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class UnpickledDict(OrderedDict):
+    """An OrderedDict that takes the attributes torch leaves on a state dict, and drops them."""
+
+    def __setstate__(self, state: Any) -> None:
+        """`_metadata` and the like say nothing about tensors."""
+
+
+class DescriptionUnpickler(pickle.Unpickler):
+    """Reads what tensors a `.bin` file describes and can build nothing else.
+
+    A pickle names the functions that rebuild its objects. Here each of the few names that a state dict
+    needs stands for a plain description; every other name is refused. Nothing of torch is called, so
+    no weight is loaded and nothing of the file's choosing runs: stricter than `weights_only=True`.
+    """
+
+    storage_dtypes = {
+        "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+        "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+        "BoolStorage": "BOOL",
+    }  # fmt: skip
+    # Opcodes of a state dict. What is left out can allocate without limit, or has no place in one.
+    allowed_opcodes = frozenset(
+        """
+        PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 BINFLOAT
+        STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+        EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
+        GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE BINPERSID
+        """.split()  # noqa: SIM905
+    )
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        super().__init__(stream, encoding="utf-8")
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name in self.storage_dtypes:
+            return self.storage_dtypes[name]
+        known = {
+            ("collections", "OrderedDict"): UnpickledDict,
+            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) not in known:
+            raise SlerpMergeError(
+                f"{self.path} wants to run code ({module}.{name}); it was not loaded.",
+                "Weights need no code. Use a safetensors copy of this model from a source that you trust.",
+            )
+        return known[module, name]
+
+    @staticmethod
+    def rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> PickledTensor:
+        numbers = (first, *shape, *strides)
+        if not isinstance(storage, PickledStorage) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise pickle.UnpicklingError("a tensor's description is not understood")
+        return PickledTensor(storage, first, tuple(shape), tuple(strides))
+
+    def persistent_load(self, identifier: Any) -> PickledStorage:
+        kind, dtype, key, _location, count, *_ = identifier
+        if kind != "storage" or dtype not in DTYPE_BYTES or type(count) is not int or count < 0:
+            raise pickle.UnpicklingError("a storage's description is not understood")
+        return PickledStorage(str(key), dtype, count)
+
+    @classmethod
+    def measure(cls, data: bytes) -> int:
+        """The length of the pickle that `data` begins with. Raises ValueError where it does not end there.
+
+        Refuses opcodes and memo numbers that could exhaust memory before find_class is ever asked.
+        """
+        for opcode, argument, position in pickletools.genops(data):
+            if opcode.name not in cls.allowed_opcodes:
+                raise pickle.UnpicklingError(f"the opcode {opcode.name} has no place in a state dict")
+            if "PUT" in opcode.name and int(argument) > len(data):
+                raise pickle.UnpicklingError("a memo number is out of range")
+            if opcode.name == "STOP":
+                return position + 1
+        raise ValueError("it has no end")
+
+    @classmethod
+    def load_next(cls, stream: BinaryIO, path: Path) -> Any:
+        """The next pickle of a stream, described. Leaves the stream behind it."""
+        start = stream.tell()
+        for window in (1 << 20, MAX_HEADER_BYTES):  # a table of tensors seldom needs more than the first
+            stream.seek(start)
+            data = stream.read(window)
+            try:
+                length = cls.measure(data)
+                break
+            except ValueError:
+                if len(data) < window or window == MAX_HEADER_BYTES:
+                    raise
+        stream.seek(start + length)
+        return cls(io.BytesIO(data[:length]), path).load()
+
+
+LEGACY_PICKLE_MAGIC = 0x1950A86A20F9469CFC6C  # torch's number for files written before version 1.6
+
+
+def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one `.bin` file of torch, either format, without reading a weight.
+
+    Raises SlerpMergeError where the file is damaged, wants to run code, or holds what is no tensor.
+    """
+    try:
+        with open(path, "rb") as stream:
+            if zipfile.is_zipfile(stream):
+                state, extents = read_zip_pickle(stream, path)
+            else:
+                state, extents = read_legacy_pickle(stream, path)
+    except SlerpMergeError:
+        raise
+    except OSError as error:
+        raise explain_os_error(error, path, "read") from error
+    except Exception as error:
+        # Damaged pickles fail in as many ways as there are opcodes; every one of them means the same.
+        raise broken_file(path, f"its table of tensors cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise broken_file(path, "it holds no state dict")
+    size = file_size(path)
+    return {str(name): pickled_tensor_info(path, str(name), entry, extents, size) for name, entry in state.items()}
+
+
+def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
+    """The state dict's description, and where each storage's bytes begin, for torch's zip format."""
+    with zipfile.ZipFile(stream) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        table = next((name for name in members if name.split("/", 1)[-1] == "data.pkl"), None)
+        if table is None or members[table].file_size > MAX_HEADER_BYTES:
+            raise broken_file(path, "it has no table of tensors, or one of absurd size")
+        byte_order = members.get(table[: -len("data.pkl")] + "byteorder")
+        if byte_order is not None and archive.read(byte_order) != b"little":
+            raise broken_file(path, "it was written on a big-endian machine")
+        state = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
+        prefix = table[: -len("data.pkl")] + "data/"
+        extents = {}
+        for name, member in members.items():
+            if name.startswith(prefix):
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise broken_file(path, "its tensors are compressed, which torch never does")
+                stream.seek(member.header_offset)
+                local_header = struct.unpack("<26xHH", stream.read(30))  # lengths of the name and extra fields
+                extents[name[len(prefix) :]] = member.header_offset + 30 + sum(local_header)
+    return state, extents
+
+
+def read_legacy_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
+    """The same for the format before torch 1.6: five pickles, then each storage behind its 8-byte length."""
+    stream.seek(0)
+    if DescriptionUnpickler.load_next(stream, path) != LEGACY_PICKLE_MAGIC:
+        raise broken_file(path, "it is not a file that torch wrote")
+    DescriptionUnpickler.load_next(stream, path)  # protocol version
+    system = DescriptionUnpickler.load_next(stream, path)
+    if not system.get("little_endian", True):
+        raise broken_file(path, "it was written on a big-endian machine")
+    state = DescriptionUnpickler.load_next(stream, path)
+    entries = state.values() if isinstance(state, dict) else ()
+    storages = {entry.storage.key: entry.storage for entry in entries if isinstance(entry, PickledTensor)}
+    extents = {}
+    for key in DescriptionUnpickler.load_next(stream, path):
+        storage = storages[key]
+        if struct.unpack("<q", stream.read(8))[0] != storage.element_count:
+            raise broken_file(path, "a storage is not as long as its description")
+        extents[key] = stream.tell()
+        stream.seek(storage.element_count * DTYPE_BYTES[storage.dtype], os.SEEK_CUR)
+    return state, extents
+
+
+def pickled_tensor_info(path: Path, name: str, entry: Any, extents: Mapping[str, int], size: int) -> TensorInfo:
+    """Where a described tensor's bytes lie in its file, once everything it claims has been checked."""
+    if not isinstance(entry, PickledTensor):
+        raise SlerpMergeError(
+            f"{path} holds something other than a tensor under {name!r}.",
+            "This looks like a training checkpoint. Load it in its own framework and save the model's weights alone.",
+        )
+    dense = 1
+    for length, stride in zip(reversed(entry.shape), reversed(entry.strides)):
+        if length > 1 and stride != dense:
+            raise SlerpMergeError(
+                f"{path} holds the tensor {name!r} transposed or sliced.",
+                "Load this model with transformers and save it with save_pretrained, then merge that copy.",
+            )
+        dense *= max(length, 1)
+    width = DTYPE_BYTES[entry.storage.dtype]
+    byte_count = math.prod(entry.shape) * width
+    first = entry.first_element * width
+    if first + byte_count > entry.storage.element_count * width:
+        raise broken_file(path, f"{name!r} reaches beyond its storage")
+    if entry.storage.key not in extents or extents[entry.storage.key] + first + byte_count > size:
+        raise broken_file(path, f"the bytes of {name!r} are not all there")
+    offset = extents[entry.storage.key] + first
+    return TensorInfo(name, entry.storage.dtype, entry.shape, path, offset, byte_count)
+
+
+def list_shards(folder: Path, index_name: str) -> tuple[Path, ...]:
+    """The files an index names, each inside the folder and there. Raises SlerpMergeError otherwise."""
+    index_path = folder / index_name
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SlerpMergeError(f"{index_path} names no weights.", "Download this file again.")
+    shards = []
+    for file_name in sorted({str(file_name) for file_name in weight_map.values()}):
+        if file_name in ("", ".", "..") or any(mark in file_name for mark in "/\\:\0"):
+            raise SlerpMergeError(
+                f"{index_path} names a file outside its own folder: {file_name!r}.",
+                "An index has no business there. Do not trust this download; get the model from its source.",
+            )
+        if not (folder / file_name).is_file():
+            raise SlerpMergeError(
+                f"{index_path} names {file_name}, which is not there.", "Download the missing file into that folder."
+            )
+        shards.append(folder / file_name)
+    return tuple(shards)
+
+
+def find_weight_files(folder: Path) -> tuple[str, tuple[Path, ...]]:
+    """("safetensors" or "pickle", files) of a model folder; safetensors wins where both stand."""
+    for storage, single, index in (
+        ("safetensors", WEIGHTS_SINGLE, WEIGHTS_INDEX),
+        ("pickle", PICKLE_SINGLE, PICKLE_INDEX),
+    ):
+        if (folder / single).is_file():
+            return storage, (folder / single,)
+        if (folder / index).is_file():
+            return storage, list_shards(folder, index)
+    if any(folder.glob("*.gguf")):
+        raise SlerpMergeError(
+            f"{folder} holds a GGUF model, which is quantised.",
+            "Merge the original safetensors models, then convert the child to GGUF.",
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise SlerpMergeError(
+            f"{folder} holds a LoRA adapter, not a whole model.",
+            "Merge the adapter into its base model first (peft: merge_and_unload), and save that.",
+        )
+    raise SlerpMergeError(
+        f"{folder} holds no weights ({WEIGHTS_SINGLE}, {WEIGHTS_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}).",
+        "Choose the folder that holds config.json and the weights of a transformers model.",
+    )
+
+
+def public_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """What people call the model of a folder: org/name where the place or the config tells, else its name."""
+    for part in (folder, *folder.parents):
+        if part.name.startswith("models--"):  # a Hugging Face cache: models--org--name/snapshots/revision
+            return part.name[len("models--") :].replace("--", "/")
+    claimed = config.get("_name_or_path")
+    if isinstance(claimed, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", claimed) and claimed.endswith("/" + folder.name):
+        return claimed
+    return folder.name
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A parent's config and tensor table, from a local folder. Reads headers only.
+
+    Raises SlerpMergeError where there is no folder, no config, no weights, or where they are damaged.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "does not exist"
+        raise SlerpMergeError(
+            f"The folder {folder} {what}.", "Give the folder that holds a model's config.json and weights."
+        )
+    if not (folder / "config.json").is_file():
+        find_weight_files(folder)  # a GGUF or adapter folder is told so by name
+        raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
+    config = read_json(folder / "config.json")
+    storage, files = find_weight_files(folder)
+    read = read_header if storage == "safetensors" else read_pickle_header
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read(file).items():
+            if name in tensors:
+                raise broken_file(file, f"the tensor {name!r} also stands in {tensors[name].file.name}")
+            tensors[name] = info
+    check_index_is_met(folder, storage, tensors)
+    if not tensors:
+        raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
+    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage)
+
+
+def check_index_is_met(folder: Path, storage: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """What an index promises must stand where it says, or a shard is from another model."""
+    single, index = (WEIGHTS_SINGLE, WEIGHTS_INDEX) if storage == "safetensors" else (PICKLE_SINGLE, PICKLE_INDEX)
+    if (folder / single).is_file():
+        return
+    weight_map = read_json(folder / index)["weight_map"]
+    astray = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
+    if astray:
+        raise SlerpMergeError(
+            f"{folder / index} promises tensors that its files do not hold: {format_names(astray)}.",
+            "The shards and the index are from different downloads. Download the model again.",
+        )
+
+
+class FileHandles:
+    """Open files of one thread, for reads and writes at a place. Few at a time; portable everywhere."""
+
+    most_open = 16  # a model can have hundreds of shards
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[Path, str], io.FileIO] = OrderedDict()
+
+    def at(self, path: Path, mode: str, offset: int) -> io.FileIO:
+        """The file, unbuffered, standing at `offset` bytes."""
+        handle = self._open.get((path, mode))
+        if handle is None:
+            if len(self._open) >= self.most_open:
+                self._open.popitem(last=False)[1].close()
+            handle = self._open[path, mode] = io.FileIO(path, mode)
+        self._open.move_to_end((path, mode))
+        handle.seek(offset)
+        return handle
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class TensorReader:
+    """Reads stretches of tensors into buffers: the one way weights come in, for every format."""
+
+    def __init__(self, handles: FileHandles) -> None:
+        self._handles = handles
+
+    def begin(self, info: TensorInfo, start: int) -> Callable[[memoryview], None]:
+        """A function that fills one buffer after another with the tensor's bytes, from byte `start` on.
+
+        Both raise SlerpMergeError where the file cannot be read or ends early.
+        """
+        try:
+            handle = self._handles.at(info.file, "r", info.offset + start)
+        except OSError as error:
+            raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error
+        return functools.partial(self._fill, handle, info)
+
+    def read_into(self, info: TensorInfo, start: int, view: memoryview) -> None:
+        """Fills `view` with the tensor's bytes from byte `start` on."""
+        self.begin(info, start)(view)
+
+    @staticmethod
+    def _fill(handle: io.FileIO, info: TensorInfo, view: memoryview) -> None:
+        try:
+            filled = handle.readinto(view)
+            while filled < len(view):  # a signal or a network disk may cut a read short
+                count = handle.readinto(view[filled:])
+                if not count:
+                    raise broken_file(info.file, f"it ends inside {info.name!r}; it changed since it was opened")
+                filled += count
+        except OSError as error:
+            raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents
+
+
+def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrite: bool) -> None:
+    """Raises SlerpMergeError where a child must not, or cannot, be put at `save_directory`."""
+    target = save_directory.resolve()
+    for parent in parents:
+        folder = parent.resolve()
+        if is_inside(target, folder) or is_inside(folder, target):
+            where = "is a parent's folder" if target == folder else "overlaps a parent's folder"
+            raise SlerpMergeError(
+                f"The save directory {save_directory} {where} ({parent}).",
+                "Parents are never written to. Give the child a folder of its own.",
+            )
+    if target.exists() and not target.is_dir():
+        raise SlerpMergeError(f"The save directory {save_directory} is a file.", "Give another name for the child.")
+    if target.is_dir() and any(target.iterdir()):
+        check_replaceable(save_directory, overwrite)
+    existing = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise SlerpMergeError(
+            f"The save directory {save_directory} cannot be made: {existing} is not writable.",
+            "Choose a place you may write to, or change the permissions.",
+        )
+
+
+def check_replaceable(save_directory: Path, overwrite: bool) -> None:
+    """A folder that is not empty may be replaced only when asked for, and only if it is a model's."""
+    if not overwrite:
+        raise SlerpMergeError(
+            f"The save directory {save_directory} is not empty.", "Give a new folder, or allow it with --overwrite."
+        )
+    if not (save_directory / "config.json").is_file():
+        raise SlerpMergeError(
+            f"The save directory {save_directory} holds files that are not a model's; nothing was overwritten.",
+            "Overwriting replaces a whole folder. Give a new folder, or empty this one yourself.",
+        )
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §5  Parity: can these two make a right child?
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+# Keys that change what the weights mean while every shape stays equal. Matched against the last part of a key.
+BEHAVIOUR_KEY = re.compile(
+    r"(^|_)n?_?(num_)?(attention_|key_value_|kv_|linear_\w+_|mamba_)?heads?(_kv)?$|head_dim|head_size|d_kv|d_head"
+    r"|rope|rotary|(norm|layernorm)_eps|eps$|epsilon$|hidden_act|activation|act_fn|sliding|window|max_window_layers"
+    r"|experts_per_tok|moe_k$|moe_topk|num_selected_experts|topk|scoring_func|routed_scaling"
+    r"|layer_types|layers_block_type|softcap|alibi|parallel_attn|multi_query|parallel_residual|qk_norm|qk_layernorm"
+    r"|scale_attn|query_pre_attn|attention_multiplier|residual_multiplier|embedding_multiplier|logit_scale"
+    r"|logits_scaling|position_embedding_type|relative_attention|state_size|time_step|do_layer_norm_before|patch_size"
+    r"|image_token|is_decoder|is_encoder_decoder|scale_embedding"
+)
+# Keys that say how a model was made or run, not what it is.
+SILENT_KEY = re.compile(
+    r"dropout|drop_rate|pdrop$|^_|transformers_version|use_cache|initializer|init_std|gradient_checkpointing"
+    r"|^output_|return_dict|torchscript|pretraining_tp|task_specific_params|finetuning_task|auto_map|unsloth"
+    r"|router_aux_loss|^use_bfloat16$|^bad_words|^prefix$|problem_type"
+)
+CAPACITY_KEY = re.compile(r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length")
+VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+# Buffers that older versions saved and newer ones recompute.
+BUFFER_NAME = re.compile(r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|attn\.masked_bias$|position_ids$")
+MASK_NAME = re.compile(r"(attn|attention)\.bias$")
+# Tensors that only quantised checkpoints have, and the scheme that leaves them.
+QUANTISED_NAMES = (
+    (re.compile(r"\.(g_idx|qzeros)$"), "GPTQ or AWQ"),
+    (re.compile(r"\.(absmax|quant_map|quant_state\S*|SCB|weight_format)$"), "bitsandbytes"),
+    (re.compile(r"\.(weight_packed|weight_zero_point)$"), "compressed-tensors"),
+    (re.compile(r"\.weight_scale_inv$"), "FP8"),
+)
+
+
+def shorten(value: Any, most: int = 60) -> str:
+    """A config value for people; long ones are cut."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings under one spelling: transformers 5 keeps them together, earlier versions apart."""
+    canonical = dict(config)
+    if "rope_type" in canonical:
+        return canonical  # these are the rotary settings themselves
+    together = canonical.pop("rope_parameters", None)
+    scaling = canonical.pop("rope_scaling", None)
+    rope = dict(together) if isinstance(together, dict) else {}
+    rope.update(scaling if isinstance(scaling, dict) else {})
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in canonical:
+            rope.setdefault(key, canonical.pop(key))
+    if rope:
+        rope.setdefault("rope_type", "default")
+        canonical["rope_parameters"] = rope
+    return canonical
+
+
+def canonical_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Head counts that are implied, written out, so that saying less is not a difference."""
+    canonical = dict(config)
+    heads, hidden = canonical.get("num_attention_heads"), canonical.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        if canonical.get("head_dim") is None:
+            canonical["head_dim"] = hidden // heads
+        if canonical.get("num_key_value_heads") is None:
+            canonical["num_key_value_heads"] = heads
+    return canonical
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; a null says the same as silence and is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in canonical_heads(canonical_rope(config)).items():
+        if isinstance(value, dict) and key not in ("id2label", "label2id", "quantization_config"):
+            flat.update(flatten_config(value, f"{prefix}{key}."))
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Equal as numbers: 10000 and 10000.0 are one value, true and 1 are not."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    return left == right
+
+
+def compare_configs(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """Every config key on which the parents differ, judged by what it does to the child."""
+    left, right = flatten_config(primary.config), flatten_config(secondary.config)
+    found = []
+    for key in sorted(left.keys() | right.keys()):
+        last = key.rpartition(".")[2]
+        if last in DTYPE_KEYS or SILENT_KEY.search(last) or key.startswith("quantization_config"):
+            continue
+        if last in ("tie_word_embeddings", "tie_encoder_decoder") or VOCABULARY_KEY.search(last):
+            continue  # judged by the weights themselves
+        if key in left and key in right and same_value(left[key], right[key]):
+            continue
+        found.append(judge_config_key(key, left.get(key), right.get(key)))
+    return found
+
+
+def judge_config_key(key: str, left: Any, right: Any) -> Mismatch:
+    last = key.rpartition(".")[2]
+    shown = [shorten(value) if value is not None else "not stated" for value in (left, right)]
+    both_speak = left is not None and right is not None
+    if key in ("model_type", "architectures"):
+        return Mismatch("blocking", key, *shown, "Different architectures give their weights different meanings.")
+    if both_speak and re.search(r"(num_hidden_layers|n_layers?|num_layers)$", last):
+        return Mismatch("blocking", key, *shown, "Models of different depth have no layer for layer match.")
+    behaviour = BEHAVIOUR_KEY.search(last) or ".rope_parameters." in f".{key}"
+    if both_speak and behaviour:
+        return Mismatch("blocking", key, *shown, "Equal shapes hide this: the weights would be used in another way.")
+    if CAPACITY_KEY.search(last):
+        return Mismatch("notice", key, *shown, "The child keeps the primary's limit.")
+    if behaviour:
+        return Mismatch("notice", key, *shown, "One config is silent; make sure that both mean the same.")
+    return Mismatch("notice", key, *shown, "The child keeps the primary's value.")
+
+
+def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
+    """The name of the scheme a checkpoint is quantised with, from its config or its tensors; None where it is not."""
+    settings = checkpoint.config.get("quantization_config")
+    if isinstance(settings, dict):
+        method = str(settings.get("quant_method") or "an unnamed scheme")
+        known = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
+        return known.get(method.lower(), method)
+    for name, info in checkpoint.tensors.items():
+        for pattern, scheme in QUANTISED_NAMES:
+            if pattern.search(name):
+                return scheme
+        if info.dtype.startswith("F8_"):
+            return "FP8"
+        if info.dtype not in TORCH_NAMES:
+            return f"packed {info.dtype}"
+    return None
+
+
+def check_quantisation(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    schemes = quantisation_scheme(primary), quantisation_scheme(secondary)
+    if not any(schemes):
+        return []
+    shown = [scheme or "not quantised" for scheme in schemes]
+    why = "Quantised weights cannot be interpolated; use the original, unquantised model."
+    return [Mismatch("blocking", "quantisation", *shown, why)]
+
+
+def is_known_buffer(info: TensorInfo) -> bool:
+    """A tensor that a model recomputes when it loads: rotary frequencies, causal masks, position ids."""
+    is_mask = MASK_NAME.search(info.name) and len(info.shape) == 4 and info.shape[2] == info.shape[3]
+    return bool(BUFFER_NAME.search(info.name) or is_mask)
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the vocabulary as the config tells, also where a language model stands inside a larger one."""
+    for scope in (config, config.get("text_config"), config.get("llm_config")):
+        if isinstance(scope, dict) and isinstance(scope.get("vocab_size"), int):
+            return scope["vocab_size"]
+    return None
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether the head shares the embedding's weights, as the config tells; None where it is silent."""
+    for scope in (config, config.get("text_config")):
+        if isinstance(scope, dict) and isinstance(scope.get("tie_word_embeddings"), bool):
+            return scope["tie_word_embeddings"]
+    return None
+
+
+def find_tied_source(head: TensorInfo, other: Checkpoint) -> TensorInfo | None:
+    """The embedding that serves `other` as the head it does not store: same shape, one row per token."""
+    if is_tied(other.config) is False or not head.name.endswith("weight") or len(head.shape) != 2:
+        return None
+    if find_layer(head.name) is not None or head.shape[0] != vocabulary_size(other.config):
+        return None
+    candidates = [
+        info for info in other.tensors.values() if info.shape == head.shape and find_layer(info.name) is None
+    ]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def find_layer(tensor_name: str) -> tuple[str, int] | None:
+    """(stack, index) of a tensor inside a stack of layers: its name up to the first number, and that number.
+
+    The first number is the layer; later ones are experts or parts of it. None outside every stack.
+    """
+    parts = tensor_name.split(".")
+    for place, part in enumerate(parts):
+        if part.isascii() and part.isdigit() and len(part) <= len(str(MAX_LAYER_INDEX)):
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+def pair_tensors(primary: Checkpoint, secondary: Checkpoint) -> tuple[list[TensorPair], list[Mismatch]]:
+    """Each tensor of the child with its two sources, and every tensor that does not pair."""
+    pairs: list[TensorPair] = []
+    found: list[Mismatch] = []
+    only_primary: list[str] = []
+    for name, left in primary.tensors.items():
+        right = secondary.tensors.get(name)
+        if right is not None:
+            found += compare_tensors(left, right)
+            pairs.append(TensorPair(name, left, right))
+        elif is_known_buffer(left):
+            found.append(Mismatch("mended", name, "saved", "not saved", "A buffer; the primary's is kept."))
+            pairs.append(TensorPair(name, left, None))
+        elif (source := find_tied_source(left, secondary)) is not None:
+            why = f"The secondary's head is tied to {source.name}, which takes part in its place."
+            found.append(Mismatch("mended", name, "stored", "tied", why))
+            pairs.append(TensorPair(name, left, source))
+        else:
+            only_primary.append(name)
+    found += missing_tensors(primary, only_primary, "primary")
+    found += judge_extra_tensors(primary, secondary)
+    return pairs, found
+
+
+def compare_tensors(left: TensorInfo, right: TensorInfo) -> list[Mismatch]:
+    """Shape and dtype of one tensor on both sides."""
+    found = []
+    if left.shape != right.shape:
+        shapes = str(list(left.shape)), str(list(right.shape))
+        rows_only = left.shape[1:] == right.shape[1:] and len(left.shape) == len(right.shape)
+        why = "Vocabularies of different size." if rows_only else "Tensors of different shape cannot be blended."
+        found.append(Mismatch("blocking", left.name, *shapes, why))
+    if left.is_float != right.is_float:
+        why = "One holds real numbers, the other does not."
+        found.append(Mismatch("blocking", left.name, left.dtype, right.dtype, why))
+    return found
+
+
+def judge_extra_tensors(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """Tensors that only the secondary has: dropped where a rule says why, blocking otherwise."""
+    found, unexplained = [], []
+    for name in secondary.tensors.keys() - primary.tensors.keys():
+        info = secondary.tensors[name]
+        if is_known_buffer(info):
+            found.append(Mismatch("mended", name, "not saved", "saved", "A buffer; the child is made without it."))
+        elif (source := find_tied_source(info, primary)) is not None:
+            why = f"The child's head stays tied to {source.name}, as the primary's; the secondary's is left out."
+            found.append(Mismatch("mended", name, "tied", "stored", why))
+        else:
+            unexplained.append(name)
+    return sorted(found, key=lambda m: m.subject) + missing_tensors(secondary, unexplained, "secondary")
+
+
+def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str) -> list[Mismatch]:
+    """One blocking line for all the tensors that a single side holds."""
+    if not names:
+        return []
+    shown = ("present", "missing") if role == "primary" else ("missing", "present")
+    subject = format_names(sorted(names, key=natural_order))
+    why = f"{len(names)} tensor{'s' * (len(names) > 1)} of {holder.name} without a counterpart."
+    return [Mismatch("blocking", subject, *shown, why)]
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(0, int(p), "") if p.isascii() and p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def check_dtypes(primary: Checkpoint, secondary: Checkpoint, recipe_dtype: str) -> list[Mismatch]:
+    """Tensors stored in different floating-point dtypes, in one line a combination."""
+    combinations: dict[tuple[str, str], int] = {}
+    for name, left in primary.tensors.items():
+        right = secondary.tensors.get(name)
+        if right is not None and left.dtype != right.dtype:
+            combinations[left.dtype, right.dtype] = combinations.get((left.dtype, right.dtype), 0) + 1
+    kept = "the primary's" if recipe_dtype == "auto" else recipe_dtype
+    return [
+        Mismatch(
+            "mended",
+            f"dtype of {count} tensor{'s' * (count > 1)}",
+            TORCH_NAMES.get(left, left),
+            TORCH_NAMES.get(right, right),
+            f"Blended in float32 (float64 where one is), saved in {kept}.",
+        )
+        for (left, right), count in combinations.items()
+    ]
+
+
+def read_text_if_there(path: Path) -> str | None:
+    """A small text file, or None; what is not UTF-8 shows as replacement characters."""
+    return read_bytes(path).decode("utf-8", "replace") if path.is_file() else None
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The chat template of a parent, from its own file or its tokenizer's config."""
+    template = read_text_if_there(checkpoint.folder / "chat_template.jinja")
+    if template is None:
+        value = read_json_if_there(checkpoint.folder / "tokenizer_config.json").get("chat_template")
+        template = value if isinstance(value, str) or value is None else json.dumps(value)
+    return template
+
+
+def declared_licence(checkpoint: Checkpoint) -> str | None:
+    """The licence named in the front matter of a parent's model card."""
+    card = read_text_if_there(checkpoint.folder / CARD_NAME) or ""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([\w.-]+)", front.group(1), re.MULTILINE) if front else None
+    return found.group(1) if found else None
+
+
+def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """Differences outside the weights that the person may want to know of."""
+    found = []
+
+    def note(subject: str, left: str | None, right: str | None, why: str) -> None:
+        if left != right:
+            shown = [value if value is not None else "none" for value in (left, right)]
+            found.append(Mismatch("notice", subject, *map(shorten, shown), why))
+
+    templates = chat_template(primary), chat_template(secondary)
+    if templates[0] != templates[1]:
+        shown = [None if t is None else f"{len(t)} characters" for t in templates]
+        shown = ["one", "another"] if shown[0] == shown[1] else shown
+        note("chat template", *shown, "The child talks as the tokenizer's donor does.")
+    tokens = [special_tokens(parent) for parent in (primary, secondary)]
+    for name in sorted(tokens[0].keys() | tokens[1].keys()):
+        note(name, tokens[0].get(name), tokens[1].get(name), "The child has those of the tokenizer's donor.")
+    files = [read_text_if_there(parent.folder / "tokenizer.json") for parent in (primary, secondary)]
+    if None not in files and files[0] != files[1]:
+        note("tokenizer.json", "one", "another", "Rows are blended by number; check that the ids agree.")
+    settings = [read_json_if_there(parent.folder / "generation_config.json") for parent in (primary, secondary)]
+    for stated in settings:
+        stated.pop("transformers_version", None)
+    if settings[0] != settings[1]:
+        shown = [json.dumps(stated, sort_keys=True) if stated else None for stated in settings]
+        note("generation_config.json", *shown, "The child generates as the primary does.")
+    why = "A child is bound by both; read them before you share it."
+    note("licence", declared_licence(primary), declared_licence(secondary), why)
+    return found
+
+
+def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """bos_token, eos_token, ... of a parent's tokenizer, by name."""
+    settings = read_json_if_there(checkpoint.folder / "tokenizer_config.json")
+    settings.update(read_json_if_there(checkpoint.folder / "special_tokens_map.json"))
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    contents = {
+        name: settings[name].get("content") if isinstance(settings[name], dict) else settings[name]
+        for name in names
+        if settings.get(name) is not None
+    }
+    return {name: str(content) for name, content in contents.items()}
+
+
+def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    if primary.folder.resolve() != secondary.folder.resolve():
+        return []
+    why = "The child will be a copy of it."
+    return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
+
+
+def check_parity(primary: Checkpoint, secondary: Checkpoint, dtype: str = "auto") -> ParityReport:
+    """Every difference between two parents, each blocking, mended or a notice; and the pairs of tensors.
+
+    dtype: the child's, as in MergeRecipe. Reads headers and small text files only.
+    """
+    pairs, unpaired = pair_tensors(primary, secondary)
+    found = [
+        *check_quantisation(primary, secondary),
+        *compare_configs(primary, secondary),
+        *unpaired,
+        *check_dtypes(primary, secondary, dtype),
+        *compare_companions(primary, secondary),
+        *check_same_model(primary, secondary),
+    ]
+    rank = {"blocking": 0, "mended": 1, "notice": 2}
+    return ParityReport(tuple(sorted(found, key=lambda m: rank[m.severity])), tuple(pairs))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §6  Plan: everything decided before a byte is written
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+PROCESS_BYTES = 245_000_000  # the interpreter with torch and the screen's libraries loaded, measured on Linux
+PROBE_BYTES = 1 << 20  # per sample of the read probe
+PROBE_SAMPLES = 8
+# Rough costs behind the expected time, measured on one core of a 2023 server.
+ARITHMETIC_SECONDS_PER_ELEMENT = 1.3e-9
+WRITE_BYTES_PER_SECOND = 1.5e9
+
+
+def check_recipe(recipe: MergeRecipe) -> None:
+    """Raises SlerpMergeError where a recipe asks for what cannot be."""
+    for name, value, allowed in (
+        ("method", recipe.method, METHODS),
+        ("child's dtype", recipe.dtype, CHILD_DTYPES),
+        ("tokenizer", recipe.tokenizer, ("auto", "primary", "secondary")),
+        ("device", recipe.device, ("auto", "cpu", "cuda", "mps")),
+    ):
+        if value not in allowed:
+            raise SlerpMergeError(f"The {name} cannot be {value!r}.", f"Choose one of: {', '.join(allowed)}.")
+    for t in recipe.schedule.values():
+        if not 0 <= t <= 1:
+            raise SlerpMergeError(
+                f"t = {t:g} lies outside 0 to 1.", "0 is the primary, 1 the secondary, 0.5 the middle between them."
+            )
+    if not 0 < recipe.dot_threshold <= 1:
+        raise SlerpMergeError(
+            f"The dot threshold {recipe.dot_threshold:g} is no cosine between 0 and 1.", f"Usual is {COLINEAR_DOT}."
+        )
+    if not 0 <= recipe.epsilon < math.inf:
+        raise SlerpMergeError(f"Epsilon cannot be {recipe.epsilon:g}.", f"Usual is {TINY_NORM:g}.")
+    if recipe.max_shard_bytes < 1 or recipe.threads < 0:
+        raise SlerpMergeError("Shard size and threads cannot be negative or zero.", "Leave them out for good values.")
+
+
+def choose_threads(asked: int) -> int:
+    """Worker threads: as asked, else the usable cores up to MAX_THREADS."""
+    if asked:
+        return asked
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_THREADS, usable)
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
+    places = {name: find_layer(name) for name in names}
+    last_index: dict[str, int] = {}
+    for place in places.values():
+        if place is not None:
+            stack, index = place
+            last_index[stack] = max(index, last_index.get(stack, 0))
+
+    def position(place: tuple[str, int] | None) -> float:
+        if place is None:
+            return 0.0
+        stack, index = place
+        return index / last_index[stack] if last_index[stack] else 1.0
+
+    return {name: position(place) for name, place in places.items()}
+
+
+def plan_job(pair: TensorPair, recipe: MergeRecipe, position: float) -> TensorJob:
+    """The rule for one tensor, as far as headers tell."""
+    info = pair.primary
+    dtype = info.dtype
+    if info.is_float and recipe.dtype != "auto":
+        dtype = SAFETENSORS_NAMES[recipe.dtype]
+    job = functools.partial(TensorJob, pair.name, dtype, info.shape)
+    if pair.secondary is None:
+        return job("copy", 0.0, (info,))
+    if not info.is_float:
+        return job("copy", 0.0, (info, pair.secondary))  # the second is read to see that it is equal
+    t = recipe.schedule.t_for(pair.name, position)
+    if t in (0.0, 1.0) or info.element_count == 0:
+        return job("copy", t, (pair.secondary if t == 1.0 else info,))
+    rule = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
+    return job(rule, t, (info, pair.secondary))
+
+
+def cut_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[TensorJob]]:
+    """Consecutive tensors, in layer order, into files of at most `max_shard_bytes` of tensor data.
+
+    A tensor larger than that has a file of its own.
+    """
+    groups: list[list[TensorJob]] = [[]]
+    filled = 0
+    for job in jobs:
+        if groups[-1] and filled + job.byte_count > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(job)
+        filled += job.byte_count
+    return groups
+
+
+def lay_out_shard(file_name: str, group: Sequence[TensorJob]) -> ShardPlan:
+    """The header of one safetensors file and the place of each tensor behind it.
+
+    Wider dtypes come first, as the format's library writes them, so that every tensor is aligned.
+    """
+    ordered = sorted(group, key=lambda job: -DTYPE_BYTES[job.dtype])
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for job in ordered:
+        end = begin + job.byte_count
+        entries[job.name] = {"dtype": job.dtype, "shape": list(job.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    placed = tuple(
+        dataclasses.replace(job, offset=len(header) + entries[job.name]["data_offsets"][0]) for job in ordered
+    )
+    return ShardPlan(file_name, header, placed)
+
+
+def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+    groups = cut_shards(jobs, max_shard_bytes)
+    if len(groups) == 1:
+        return (lay_out_shard(WEIGHTS_SINGLE, groups[0]),)
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return tuple(lay_out_shard(name, group) for name, group in zip(names, groups))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_CORES)
+
+
+def choose_tokenizer(recipe: MergeRecipe, primary: Path, secondary: Path) -> tuple[str | None, str]:
+    """(role, reason) of the parent whose tokenizer the child gets."""
+    there = {"primary": has_tokenizer(primary), "secondary": has_tokenizer(secondary)}
+    if recipe.tokenizer != "auto":
+        if not there[recipe.tokenizer]:
+            raise SlerpMergeError(
+                f"The {recipe.tokenizer} model has no tokenizer to copy.", "Choose the other, or leave it to auto."
+            )
+        return recipe.tokenizer, "as asked"
+    if not any(there.values()):
+        return None, "neither parent has a tokenizer"
+    if not all(there.values()):
+        role = "primary" if there["primary"] else "secondary"
+        return role, "only it has a tokenizer"
+    maps = {
+        role: (folder / "special_tokens_map.json").is_file()
+        for role, folder in (("primary", primary), ("secondary", secondary))
+    }
+    if maps["primary"] == maps["secondary"]:
+        return "primary", "both have" if maps["primary"] else "neither has" + " special_tokens_map.json"
+    return ("primary" if maps["primary"] else "secondary"), "it alone has special_tokens_map.json"
+
+
+def probe_reading(parents: Sequence[Checkpoint]) -> float:
+    """Bytes per second of a few short reads spread over the parents' files; some milliseconds."""
+    infos = [info for parent in parents for info in parent.tensors.values()]
+    infos = sorted(infos, key=lambda info: -info.byte_count)[: 4 * PROBE_SAMPLES]
+    reader = TensorReader(handles := FileHandles())
+    buffer = bytearray(PROBE_BYTES)
+    count, seconds = 0, 0.0
+    try:
+        for info in infos[:: max(1, len(infos) // PROBE_SAMPLES)][:PROBE_SAMPLES]:
+            stretch = min(PROBE_BYTES, info.byte_count)
+            started = time.perf_counter()
+            reader.read_into(info, (info.byte_count - stretch) // 2, memoryview(buffer)[:stretch])
+            seconds += time.perf_counter() - started
+            count += stretch
+    finally:
+        handles.close()
+    return count / max(seconds, 1e-6)
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above `path` that exists: where its bytes will come to lie."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
+
+
+def estimate_memory(threads: int) -> int:
+    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
+    per_worker = CHUNK_ELEMENTS * (3 * max(DTYPE_BYTES.values()) + 2 * 4)
+    return PROCESS_BYTES + threads * per_worker
+
+
+def plan_merge(recipe: MergeRecipe, primary: Checkpoint, secondary: Checkpoint, parity: ParityReport) -> MergePlan:
+    """A rule per tensor, the child's files, and what it will cost. Writes nothing.
+
+    Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
+    """
+    check_save_directory(recipe.save_directory, (primary.folder, secondary.folder), recipe.overwrite)
+    positions = layer_positions(primary.tensors)
+    pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))
+    jobs = [plan_job(pair, recipe, positions[pair.name]) for pair in pairs]
+    shards = plan_shards(jobs, recipe.max_shard_bytes)
+    tokenizer_role, tokenizer_reason = choose_tokenizer(recipe, primary.folder, secondary.folder)
+    threads = choose_threads(recipe.threads)
+    rate = probe_reading((primary, secondary))
+    read_bytes = sum(info.byte_count for job in jobs for info in job.sources)
+    elements = sum(job.element_count for job in jobs)
+    child_bytes = sum(shard.byte_count for shard in shards)
+    plan = MergePlan(
+        recipe=recipe,
+        primary=primary,
+        secondary=secondary,
+        parity=parity,
+        shards=shards,
+        tokenizer_role=tokenizer_role,
+        tokenizer_reason=tokenizer_reason,
+        threads=threads,
+        peak_memory_bytes=estimate_memory(threads),
+        disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
+        disk_free_bytes=shutil.disk_usage(existing_folder(recipe.save_directory)).free,
+        read_bytes_per_second=rate,
+        expected_seconds=read_bytes / rate
+        + child_bytes / WRITE_BYTES_PER_SECOND
+        + elements * ARITHMETIC_SECONDS_PER_ELEMENT / threads,
+    )
+    check_disk_space(plan)
+    return plan
+
+
+def companion_bytes(parents: Sequence[Checkpoint]) -> int:
+    """An upper bound for the tokenizer, config and card beside the weights."""
+    patterns = ("config.json", *TOKENIZER_FILES, *COMPANION_FILES)
+    files = (file for parent in parents for pattern in patterns for file in parent.folder.glob(pattern))
+    return 65_536 + sum(file.stat().st_size for file in files if file.is_file())
+
+
+def check_disk_space(plan: MergePlan) -> None:
+    if plan.disk_needed_bytes > plan.disk_free_bytes:
+        raise SlerpMergeError(
+            f"The child needs {format_bytes(plan.disk_needed_bytes)}, but only {format_bytes(plan.disk_free_bytes)} "
+            f"are free at {existing_folder(plan.recipe.save_directory)}.",
+            "Free some space, choose a save directory on another disk, or a smaller dtype with --dtype.",
+        )
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §7  Streamed merge
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Each tensor is cut into chunks (read, computed and written at once) and runs of chunks into spans (what
+# a worker takes at a time). Workers first measure every span of a tensor: three float32 dot products
+# a chunk. The main thread adds them up exactly and in float64 finds the tensor's two weights. Workers
+# then blend every span and write it at its place. Chunks and the exact sum depend on the tensor alone,
+# so the child's bits do not depend on how many workers there are or who was first.
+#
+# Both passes read. Keeping a tensor between them was measured slower: a second read of a file in the
+# page cache costs less than writing what was read to memory beyond the processor's cache.
+
+
+class StagedChild:
+    """The child while it grows: a hidden folder beside the save directory, published by one rename.
+
+    Leaving the `with` block by an error removes it; the save directory is then as it was.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        self.target = plan.recipe.save_directory.resolve()
+        self.overwrite = plan.recipe.overwrite
+        self.folder = self.target.with_name(f".{self.target.name}.slerpmerge-staging")
+        self._made: list[Path] = []
+        self._syncer = ThreadPoolExecutor(1, "sync")
+        self._syncs: list[Future[None]] = []
+
+    def __enter__(self) -> StagedChild:
+        try:
+            for folder in reversed([self.target.parent, *self.target.parent.parents]):
+                if not folder.exists():
+                    folder.mkdir()
+                    self._made.append(folder)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)  # left by a run that was killed
+            self.folder.mkdir()
+        except OSError as error:
+            raise explain_os_error(error, self.folder, "make the folder") from error
+        return self
+
+    def sync_soon(self, path: Path) -> None:
+        """Asks the disk for a finished file in the background, while the merge goes on."""
+        self._syncs.append(self._syncer.submit(sync_to_disk, path))
+
+    def sync(self) -> float:
+        """Waits until every file is on the disk; returns the seconds waited."""
+        started = time.perf_counter()
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.suffix != ".safetensors":
+                self.sync_soon(path)
+        for pending in self._syncs:
+            pending.result()
+        sync_to_disk(self.folder)
+        return time.perf_counter() - started
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._syncer.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            try:
+                self._publish()
+            except OSError as fault:
+                self._discard()
+                raise explain_os_error(fault, self.target, "put the finished child at") from fault
+        else:
+            self._discard()
+
+    def _publish(self) -> None:
+        replaced = None
+        if self.target.is_dir():
+            if any(self.target.iterdir()):
+                check_replaceable(self.target, self.overwrite)
+                replaced = self.target.with_name(f".{self.target.name}.slerpmerge-replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                self.target.rename(replaced)
+            else:
+                self.target.rmdir()  # not every system renames onto an empty folder
+        try:
+            self.folder.rename(self.target)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(self.target)
+            raise
+        sync_to_disk(self.target.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+                folder.rmdir()
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk. Folders: where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no call for it
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir():  # some network disks cannot sync a folder; the files themselves are safe
+            raise explain_os_error(error, path, "write to the disk") from error
+
+
+class ShardWriter:
+    """Writes stretches of tensors into the child's files, each at the place the plan gives it."""
+
+    def __init__(self, folder: Path, shard: ShardPlan) -> None:
+        self.path = folder / shard.file_name
+        self.shard = shard
+        self.unfinished = len(shard.jobs)
+
+    def create(self) -> None:
+        """The file with its header, and room for all that follows."""
+        try:
+            with open(self.path, "xb") as stream:
+                stream.write(self.shard.header)
+                stream.truncate(self.shard.byte_count)
+        except OSError as error:
+            raise explain_os_error(error, self.path, "create") from error
+
+    def begin(self, handles: FileHandles, offset: int) -> Callable[[memoryview], None]:
+        """A function that writes one buffer after another, from byte `offset` of the file on.
+
+        Both raise SlerpMergeError where the disk refuses, as a full one does.
+        """
+        try:
+            handle = handles.at(self.path, "r+", offset)
+        except OSError as error:
+            raise explain_os_error(error, self.path, "write") from error
+        return functools.partial(self._write, handle)
+
+    def _write(self, handle: io.FileIO, view: memoryview) -> None:
+        try:
+            written = handle.write(view)
+            while written < len(view):
+                written += handle.write(view[written:])
+        except OSError as error:
+            raise explain_os_error(error, self.path, "write") from error
+
+
+class ChunkBuffer:
+    """Room for one chunk of any dtype, as bytes for files and as flat tensors for torch."""
+
+    def __init__(self) -> None:
+        byte_count = CHUNK_ELEMENTS * max(DTYPE_BYTES.values())
+        backing = bytearray(byte_count + 64)
+        whole = torch.frombuffer(backing, dtype=torch.uint8)
+        start = -whole.data_ptr() % 64  # vector units like this boundary
+        self.memory = memoryview(backing)[start : start + byte_count]
+        self._bytes = whole[start : start + byte_count]
+        self._typed: dict[str, torch.Tensor] = {}
+
+    def typed(self, dtype: str) -> torch.Tensor:
+        """All of this memory as a flat tensor; dtype is safetensors' name."""
+        if dtype not in self._typed:
+            self._typed[dtype] = self._bytes.view(torch_dtype(dtype))
+        return self._typed[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for safetensors' name of it."""
+    return getattr(torch, TORCH_NAMES[name])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a span tells about a pair of tensors."""
+
+    primary_squared: tuple[float, ...]  # v0 . v0, a partial sum per chunk
+    secondary_squared: tuple[float, ...]  # v1 . v1
+    dot: tuple[float, ...]  # v0 . v1
+    identical: bool  # every byte agrees
+
+
+class ChunkArithmetic:
+    """The arithmetic on one chunk, with one worker's scratch memory on one device.
+
+    Precision: float32, or float64 where a source is float64. Results are rounded once, to the child's dtype.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._scratch: dict[tuple[int, Any], torch.Tensor] = {}
+
+    def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
+        if (side, dtype) not in self._scratch:
+            self._scratch[side, dtype] = torch.empty(CHUNK_ELEMENTS, dtype=dtype, device=self.device)
+        return self._scratch[side, dtype]
+
+    def load(self, side: int, raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The chunk in working precision on the device; itself where it already is."""
+        if raw.dtype == dtype and self.device == "cpu":
+            return raw
+        return self.scratch(side, dtype)[: raw.numel()].copy_(raw)
+
+    def measure(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+        """(v0 . v0, v1 . v1, v0 . v1) of one chunk, summed in working precision."""
+        v0, v1 = self.load(0, left, dtype), self.load(1, right, dtype)
+        sums = torch.dot(v0, v0).item(), torch.dot(v1, v1).item(), torch.dot(v0, v1).item()
+        if not math.isfinite(sum(sums)) and dtype == torch.float32 and self.device != "mps":
+            return self.measure(left, right, torch.float64)  # large values overflow a float32 square
+        return sums
+
+    def blend(
+        self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, blend: Blend, out: torch.Tensor
+    ) -> None:
+        """out = primary_weight * v0 + secondary_weight * v1, rounded to out's dtype."""
+        v0, v1 = self.load(0, left, dtype), self.load(1, right, dtype)
+        result = torch.mul(v0, blend.primary_weight, out=self.scratch(0, dtype)[: left.numel()])
+        result.add_(v1, alpha=blend.secondary_weight)
+        out.copy_(result)
+
+
+@dataclass
+class TensorProgress:
+    """One tensor on its way through the workers. The main thread alone changes it."""
+
+    job: TensorJob
+    number: int
+    writer: ShardWriter
+    spans: tuple[range, ...]  # of element numbers
+    sums: list[Sums | None]
+    unfinished: int = 0  # spans of the pass at hand
+    blend: Blend | None = None
+    check_finite: bool = False  # whether blending could overflow the child's dtype
+    non_finite: int = 0
+    started: float = 0.0
+    finished: float = 0.0
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.job.sources) == 2
+
+
+def cut_spans(job: TensorJob) -> tuple[range, ...]:
+    """Stretches of elements, each a few whole chunks long but for the last."""
+    step = SPAN_CHUNKS * CHUNK_ELEMENTS
+    return tuple(range(start, min(start + step, job.element_count)) for start in range(0, job.element_count, step))
+
+
+class MergeWorker:
+    """One thread's means to measure and blend spans: open files, and buffers for one chunk."""
+
+    def __init__(self, device: str) -> None:
+        self.handles = FileHandles()
+        self.reader = TensorReader(self.handles)
+        self.device = device
+        self.arithmetic = {device: ChunkArithmetic(device)}
+        self.sources = ChunkBuffer(), ChunkBuffer()
+        self.out = ChunkBuffer()
+
+    def arithmetic_for(self, dtype: torch.dtype) -> ChunkArithmetic:
+        """MPS has no float64; what needs it is done on the processor."""
+        device = "cpu" if self.device == "mps" and dtype == torch.float64 else self.device
+        return self.arithmetic.setdefault(device, ChunkArithmetic(device))
+
+    @staticmethod
+    def working_dtype(job: TensorJob) -> torch.dtype:
+        return torch.float64 if any(info.dtype == "F64" for info in job.sources) else torch.float32
+
+    def read_chunks(self, job: TensorJob, span: range) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next."""
+        widths = [DTYPE_BYTES[info.dtype] for info in job.sources]
+        fills = [self.reader.begin(info, span.start * width) for info, width in zip(job.sources, widths)]
+        for start in range(span.start, span.stop, CHUNK_ELEMENTS):
+            count = min(CHUNK_ELEMENTS, span.stop - start)
+            chunk = []
+            for fill, info, width, buffer in zip(fills, job.sources, widths, self.sources):
+                fill(buffer.memory[: count * width])
+                chunk.append(buffer.typed(info.dtype)[:count])
+            yield count, chunk
+
+    def measure(self, progress: TensorProgress, number: int) -> Sums:
+        """First pass over a span of a pair."""
+        job = progress.job
+        dtype = self.working_dtype(job)
+        arithmetic = self.arithmetic_for(dtype)
+        rows, identical = [], True
+        for _, (left, right) in self.read_chunks(job, progress.spans[number]):
+            alike = left.dtype == right.dtype
+            if job.sources[0].is_float:
+                row = arithmetic.measure(left, right, dtype)
+                rows.append(row)
+                alike = alike and row[0] == row[1] == row[2]  # equal bytes have equal sums
+            identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+        return Sums(*(tuple(row[place] for row in rows) for place in range(3)), identical)
+
+    def blend(self, progress: TensorProgress, number: int) -> int:
+        """Second pass over a span: blends or copies it, writes it. Returns its non-finite values, where asked."""
+        job, blend, span = progress.job, progress.blend, progress.spans[number]
+        width = DTYPE_BYTES[job.dtype]
+        dtype = self.working_dtype(job)
+        arithmetic = self.arithmetic_for(dtype)
+        write = progress.writer.begin(self.handles, job.offset + span.start * width)
+        non_finite = 0
+        for count, chunk in self.read_chunks(job, span):
+            out = self.out.typed(job.dtype)[:count]
+            if blend.rule == "copy":
+                out.copy_(chunk[0])
+            else:
+                arithmetic.blend(*chunk, dtype, blend, out)
+            if progress.check_finite:
+                non_finite += count_non_finite(out)
+            write(self.out.memory[: count * width])
+        return non_finite
+
+
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """Infinite or not-a-number values of a floating-point tensor; 0 of any other."""
+    if not tensor.is_floating_point():
+        return 0
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+class WorkerTeam:
+    """Threads that take tasks by rank from one queue and answer into another.
+
+    A lower rank goes first: blending the tensor at hand comes before measuring the next, which only
+    fills the gaps.
+    """
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._tasks: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._sequence = 0
+        self._stopping = False
+        workers = [MergeWorker(device) for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(worker,), name=f"merge-{number}", daemon=True)
+            for number, worker in enumerate(workers)
+        ]
+
+    def __enter__(self) -> WorkerTeam:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        for _ in self._threads:
+            self.submit(-1, None)  # wakes a thread that waits
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, rank: int, task: Any) -> None:
+        """task: (method of MergeWorker, progress, span number), or None to stop one thread."""
+        self._sequence += 1
+        self._tasks.put((rank, self._sequence, task))
+
+    def next_answer(self) -> tuple[TensorProgress, int, str, Any]:
+        """(progress, span number, method, result) of the next finished task; raises what the task raised."""
+        while True:
+            try:
+                task, answer = self._answers.get(timeout=0.2)  # a wait without end would be deaf to Ctrl-C on Windows
+                break
+            except queue.Empty:
+                continue
+        if isinstance(answer, BaseException):
+            raise answer
+        method, progress, number = task
+        return progress, number, method, answer
+
+    def _work(self, worker: MergeWorker) -> None:
+        torch.set_num_threads(1)  # the workers are the parallelism; torch's own would fight them
+        with torch.inference_mode():
+            while True:
+                _, _, task = self._tasks.get()
+                if task is None or self._stopping:
+                    break
+                method, progress, number = task
+                try:
+                    answer = getattr(worker, method)(progress, number)
+                except BaseException as error:  # handed to the main thread, which raises it
+                    answer = error
+                self._answers.put((task, answer))
+        worker.handles.close()
+
+
+def choose_device(asked: str, threads: int) -> tuple[str, str]:
+    """(device, reason). `auto` times a chunk on each device there is, transfers included, and takes the faster.
+
+    Raises SlerpMergeError where a device is asked for that is not there.
+    """
+    available = [name for name, is_there in accelerators().items() if is_there]
+    if asked not in ("auto", "cpu") and asked not in available:
+        raise SlerpMergeError(
+            f"This machine has no {asked.upper()} device that torch can use.",
+            "Leave the device to auto; a merge is bound by reading and writing, and the processor does it well.",
+        )
+    if asked != "auto":
+        return asked, "as asked"
+    if not available:
+        return "cpu", "there is no accelerator, and a merge hardly needs one"
+    rates = {"cpu": probe_device("cpu") * threads, **{name: probe_device(name) for name in available}}
+    best = max(rates, key=lambda name: rates[name])
+    shown = ", ".join(f"{name} {format_bytes(rate)}/s" for name, rate in rates.items())
+    return best, f"the fastest in a short probe ({shown}); reading and writing bound a merge, not arithmetic"
+
+
+def accelerators() -> dict[str, bool]:
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+
+
+def probe_device(device: str) -> float:
+    """Bytes per second of measuring and blending a chunk of bfloat16 on a device, by one worker."""
+    arithmetic = ChunkArithmetic(device)
+    left, right = (torch.randn(CHUNK_ELEMENTS).to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    blend = Blend(0.5, 0.5, "lerp", "", None)
+    best = math.inf
+    for _ in range(4):  # the first warms up
+        started = time.perf_counter()
+        arithmetic.measure(left, right, torch.float32)
+        arithmetic.blend(left, right, torch.float32, blend, out)
+        best = min(best, time.perf_counter() - started)
+    return left.nbytes / best
+
+
+class MergeStream:
+    """Leads every tensor through its two passes, a few at a time, and tells what happens in the child's order."""
+
+    def __init__(self, plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> None:
+        self.recipe = plan.recipe
+        self.child = child
+        self.team = team
+        self.observe = observe
+        self.spans_ahead = 4 * plan.threads  # enough that no worker waits, few enough to stay flat
+        self.spans_under_way = 0
+        self.waiting = self._all_progress(plan)
+        self.in_order: deque[TensorProgress] = deque()
+        self.done: list[TensorMerged] = []
+
+    def _all_progress(self, plan: MergePlan) -> Iterator[TensorProgress]:
+        number = 0
+        for shard in plan.shards:
+            writer = ShardWriter(self.child.folder, shard)
+            writer.create()
+            for job in shard.jobs:
+                spans = cut_spans(job)
+                yield TensorProgress(job, number, writer, spans, [None] * len(spans))
+                number += 1
+
+    def run(self) -> tuple[TensorMerged, ...]:
+        exhausted = False
+        while True:
+            while not exhausted and (self.spans_under_way < self.spans_ahead or len(self.in_order) < 2):
+                progress = next(self.waiting, None)
+                if progress is None:
+                    exhausted = True
+                else:
+                    self.admit(progress)
+            if not self.in_order:
+                return tuple(self.done)
+            self.receive(*self.team.next_answer())
+
+    def admit(self, progress: TensorProgress) -> None:
+        progress.started = time.perf_counter()
+        self.in_order.append(progress)
+        self.spans_under_way += len(progress.spans)
+        if progress.is_pair:
+            self.begin_pass(progress, "measure")
+        else:
+            progress.blend = Blend(1.0, 0.0, "copy", f"t = {progress.job.t:g}", None)
+            progress.check_finite = progress.job.sources[0].is_float
+            self.begin_pass(progress, "blend")
+
+    def begin_pass(self, progress: TensorProgress, method: str) -> None:
+        progress.unfinished = len(progress.spans)
+        rank = 2 * progress.number + (method == "measure")
+        for number in range(len(progress.spans)):
+            self.team.submit(rank, (method, progress, number))
+        if not progress.spans:
+            self.finish(progress)  # a tensor of no elements
+
+    def receive(self, progress: TensorProgress, number: int, method: str, answer: Any) -> None:
+        progress.unfinished -= 1
+        if method == "measure":
+            progress.sums[number] = answer
+            if not progress.unfinished:
+                self.decide(progress)
+                self.begin_pass(progress, "blend")
+            return
+        progress.non_finite += answer
+        self.spans_under_way -= 1
+        self.observe(BytesMerged(len(progress.spans[number]) * DTYPE_BYTES[progress.job.dtype]))
+        if not progress.unfinished:
+            self.finish(progress)
+
+    def decide(self, progress: TensorProgress) -> None:
+        """The blend of a tensor from the sums over all its spans. fsum is exact, so no order shows in it."""
+        job = progress.job
+        sums, progress.sums = progress.sums, []
+        if not job.sources[0].is_float:
+            reason = "not a real number" if all(part.identical for part in sums) else "differs; the primary's is kept"
+            progress.blend = Blend(1.0, 0.0, "copy", reason, None)
+            return
+        total = [
+            exact_sum(value for part in sums for value in getattr(part, name))
+            for name in ("primary_squared", "secondary_squared", "dot")
+        ]
+        norms = math.sqrt(total[0]), math.sqrt(total[1])
+        if all(part.identical for part in sums):
+            angle = 0.0 if 0 < norms[0] < math.inf else None
+            progress.blend = Blend(1.0, 0.0, "copy", "identical", angle)
+        else:
+            method = "lerp" if job.rule == "lerp" else self.recipe.method
+            progress.blend = slerp_coefficients(
+                total[2], *norms, job.t, method, self.recipe.dot_threshold, self.recipe.epsilon
+            )
+        progress.check_finite = self.could_overflow(job, progress.blend, norms)
+
+    @staticmethod
+    def could_overflow(job: TensorJob, blend: Blend, norms: tuple[float, float]) -> bool:
+        """No value exceeds its tensor's norm, so small norms rule out an overflow without a look at any value."""
+        largest = abs(blend.primary_weight) * norms[0] + abs(blend.secondary_weight) * norms[1]
+        return not largest < torch.finfo(torch_dtype(job.dtype)).max
+
+    def finish(self, progress: TensorProgress) -> None:
+        progress.finished = time.perf_counter()
+        while self.in_order and self.in_order[0].finished:
+            first = self.in_order.popleft()
+            seconds = first.finished - first.started
+            merged = TensorMerged(first.job, first.blend, seconds, first.non_finite)
+            self.done.append(merged)
+            self.observe(merged)
+            first.writer.unfinished -= 1
+            if not first.writer.unfinished:
+                self.child.sync_soon(first.writer.path)
+                self.observe(ShardWritten(first.writer.path.name, first.writer.shard.byte_count))
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Gives torch its own thread count back after the workers set it to one."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def stream_merge(plan: MergePlan, child: StagedChild, observe: Observer) -> MergeResult:
+    """Writes the child's weights into the staging folder, every tensor measured and blended in bounded memory.
+
+    Raises SlerpMergeError where a parent cannot be read or the child cannot be written.
+    """
+    device, reason = choose_device(plan.recipe.device, plan.threads)
+    observe(DeviceChosen(device, reason))
+    with torch_threads_kept():
+        started = time.perf_counter()
+        with WorkerTeam(device, plan.threads) as team:
+            tensors = MergeStream(plan, child, team, observe).run()
+        seconds = time.perf_counter() - started
+    write_index(plan, child.folder)
+    return MergeResult(tensors, seconds, device)
+
+
+def write_index(plan: MergePlan, folder: Path) -> None:
+    """model.safetensors.index.json, where the child has more than one file."""
+    if len(plan.shards) == 1:
+        return
+    index = {
+        "metadata": {
+            "total_parameters": sum(job.element_count for job in plan.jobs),
+            "total_size": plan.child_bytes,
+        },
+        "weight_map": {job.name: shard.file_name for shard in plan.shards for job in shard.jobs},
+    }
+    write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise explain_os_error(error, path, "write") from error
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §8  Companions: tokenizer, config, model card
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> None:
+    """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
+    observe(CompanionCopied(write_child_config(plan, child.folder), "made"))
+    if plan.tokenizer_donor is not None:
+        for name in copy_matching(plan.tokenizer_donor.folder, child.folder, TOKENIZER_FILES):
+            observe(CompanionCopied(name, plan.tokenizer_role))
+    for name in copy_matching(plan.primary.folder, child.folder, COMPANION_FILES):
+        observe(CompanionCopied(name, "primary"))
+    write_text(child.folder / CARD_NAME, model_card(plan, result))
+    observe(CompanionCopied(CARD_NAME, "made"))
+
+
+def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> Iterator[str]:
+    """Copies the files, and whole folders, that match; yields their names. Links are followed, as in a hub's cache."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            try:
+                if path.is_dir():
+                    shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
+                else:
+                    shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                raise explain_os_error(error, path, "copy") from error
+            yield path.name
+
+
+def write_child_config(plan: MergePlan, folder: Path) -> str:
+    """config.json: the primary's, key by key, with the dtype that was asked for. Returns its name."""
+    config = dict(plan.primary.config)
+    if plan.recipe.dtype != "auto":
+        stated = [key for key in DTYPE_KEYS if key in config] or ["torch_dtype"]
+        config.update(dict.fromkeys(stated, plan.recipe.dtype))
+        for key, part in config.items():
+            if isinstance(part, dict):  # a model inside a model states its own
+                config[key] = {k: plan.recipe.dtype if k in DTYPE_KEYS else v for k, v in part.items()}
+    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return "config.json"
+
+
+def model_card(plan: MergePlan, result: MergeResult) -> str:
+    """README.md of the child: front matter that hubs read, and what was done. Names, never local paths."""
+    recipe = plan.recipe
+    front = [
+        "---",
+        "base_model:",
+        *(f"- {json.dumps(parent.name, ensure_ascii=False)}" for parent in (plan.primary, plan.secondary)),
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- slerp",
+        "---",
+    ]
+    title = recipe.save_directory.resolve().name
+    settings = [
+        ("primary (t = 0)", plan.primary.name),
+        ("secondary (t = 1)", plan.secondary.name),
+        ("method", recipe.method),
+        ("t", recipe.schedule.describe()),
+        ("dtype", recipe.dtype if recipe.dtype != "auto" else f"{', '.join(plan.primary.dtypes)} (the primary's)"),
+        ("dot threshold", f"{recipe.dot_threshold:g}"),
+        ("epsilon", f"{recipe.epsilon:g}"),
+        ("tokenizer from", plan.tokenizer_role or "neither"),
+    ]
+    body = [
+        f"# {title}",
+        "",
+        f"A merge of **{plan.primary.name}** and **{plan.secondary.name}** by spherical linear interpolation,",
+        f"made with slerpmerge {__version__}.",
+        "",
+        "## Recipe",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {table_cell(value)} |" for name, value in settings),
+        "",
+        "## What was done",
+        "",
+        *card_table(result),
+        "",
+    ]
+    mended = plan.parity.of_severity("mended")
+    if mended:
+        body += ["## What was mended", "", *(f"- `{m.subject}`: {table_cell(m.consequence)}" for m in mended), ""]
+    return "\n".join(front + [""] + body)
+
+
+def table_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def card_table(result: MergeResult) -> list[str]:
+    """How many tensors were slerped, lerped and copied, why, and the angles between the parents there."""
+    groups: dict[tuple[str, str], list[TensorMerged]] = {}
+    for merged in result.tensors:
+        groups.setdefault((merged.blend.rule, merged.blend.reason), []).append(merged)
+    lines = ["| rule | tensors | parameters | angle between the parents |", "|---|---|---|---|"]
+    for (rule, reason), members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        parameters = sum(merged.job.element_count for merged in members)
+        angles = [merged.blend.angle_degrees for merged in members if merged.blend.angle_degrees is not None]
+        shown = f"{min(angles):.2f}° to {max(angles):.2f}°" if angles else ""
+        name = f"{rule} ({reason})" if reason else rule
+        lines.append(f"| {name} | {len(members)} | {format_count(parameters)} | {shown} |")
+    return lines
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §9  Verified child
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+RECOMPUTED_TENSORS = 4  # recomputed whole, in float64, straight from the parents
+RECOMPUTED_ELEMENTS = 1 << 20  # none larger than this, so that the check stays cheap and flat
+SPOT_CHECKS = 256  # tensors of which a stretch is recomputed
+SPOT_ELEMENTS = 512  # elements of such a stretch
+
+
+def wrong_child(reason: str) -> SlerpMergeError:
+    return SlerpMergeError(
+        f"The child did not pass its own check: {reason}.",
+        "Nothing was saved. Run the merge again; if it fails the same way, the disk or memory may be faulty.",
+    )
+
+
+def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> ChildVerified:
+    """Reads the finished child back and holds it against plan, parents and tokenizer. Cheap; no transformers.
+
+    Raises SlerpMergeError where the child is not what was planned. What only may be wrong is a warning.
+    """
+    verify_headers(plan, child.folder)
+    recomputed, spots = verify_values(plan, child.folder, result)
+    checks = [
+        f"{len(result.tensors)} tensors stand under the primary's names and shapes",
+        f"{recomputed} tensors recomputed whole and {spots} in part from the parents, all equal",
+    ]
+    warnings = [
+        f"{merged.job.name}: {merged.non_finite} values are infinite or not a number"
+        for merged in result.tensors
+        if merged.non_finite
+    ]
+    warnings += [
+        f"{merged.job.name}: the parents' {TORCH_NAMES[merged.job.dtype]} values differ; the primary's are kept"
+        for merged in result.tensors
+        if merged.blend.reason.startswith("differs")
+    ]
+    if not any(merged.non_finite for merged in result.tensors):
+        checks.append("no infinite value and none that is not a number")
+    tokens, warning = compare_tokenizer_with_rows(plan, child.folder)
+    checks += [tokens] if tokens else []
+    warnings += [warning] if warning else []
+    verified = ChildVerified(tuple(checks), tuple(warnings))
+    observe(verified)
+    return verified
+
+
+def verify_headers(plan: MergePlan, folder: Path) -> None:
+    """Every file's header, as written, against the plan; every name and shape against the primary's."""
+    found: dict[str, TensorInfo] = {}
+    for shard in plan.shards:
+        found.update(read_header(folder / shard.file_name))
+        for job in shard.jobs:
+            info = found.get(job.name)
+            if info is None or (info.dtype, info.shape, info.offset) != (job.dtype, job.shape, job.offset):
+                raise wrong_child(f"{shard.file_name} does not hold {job.name} as planned")
+    for name, info in plan.primary.tensors.items():
+        if name not in found or found[name].shape != info.shape:
+            raise wrong_child(f"the primary's tensor {name} is not in it with its shape")
+
+
+def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[int, int]:
+    """Recomputes a sample of the child in float64 from the parents' bytes. Returns (whole tensors, stretches)."""
+    places = {job.name: folder / shard.file_name for shard in plan.shards for job in shard.jobs}
+    reader = TensorReader(handles := FileHandles())
+    blended = [merged for merged in result.tensors if merged.job.element_count and merged.job.sources[0].is_float]
+    small = [m for m in blended if m.blend.rule == "slerp" and m.job.element_count <= RECOMPUTED_ELEMENTS]
+    small.sort(key=lambda merged: -merged.job.element_count)
+    whole = small[:: max(1, len(small) // RECOMPUTED_TENSORS)][:RECOMPUTED_TENSORS]
+    spots = blended[:: max(1, -(-len(blended) // SPOT_CHECKS))]
+    try:
+        for merged in whole:
+            blend = recompute_blend(plan.recipe, merged, reader)
+            verify_stretch(merged, blend, range(merged.job.element_count), places[merged.job.name], reader)
+        for merged in spots:
+            length = min(SPOT_ELEMENTS, merged.job.element_count)
+            start = (merged.job.element_count - length) // 2
+            verify_stretch(merged, merged.blend, range(start, start + length), places[merged.job.name], reader)
+    finally:
+        handles.close()
+    return len(whole), len(spots)
+
+
+def read_stretch(reader: TensorReader, info: TensorInfo, stretch: range) -> torch.Tensor:
+    """Elements of a tensor, flat, in float64."""
+    width = DTYPE_BYTES[info.dtype]
+    data = bytearray(len(stretch) * width)
+    reader.read_into(info, stretch.start * width, memoryview(data))
+    return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).double()
+
+
+def recompute_blend(recipe: MergeRecipe, merged: TensorMerged, reader: TensorReader) -> Blend:
+    """A tensor's weights again, from float64 sums over the whole of both parents."""
+    v0, v1 = (read_stretch(reader, info, range(info.element_count)) for info in merged.job.sources)
+    blend = slerp_coefficients(
+        float(torch.sum(v0 * v1)),
+        float(v0.norm()),
+        float(v1.norm()),
+        merged.job.t,
+        recipe.method,
+        recipe.dot_threshold,
+        recipe.epsilon,
+    )
+    # At the very threshold float32 sums may fall on the other side than float64 ones; both are right.
+    return blend if blend.rule == merged.blend.rule else merged.blend
+
+
+def verify_stretch(merged: TensorMerged, blend: Blend, stretch: range, path: Path, reader: TensorReader) -> None:
+    """Holds a stretch of the child against its parents: equal but for one rounding to the child's dtype."""
+    job = merged.job
+    parts = [read_stretch(reader, info, stretch) for info in job.sources]
+    weights = (blend.primary_weight, blend.secondary_weight)[: len(parts)]
+    terms = [weight * part for weight, part in zip(weights, parts) if weight or blend.rule != "copy"]
+    stored = read_stretch(reader, TensorInfo(job.name, job.dtype, job.shape, path, job.offset, job.byte_count), stretch)
+    limits = torch.finfo(torch_dtype(job.dtype))
+    # Half a unit of the last place for the rounding, and what float32 sums and products may lose before it.
+    allowed = 0.5 * limits.eps * sum(terms).abs() + 2e-6 * sum(term.abs() for term in terms) + limits.smallest_normal
+    expected = sum(terms)
+    off = ((stored - expected).abs() > allowed * 1.01) & torch.isfinite(stored) & torch.isfinite(expected)
+    if bool(off.any()):
+        raise wrong_child(f"{job.name} differs from what its parents make")
+
+
+def embedding_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the vocabulary, as the weights have them: the first dimension that the config's vocab_size names."""
+    size = vocabulary_size(checkpoint.config)
+    shapes = [info.shape for info in checkpoint.tensors.values() if find_layer(info.name) is None]
+    return size if any(shape[:1] == (size,) and len(shape) == 2 for shape in shapes) else None
+
+
+def compare_tokenizer_with_rows(plan: MergePlan, folder: Path) -> tuple[str | None, str | None]:
+    """(what was found right, what may be wrong) of the child's tokenizer beside its embedding."""
+    path, rows = folder / "tokenizer.json", embedding_rows(plan.primary)
+    if not path.is_file() or rows is None:
+        return None, None
+    from tokenizers import Tokenizer
+
+    try:
+        highest = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        return None, f"tokenizer.json cannot be read by the tokenizers library ({error})"
+    if highest >= rows:
+        return None, f"the tokenizer knows the id {highest}, but the embedding has only {rows} rows"
+    return f"every token id (up to {highest}) has its row among {rows}", None
+
+
+def verify_with_transformers(folder: Path) -> tuple[str, ...]:
+    """Loads a child as transformers would and returns what was found right, in words.
+
+    The class that config.json names is built without memory for weights (on the meta device), and its
+    own loading is given stand-ins of the child's names, shapes and dtypes: each one number, spread out.
+    Raises SlerpMergeError where a key is missing, unexpected or of another shape, or the tokenizer fails.
+    """
+    transformers = importlib.import_module("transformers")
+    checkpoint = open_checkpoint(folder)
+    architecture = getattr(transformers, checkpoint.architecture, None)
+    if architecture is None:
+        raise SlerpMergeError(
+            f"transformers {transformers.__version__} has no {checkpoint.architecture}; the child was not loaded.",
+            "It needs code of its own, which is never run here, or a newer transformers.",
+        )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = loading_report(transformers, architecture, checkpoint)
+    faults = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    for kind, names in faults.items():
+        if names:
+            raise SlerpMergeError(
+                f"{checkpoint.architecture} loads the child with {kind.replace('_', ' ')}: {format_names(names)}.",
+                "Load the primary the same way: if it shows the same, the fault is its own.",
+            )
+    checks = [f"{checkpoint.architecture} loads it with no missing, unexpected or mismatched key"]
+    if has_tokenizer(folder):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise SlerpMergeError(
+                f"transformers cannot load the child's tokenizer: {error}",
+                "Load the donor's tokenizer the same way: if it shows the same, the fault is its own.",
+            ) from error
+        checks.append(f"{type(tokenizer).__name__} loads with {len(tokenizer)} tokens")
+    return tuple(checks)
+
+
+def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """transformers' own account of which keys it missed, did not expect, or found of another shape."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    # Older versions build on the meta device only when told so; newer ones do it themselves and refuse to be told.
+    for context in (torch.device("meta"), contextlib.nullcontext()):
+        stand_ins = {
+            info.name: torch.zeros((), dtype=torch_dtype(info.dtype), device="cpu").expand(info.shape)
+            for info in checkpoint.tensors.values()
+        }
+        try:
+            with context:
+                _, report = architecture.from_pretrained(
+                    None, config=config, state_dict=stand_ins, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+            return report
+        except RuntimeError:
+            if isinstance(context, contextlib.nullcontext):
+                raise
+    raise AssertionError("unreachable: the last context returns or raises")
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §10  The story
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
+    """Looks at both parents and decides everything. Reads headers only, writes nothing.
+
+    Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
+    """
+    check_recipe(recipe)
+    primary = open_checkpoint(recipe.primary)
+    observe(ParentOpened("primary", primary))
+    secondary = open_checkpoint(recipe.secondary)
+    observe(ParentOpened("secondary", secondary))
+    parity = check_parity(primary, secondary, recipe.dtype)
+    observe(ParityChecked(parity))
+    parity.raise_if_blocking()
+    plan = plan_merge(recipe, primary, secondary, parity)
+    observe(PlanReady(plan))
+    return plan
+
+
+def execute_merge(plan: MergePlan, observe: Observer) -> MergeReport:
+    """Makes the planned child. It appears under its name whole and checked, or not at all.
+
+    Raises SlerpMergeError where the world does not let it; parents and save directory are then as before.
+    """
+    started = time.perf_counter()
+    with StagedChild(plan) as child:
+        result = stream_merge(plan, child, observe)
+        copy_companions(plan, child, result, observe)
+        verified = verify_child(plan, child, result, observe)
+        sync_seconds = child.sync()
+    total_seconds = time.perf_counter() - started
+    return MergeReport(child.target, plan, result, verified.checks, verified.warnings, sync_seconds, total_seconds)
+
+
+# ── §10b  Demo parents: two tiny real models, made on the spot ──────────────────────────────────
+
+DEMO_TOPICS = {
+    "demo-sailor": "the sea is wide and the {} sails over the {} waves until the {} wind sleeps . ",
+    "demo-gardener": "the garden is warm and the {} grows under the {} leaves until the {} rain falls . ",
+}
+DEMO_WORDS = ("small", "old", "quiet", "green", "bright", "slow", "happy", "silver")
+DEMO_PROMPT = "the"
+
+
+def demo_text(topic: str, lines: int, seed: int) -> str:
+    """Sentences on one topic, the same for the same seed."""
+    import random
+
+    chooser = random.Random(seed)
+    return "".join(DEMO_TOPICS[topic].format(*chooser.choices(DEMO_WORDS, k=3)) for _ in range(lines))
+
+
+def make_demo_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 384 entries, trained on the demo's own sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([demo_text(topic, 50, 0) for topic in DEMO_TOPICS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def teach_demo_model(model: Any, tokens: torch.Tensor, steps: int, seed: int) -> None:
+    """A few steps of AdamW on windows of 32 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    model.train()
+    for _ in range(steps):
+        starts = torch.randint(0, len(tokens) - 33, (16,), generator=generator)
+        batch = torch.stack([tokens[start : start + 32] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_demo_parents(folder: Path) -> tuple[Path, Path]:
+    """Trains a tiny Llama on two topics, then one copy of it on each. Returns their folders. Some seconds."""
+    import copy
+
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+
+    logging.disable_progress_bar()
+    tokenizer = make_demo_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    base = LlamaForCausalLM(config)
+    texts = {topic: torch.tensor(tokenizer(demo_text(topic, 120, 1))["input_ids"]) for topic in DEMO_TOPICS}
+    teach_demo_model(base, torch.cat(list(texts.values())), steps=50, seed=2)
+    folders = []
+    for topic, tokens in texts.items():
+        parent = copy.deepcopy(base)
+        teach_demo_model(parent, tokens, steps=25, seed=3)
+        parent.to(torch.bfloat16).save_pretrained(folder / topic)
+        tokenizer.save_pretrained(folder / topic)
+        folders.append(folder / topic)
+    return folders[0], folders[1]
+
+
+def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
+    """What the model of a folder says after `prompt`, greedily, on the processor."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §11  View: events become a picture (rich)
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+NARROW_COLUMNS = 80  # below this, tables become stacked lines
+REFRESHES_PER_SECOND = 8
+PLAIN_STEP_PERCENT = 10  # how often a line is printed where there is no terminal
+MARKS = {"blocking": ("✗", "x", "red"), "mended": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
+MOST_NOTICES = 12
+
+
+def printable(text: str) -> str:
+    """Text from a stranger's file without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def is_unicode(console: Console) -> bool:
+    return (console.encoding or "").lower().replace("-", "").startswith("utf")
+
+
+def mark_of(console: Console, severity: str) -> Text:
+    from rich.text import Text
+
+    fancy, plain, colour = MARKS[severity]
+    return Text(fancy if is_unicode(console) else plain, style=f"bold {colour}")
+
+
+def panel(console: Console, content: RenderableType, title: str) -> RenderableType:
+    """A titled frame; plain ASCII where the terminal cannot show more."""
+    from rich import box
+    from rich.panel import Panel
+
+    frame = box.ROUNDED if is_unicode(console) else box.ASCII
+    return Panel(content, title=title, title_align="left", box=frame, border_style="cyan", padding=(0, 1))
+
+
+def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Two columns: what, and its value."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(printable(value)))
+    return table
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
+    dtypes = ", ".join(checkpoint.dtypes[:3])
+    size = f"{format_count(checkpoint.parameter_count)} parameters, {format_bytes(checkpoint.byte_count)}"
+    return f"{checkpoint.name}: {checkpoint.architecture}, {size}, {dtypes}"
+
+
+def render_parity(console: Console, report: ParityReport) -> RenderableType:
+    """Every mismatch with its mark, both values, and what is done about it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not report.mismatches:
+        return panel(console, Text("The parents match in every respect that was checked."), "Parity")
+    shown = [m for m in report.mismatches if m.severity != "notice"]
+    notices = report.of_severity("notice")
+    shown += notices[:MOST_NOTICES]
+    if console.width < NARROW_COLUMNS:
+        content: RenderableType = stacked_mismatches(console, shown)
+    else:
+        content = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
+        content.add_column("", width=1)
+        for heading, ratio in (("what", 3), ("primary", 2), ("secondary", 2), ("what follows", 5)):
+            content.add_column(heading, ratio=ratio, overflow="fold")
+        for m in shown:
+            cells = (Text(printable(value)) for value in (m.subject, m.primary, m.secondary, m.consequence))
+            content.add_row(mark_of(console, m.severity), *cells)
+    title = f"Parity: {len(report.of_severity('mended'))} mended, {len(notices)} to know"
+    blocking = len(report.of_severity("blocking"))
+    return panel(console, content, f"Parity: {blocking} blocking" if blocking else title)
+
+
+def stacked_mismatches(console: Console, mismatches: Iterable[Mismatch]) -> RenderableType:
+    from rich.console import Group
+    from rich.text import Text
+
+    lines: list[RenderableType] = []
+    for m in mismatches:
+        lines.append(Text.assemble(mark_of(console, m.severity), " ", (printable(m.subject), "bold")))
+        lines.append(Text(f"  {printable(m.primary)} | {printable(m.secondary)}"))
+        lines.append(Text(f"  {printable(m.consequence)}", style="dim"))
+    return Group(*lines)
+
+
+def describe_rules(plan: MergePlan) -> str:
+    parts = [f"{plan.count(rule)} to {rule}" for rule in ("slerp", "lerp", "copy") if plan.count(rule)]
+    return f"{sum(1 for _ in plan.jobs)} ({', '.join(parts)})"
+
+
+def render_plan(console: Console, plan: MergePlan) -> RenderableType:
+    """What will be made, from what, and what it will cost."""
+    recipe = plan.recipe
+    shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    donor = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
+    facts = [
+        ("primary", describe_checkpoint(plan.primary)),
+        ("secondary", describe_checkpoint(plan.secondary)),
+        ("child", str(recipe.save_directory)),
+        ("blend", f"{recipe.method}, {recipe.schedule.describe()}"),
+        ("tensors", describe_rules(plan)),
+        ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
+        ("tokenizer", donor + plan.tokenizer_reason),
+        ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
+        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
+        ("time", f"about {format_seconds(plan.expected_seconds)} (reads {format_bytes(plan.read_bytes_per_second)}/s)"),
+    ]
+    return panel(console, fact_table(facts), "Plan")
+
+
+def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
+    """The plan as `--dry-run --json` prints it."""
+    return {
+        "child": str(plan.recipe.save_directory),
+        "tensors": sum(1 for _ in plan.jobs),
+        **{f"to_{rule}": plan.count(rule) for rule in ("slerp", "lerp", "copy")},
+        "files": [shard.file_name for shard in plan.shards],
+        "bytes": plan.child_bytes,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "disk_needed_bytes": plan.disk_needed_bytes,
+        "disk_free_bytes": plan.disk_free_bytes,
+        "expected_seconds": plan.expected_seconds,
+        "tokenizer_from": plan.tokenizer_role,
+        "mended": [dataclasses.asdict(m) for m in plan.parity.of_severity("mended")],
+        "notices": [dataclasses.asdict(m) for m in plan.parity.of_severity("notice")],
+    }
+
+
+def describe_outcome(report: MergeReport) -> str:
+    result = report.result
+    reasons: dict[str, int] = {}
+    for merged in result.tensors:
+        if merged.blend.rule == "lerp" and merged.blend.reason:
+            reasons[merged.blend.reason] = reasons.get(merged.blend.reason, 0) + 1
+    why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+    counts = ", ".join(f"{result.count(r)} {r}ed" for r in ("slerp", "lerp") if result.count(r))
+    copied = f"{result.count('copy')} copied" if result.count("copy") else ""
+    return ", ".join(part for part in (counts, copied) if part) + (f" (of the lerped: {why})" if why else "")
+
+
+def render_report(console: Console, report: MergeReport) -> RenderableType:
+    """The closing summary: what stands where, how fast it was, what to know, what to do next."""
+    from rich.console import Group
+    from rich.text import Text
+
+    plan, result = report.plan, report.result
+    parameters = format_count(sum(job.element_count for job in plan.jobs))
+    speed = format_bytes(plan.child_bytes / max(result.seconds, 1e-9))
+    merging = f"{format_seconds(result.seconds)} to merge ({speed}/s)"
+    facts = [
+        ("child", str(report.child)),
+        ("size", f"{parameters} parameters, {format_bytes(plan.child_bytes)}"),
+        ("tensors", describe_outcome(report)),
+        ("time", f"{merging}, {format_seconds(report.total_seconds)} in all"),
+        ("tokenizer", f"from the {plan.tokenizer_role}" if plan.tokenizer_role else "none"),
+    ]
+    lines: list[RenderableType] = [fact_table(facts), Text()]
+    lines += [Text.assemble(mark_of(console, "mended"), " ", printable(check)) for check in report.checks]
+    lines += [Text.assemble(mark_of(console, "notice"), " ", printable(warning)) for warning in report.warnings]
+    return panel(console, Group(*lines), "Done")
+
+
+def next_commands(child: Path) -> list[str]:
+    """Commands to try the child with, ready to paste."""
+    speak = f"pipeline('text-generation', {str(child)!r})('Once upon a time', max_new_tokens=40)"
+    code = f"from transformers import pipeline; print({speak}[0]['generated_text'])"
+    return [f"python -c {shlex.quote(code) if os.name != 'nt' else json.dumps(code)}"]
+
+
+def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
+    """Cause, then remedy. Comes last on the screen."""
+    from rich.text import Text
+
+    arrow = "→" if is_unicode(console) else "->"
+    return Text.assemble(
+        mark_of(console, "blocking"), " ", printable(error.message), "\n", (f"{arrow} ", "bold"), printable(error.hint)
+    )
+
+
+class MergeView:
+    """Turns events into a live picture on a terminal, and into plain lines elsewhere."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self.live: Any = None
+        self.progress: Any = None
+        self.task: Any = None
+        self.total_bytes = 0
+        self.merged_bytes = 0
+        self.next_percent = PLAIN_STEP_PERCENT
+        self.line = ""
+
+    def __enter__(self) -> MergeView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def observe(self, event: Event) -> None:
+        """Takes any event; those that mean nothing to the eye are let pass."""
+        if self.quiet:
+            return
+        if isinstance(event, PlanReady):
+            self.total_bytes = event.plan.child_bytes
+        elif isinstance(event, DeviceChosen):
+            self.start(event)
+        elif isinstance(event, BytesMerged):
+            self.advance(event.byte_count)
+        elif isinstance(event, TensorMerged):
+            self.line = describe_tensor(event)
+        elif isinstance(event, ChildVerified):
+            self.stop()
+
+    def start(self, event: DeviceChosen) -> None:
+        self.console.print(f"Merging on {event.device}: {event.reason}.", style="dim", highlight=False, markup=False)
+        if not self.console.is_terminal:
+            return
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+        )
+        self.task = self.progress.add_task("", total=self.total_bytes, speed="")
+        self.live = Live(
+            console=self.console, get_renderable=self.render, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+        )
+        self.live.start()
+
+    def advance(self, byte_count: int) -> None:
+        self.merged_bytes += byte_count
+        if self.progress is not None:
+            self.progress.update(self.task, completed=self.merged_bytes)
+            return
+        percent = 100 * self.merged_bytes // max(self.total_bytes, 1)
+        if percent >= self.next_percent:
+            self.next_percent = percent - percent % PLAIN_STEP_PERCENT + PLAIN_STEP_PERCENT
+            text = f"{percent:3d} %  {format_bytes(self.merged_bytes)} of {format_bytes(self.total_bytes)}"
+            self.console.print(text, highlight=False, markup=False)
+
+    def render(self) -> RenderableType:
+        """The live picture: a bar over all bytes, and the tensor at hand."""
+        from rich.console import Group
+        from rich.text import Text
+
+        speed = self.progress.tasks[0].speed
+        self.progress.update(self.task, speed=f"{format_bytes(speed)}/s" if speed else "")
+        return Group(self.progress.get_renderable(), Text(self.line, style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+
+def describe_tensor(event: TensorMerged) -> str:
+    """One line for the tensor at hand: its name, rule and angle."""
+    blend = event.blend
+    angle = f", {blend.angle_degrees:.2f}°" if blend.angle_degrees is not None else ""
+    reason = f" ({blend.reason})" if blend.reason else ""
+    return f"{printable(event.job.name)}  {blend.rule}{reason}{angle}"
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §12  Wizard (questionary)
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+BLENDS = (
+    ("even", 0.5, "both parents alike"),
+    ("lean to primary", 0.3, "more of the primary"),
+    ("lean to secondary", 0.7, "more of the secondary"),
+)
+BLEND_HELP = "0 is the primary alone, 1 the secondary alone, 0.5 the middle of the arc between them"
+
+
+def clean_path(text: str) -> Path:
+    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    elif os.name != "nt":
+        text = text.replace("\\ ", " ")  # as a terminal pastes a dropped folder
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def parse_number(text: str) -> float:
+    """A number from 0 to 1. Raises SlerpMergeError, in words for the prompt."""
+    try:
+        t = float(text)
+    except ValueError:
+        t = math.nan
+    if not 0 <= t <= 1:
+        raise SlerpMergeError(f"{text!r} is not a number from 0 to 1.", f"{BLEND_HELP}.")
+    return t
+
+
+def parse_t(text: str) -> Schedule:
+    """`--t`: one number, or a comma list that runs as a gradient over the layers."""
+    return Schedule((ScheduleRule(tuple(parse_number(part.strip()) for part in text.split(","))),))
+
+
+def parse_blend(text: str) -> Schedule:
+    """An answer to `Blend`: a blend's name, its beginning, or a number."""
+    wanted = " ".join(text.lower().split())
+    for name, t, _ in BLENDS:
+        if wanted and name.startswith(wanted) and wanted != "lean" and wanted != "lean to":
+            return Schedule.constant(t)
+    return parse_t(text)
+
+
+def answer_check(check: Callable[[str], object]) -> Callable[[str], bool | str]:
+    """A validator for a prompt from a function that raises: the answer stays, its reason is shown below."""
+
+    def validate(text: str) -> bool | str:
+        try:
+            check(text)
+        except SlerpMergeError as error:
+            return printable(f"{error.message} {error.hint}")
+        return True
+
+    return validate
+
+
+def proposed_save_directory(primary: Path, secondary: Path) -> Path:
+    """A readable name under the current folder that is not taken yet."""
+    names = [re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "model" for folder in (primary, secondary)]
+    first = Path(f"{names[0]}-{names[1]}-slerp")
+    numbered = (Path(f"{first}-{number}") for number in range(2, 1000))
+    return next(path for path in (first, *numbered) if not path.exists())
+
+
+class Wizard:
+    """Asks what no flag has answered. Merges nothing."""
+
+    def __init__(self, console: Console, on_first_prompt: Callable[[], object]) -> None:
+        self.console = console
+        self.on_first_prompt = on_first_prompt
+        self.asked = False
+
+    def ask(self, question: Any) -> Any:
+        """The answer. Raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D."""
+        if not self.asked:
+            self.asked = True
+            # Libraries load behind the first prompt's back, once it stands on the screen.
+            once = iter([self.on_first_prompt])
+            question.application.after_render += lambda _: next(once, lambda: None)()
+        return question.unsafe_ask()
+
+    def ask_folder(self, message: str, check: Callable[[Path], object], default: Path | None = None) -> Path:
+        import questionary
+
+        def parse(text: str) -> Path:
+            if not text.strip() and default is None:
+                raise SlerpMergeError("A folder is needed.", "Type or paste its path; Tab completes it.")
+            return clean_path(text) if text.strip() else default
+
+        question = questionary.path(
+            message,
+            only_directories=True,
+            validate=answer_check(lambda text: check(parse(text))),
+            validate_while_typing=False,
+            qmark="?",
+            instruction=f"({default}) " if default is not None else None,
+        )
+        return parse(self.ask(question))
+
+    def ask_blend(self) -> Schedule:
+        import questionary
+        from prompt_toolkit.completion import WordCompleter
+
+        for name, t, meaning in BLENDS:
+            self.console.print(f"    {name:<18} {t:g}   {meaning}", style="dim", highlight=False, markup=False)
+        self.console.print("    or any number       0 to 1", style="dim", highlight=False, markup=False)
+        completer: Completer = WordCompleter([name for name, _, _ in BLENDS], sentence=True, ignore_case=True)
+        question = questionary.text(
+            "Blend",
+            validate=answer_check(lambda text: parse_blend(text or "even")),
+            validate_while_typing=False,
+            completer=completer,
+            complete_while_typing=False,
+            instruction="(even) ",
+        )
+        return parse_blend(self.ask(question) or "even")
+
+    def confirm(self, message: str, default: bool) -> bool:
+        import questionary
+
+        return bool(self.ask(questionary.confirm(message, default=default, auto_enter=False)))
+
+
+def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
+    """The recipe: fields of MergeRecipe that `preset` gives, and the person's answers for the rest."""
+    answers = dict(preset)
+    if "primary" not in answers:
+        answers["primary"] = wizard.ask_folder("Primary model", open_checkpoint)
+    if "secondary" not in answers:
+        answers["secondary"] = wizard.ask_folder("Secondary model", open_checkpoint)
+    parents = answers["primary"], answers["secondary"]
+    if "save_directory" not in answers:
+        answers["save_directory"] = wizard.ask_folder(
+            "Save directory",
+            lambda folder: check_save_directory(folder, parents, answers.get("overwrite", False)),
+            proposed_save_directory(*parents),
+        )
+    if "schedule" not in answers:
+        answers["schedule"] = wizard.ask_blend()
+    return MergeRecipe(**answers)
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §13  Command line
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` or plain bytes. Raises SlerpMergeError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise SlerpMergeError(f"{text!r} is not a size.", "Write it like 5GB, 500MB or 2GiB.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Lets argparse show a SlerpMergeError of a value's parser as wrong usage of its flag."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except SlerpMergeError as error:
+            raise argparse.ArgumentTypeError(f"{error.message} {error.hint}") from error
+
+    return convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="slerpmerge.py",
+        description="Merge two language-model checkpoints by spherical linear interpolation (SLERP). "
+        "What no flag gives is asked for.",
+        epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
+    )
+    add = parser.add_argument
+    folder = usage_type(clean_path)
+    add("--primary", type=folder, metavar="FOLDER", help="the primary model (t = 0)")
+    add("--secondary", type=folder, metavar="FOLDER", help="the secondary model (t = 1)")
+    add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
+    add("--t", dest="schedule", type=usage_type(parse_t), metavar="T",
+        help="0 to 1, or a comma list: a gradient over the layers (default 0.5)")  # fmt: skip
+    add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
+    add("--dot-threshold", type=float, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
+    add("--epsilon", type=float, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
+    add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
+    add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
+    add("--tokenizer", choices=("auto", "primary", "secondary"), help="whose tokenizer the child gets")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where the arithmetic runs (default auto)")
+    add("--threads", type=int, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
+    add("--dry-run", action="store_true", help="check and plan, write nothing")
+    add("--yes", action="store_true", help="take every default and start without asking")
+    add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
+    add("--verify", choices=("quick", "full"), help="full: also load the child with transformers")
+    add("--json", action="store_true", help="print the report as one JSON object, alone on stdout")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    add("--demo", action="store_true", help="make two tiny models, merge them and let the child speak")
+    add("--version", action="version", version=f"slerpmerge {__version__}")
+    return parser
+
+
+RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))
+ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "schedule": "--t"}
+
+
+class CommandLine:
+    """One run: flags and answers in, a child or one clear message out."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from rich.console import Console
+
+        self.arguments = arguments
+        # With --json the report alone goes to stdout; what people read goes beside it.
+        self.console = Console(stderr=arguments.json, highlight=False)
+        self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
+        self.view = MergeView(self.console, quiet=arguments.quiet or arguments.json)
+        self.wrote = "Nothing was written."
+
+    def show(self, picture: RenderableType) -> None:
+        if not (self.arguments.quiet or self.arguments.json):
+            self.console.print(picture)
+
+    def run(self) -> int:
+        if self.arguments.demo:
+            return self.run_demo()
+        preset = {name: value for name in RECIPE_FIELDS if (value := getattr(self.arguments, name, None)) is not None}
+        missing = self.missing_flags(preset)
+        if missing:
+            text = f"slerpmerge: no terminal to ask at; give {', '.join(missing)}"
+            print(text + " (--yes takes every default that is left)." * ("--yes" in missing), file=sys.stderr)
+            return EXIT_USAGE
+        wizard = Wizard(self.console, load_in_background)
+        if self.interactive and any(name not in preset for name in ("primary", "secondary", "save_directory")):
+            self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
+        recipe = ask_recipe(self.with_defaults(preset), wizard)
+        return self.merge(recipe, wizard)
+
+    def missing_flags(self, preset: Mapping[str, Any]) -> list[str]:
+        """Flags for the answers that nobody is there to give."""
+        if self.interactive:
+            return []
+        missing = [flag for name, flag in ANSWER_FLAGS.items() if name not in preset]
+        settled = self.arguments.yes or self.arguments.dry_run
+        if settled and "--t" in missing:
+            missing.remove("--t")
+        return missing if settled else [*missing, "--yes"]
+
+    def with_defaults(self, preset: dict[str, Any]) -> dict[str, Any]:
+        """What --yes and --dry-run take without asking."""
+        settled = self.arguments.yes or (self.arguments.dry_run and not self.interactive)
+        return {"schedule": Schedule.constant(0.5), **preset} if settled else preset
+
+    def merge(self, recipe: MergeRecipe, wizard: Wizard) -> int:
+        plan = prepare_merge(recipe, self.observe)
+        if self.arguments.dry_run:
+            if self.arguments.json:
+                print(json.dumps(plan_as_dict(plan), ensure_ascii=False))
+            return EXIT_DONE
+        if not self.arguments.yes and not wizard.confirm("Start the merge?", default=True):
+            self.show("Nothing was written.")
+            return EXIT_DONE
+        self.wrote = "The unfinished child was removed; both parents are as they were."
+        started = time.perf_counter()
+        with self.view:
+            report = execute_merge(plan, self.observe)
+        report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
+        self.wrote = f"The child stands in {report.child}."
+        self.show(render_report(self.console, report))
+        report = self.verify_fully(report, wizard)
+        if self.arguments.json:
+            print(json.dumps(report.as_dict(), ensure_ascii=False))
+        elif not self.arguments.quiet:
+            self.console.print("Try it:", style="bold")
+            for command in next_commands(report.child):
+                self.console.print(command, soft_wrap=True, markup=False)
+        return EXIT_DONE
+
+    def observe(self, event: Event) -> None:
+        if isinstance(event, ParityChecked) and event.report.mismatches and not event.report.of_severity("blocking"):
+            self.show(render_parity(self.console, event.report))
+        if isinstance(event, PlanReady):
+            self.show(render_plan(self.console, event.plan))
+        self.view.observe(event)
+
+    def verify_fully(self, report: MergeReport, wizard: Wizard) -> MergeReport:
+        """--verify full, or the wizard's offer of it."""
+        wanted = self.arguments.verify == "full"
+        if self.arguments.verify is None and self.interactive and not self.arguments.yes:
+            wanted = wizard.confirm("Load the child with transformers, to be sure?", default=True)
+        if not wanted:
+            return report
+        checks = verify_with_transformers(report.child)
+        for check in checks:
+            self.show(f"{mark_of(self.console, 'mended')} {check}")
+        return dataclasses.replace(report, checks=report.checks + checks)
+
+    def run_demo(self) -> int:
+        folder = self.arguments.save_directory or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
+        check_save_directory(folder / "demo-child", (), overwrite=True)
+        self.show("Teaching two tiny models, one to sail and one to garden (some seconds) ...")
+        primary, secondary = make_demo_parents(folder)
+        recipe = MergeRecipe(primary, secondary, folder / "demo-child", overwrite=True)
+        self.arguments.yes = True
+        self.arguments.verify = "full"
+        status = self.merge(recipe, Wizard(self.console, load_in_background))
+        for name in (primary, secondary, recipe.save_directory):
+            self.show(f"[bold]{name.name}[/]: {generate_text(name, DEMO_PROMPT)}")
+        return status
+
+
+def load_in_background() -> None:
+    """Starts to load torch while the person types; the first merge then need not wait for it."""
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status. Every fault of the world ends here, in one message."""
+    import colorama
+
+    colorama.just_fix_windows_console()
+    arguments = build_parser().parse_args(argv)
+    command_line = CommandLine(arguments)
+    try:
+        return command_line.run()
+    except SlerpMergeError as error:
+        fault = error
+    except (KeyboardInterrupt, EOFError):
+        print(f"\nStopped. {command_line.wrote}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (OSError, MemoryError) as error:
+        fault = SlerpMergeError(f"The system refused: {error or 'out of memory'}.", command_line.wrote)
+    from rich.console import Console
+
+    errors = Console(stderr=True, highlight=False)
+    errors.print(render_error(errors, fault), soft_wrap=True)
+    return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Checkpoints for tests: from safetensors and JSON for speed, from transformers where the real thing counts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 16, 24, 48, 2
+
+LLAMA_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def llama_tensors(
+    seed: int, dtype: torch.dtype = torch.bfloat16, scale: float = 0.1, layers: int = LAYERS
+) -> dict[str, torch.Tensor]:
+    """Random weights under a Llama's names. Different seeds stand nearly at right angles."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors[prefix + "self_attn.q_proj.weight"] = weight(HIDDEN, HIDDEN)
+        tensors[prefix + "self_attn.k_proj.weight"] = weight(HIDDEN // 2, HIDDEN)
+        tensors[prefix + "self_attn.v_proj.weight"] = weight(HIDDEN // 2, HIDDEN)
+        tensors[prefix + "self_attn.o_proj.weight"] = weight(HIDDEN, HIDDEN)
+        tensors[prefix + "mlp.gate_proj.weight"] = weight(INTERMEDIATE, HIDDEN)
+        tensors[prefix + "mlp.up_proj.weight"] = weight(INTERMEDIATE, HIDDEN)
+        tensors[prefix + "mlp.down_proj.weight"] = weight(HIDDEN, INTERMEDIATE)
+        tensors[prefix + "input_layernorm.weight"] = weight(HIDDEN)
+        tensors[prefix + "post_attention_layernorm.weight"] = weight(HIDDEN)
+    tensors["model.norm.weight"] = weight(HIDDEN)
+    tensors["lm_head.weight"] = weight(VOCABULARY, HIDDEN)
+    return tensors
+
+
+def make_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] = LLAMA_CONFIG,
+    storage: str = "safetensors",
+    shards: int = 1,
+) -> Path:
+    """A model folder: config.json and weights as "safetensors", "bin" (zip) or "legacy-bin"; returns it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ending, stem = ("safetensors", "model") if storage == "safetensors" else ("bin", "pytorch_model")
+    names = list(tensors)
+    groups = [names[start::shards] for start in range(shards)]
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        file = f"{stem}.{ending}" if shards == 1 else f"{stem}-{number:05d}-of-{shards:05d}.{ending}"
+        part = {name: tensors[name].contiguous() for name in group}
+        weight_map.update(dict.fromkeys(group, file))
+        if storage == "safetensors":
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file, _use_new_zipfile_serialization=storage == "bin")
+    if shards > 1:
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def make_pair(folder: Path, dtype: torch.dtype = torch.bfloat16, **how: Any) -> tuple[Path, Path]:
+    """Two unrelated tiny Llamas, `primary` and `secondary`, below a folder."""
+    return (
+        make_checkpoint(folder / "primary", llama_tensors(1, dtype), **how),
+        make_checkpoint(folder / "secondary", llama_tensors(2, dtype), **how),
+    )
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors model folder."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def reference_slerp(
+    v0: torch.Tensor, v1: torch.Tensor, t: float, method: str = "slerp", threshold: float = 0.9995
+) -> torch.Tensor:
+    """SLERP in float64, written from the formula and sharing no code with the program."""
+    import numpy as np
+
+    a, b = (v.detach().to(torch.float64).flatten().numpy() for v in (v0, v1))
+    norm_a, norm_b = np.linalg.norm(a), np.linalg.norm(b)
+    if method == "lerp" or v0.ndim == 0 or min(norm_a, norm_b) <= 1e-8:
+        return torch.from_numpy((1 - t) * a + t * b).reshape(v0.shape)
+    unit_a, unit_b = a / norm_a, b / norm_b
+    cosine = float(np.clip(unit_a @ unit_b, -1, 1))
+    if abs(cosine) > threshold:
+        return torch.from_numpy((1 - t) * a + t * b).reshape(v0.shape)
+    theta = np.arccos(cosine)
+    s0, s1 = np.sin((1 - t) * theta) / np.sin(theta), np.sin(t * theta) / np.sin(theta)
+    if method == "slerp-norm":
+        result = (s0 * unit_a + s1 * unit_b) * ((1 - t) * norm_a + t * norm_b)
+    else:
+        result = s0 * a + s1 * b
+    return torch.from_numpy(result).reshape(v0.shape)
+
+
+def units_of_last_place(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest distance of `found` from a float64 `exact`, in units of the last place of found's dtype."""
+    limits = torch.finfo(found.dtype)
+    size = exact.abs().clamp_min(limits.smallest_normal)
+    unit = torch.exp2(torch.floor(torch.log2(size))) * limits.eps
+    return float(((found.double() - exact).abs() / unit).max()) if found.numel() else 0.0
+
+
+def add_tokenizer(folder: Path, size: int = VOCABULARY, special_tokens_map: bool = False) -> None:
+    """A real tokenizer of `size` single-character tokens, saved by the tokenizers library."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {chr(0x4E00 + number): number for number in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=chr(0x4E00)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": chr(0x4E00)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if special_tokens_map:
+        mapping = {"unk_token": chr(0x4E00)}
+        (folder / "special_tokens_map.json").write_text(json.dumps(mapping), encoding="utf-8")
+
+
+def make_real_model(folder: Path, seed: int, **changes: Any) -> Path:
+    """A tiny Llama made and saved by transformers, with a tokenizer; returns its folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {key: value for key, value in LLAMA_CONFIG.items() if key not in ("architectures", "model_type")}
+    settings.pop("rope_theta")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON file; a value of ... removes the key."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for key, value in changes.items():
+        content.pop(key, None) if value is ... else content.update({key: value})
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def copy_model(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target

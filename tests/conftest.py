@@ -1,0 +1,42 @@
+"""What every test gets: the parents it made are hashed before and after, so that none is ever written to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every file below a folder with the hash of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+class Parents:
+    """Folders that must come out of a test as they went in."""
+
+    def __init__(self) -> None:
+        self.prints: dict[Path, dict[str, str]] = {}
+
+    def watch(self, *folders: Path) -> None:
+        for folder in folders:
+            self.prints[folder] = fingerprint(folder)
+
+
+@pytest.fixture
+def parents() -> Parents:
+    """`parents.watch(folder, ...)`: these are compared, file by file, when the test is over."""
+    watched = Parents()
+    yield watched
+    for folder, before in watched.prints.items():
+        assert fingerprint(folder) == before, f"{folder} was written to"
