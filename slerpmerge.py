@@ -69,6 +69,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -213,7 +214,9 @@ def format_count(count: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration as people say it: 0.8 s, 42 s, 3 min 05 s."""
+    """A duration as people say it: under 0.1 s, 0.8 s, 42 s, 3 min 05 s."""
+    if seconds < 0.1:
+        return "under 0.1 s"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 100:
@@ -2714,7 +2717,7 @@ def verify_with_transformers(folder: Path) -> tuple[str, ...]:
                 f"transformers cannot load the child's tokenizer: {error}",
                 "Load the donor's tokenizer the same way: if it shows the same, the fault is its own.",
             ) from error
-        checks.append(f"{type(tokenizer).__name__} loads with {len(tokenizer)} tokens")
+        checks.append(f"its tokenizer loads with {len(tokenizer)} tokens")
     return tuple(checks)
 
 
@@ -2728,7 +2731,8 @@ def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint)
             for info in checkpoint.tensors.values()
         }
         try:
-            with context:
+            with context, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that weights on the meta device hold nothing is the point
                 _, report = architecture.from_pretrained(
                     None, config=config, state_dict=stand_ins, output_loading_info=True, ignore_mismatched_sizes=True
                 )
@@ -2974,6 +2978,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
     """What will be made, from what, and what it will cost."""
     recipe = plan.recipe
     shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    speed = format_bytes(plan.read_bytes_per_second)
     donor = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
     facts = [
         ("primary", describe_checkpoint(plan.primary)),
@@ -2985,7 +2990,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("tokenizer", donor + plan.tokenizer_reason),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
         ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
-        ("time", f"about {format_seconds(plan.expected_seconds)} (reads {format_bytes(plan.read_bytes_per_second)}/s)"),
+        ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
     return panel(console, fact_table(facts), "Plan")
 
@@ -3042,11 +3047,16 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
     return panel(console, Group(*lines), "Done")
 
 
-def next_commands(child: Path) -> list[str]:
+def next_commands(report: MergeReport) -> list[str]:
     """Commands to try the child with, ready to paste."""
-    speak = f"pipeline('text-generation', {str(child)!r})('Once upon a time', max_new_tokens=40)"
-    code = f"from transformers import pipeline; print({speak}[0]['generated_text'])"
-    return [f"python -c {shlex.quote(code) if os.name != 'nt' else json.dumps(code)}"]
+    child = repr(str(report.child))
+    if report.plan.tokenizer_role and report.plan.primary.architecture.endswith("ForCausalLM"):
+        speak = f"pipeline('text-generation', {child})('Once upon a time', max_new_tokens=40)"
+        code = f"from transformers import pipeline; print({speak}[0]['generated_text'])"
+    else:
+        code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({child}))"
+    plain = not set('"$`!%\\') & set(code)  # double quotes are understood everywhere, but keep these special
+    return [f'python -c "{code}"' if plain or os.name == "nt" else f"python -c {shlex.quote(code)}"]
 
 
 def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
@@ -3236,19 +3246,20 @@ class Wizard:
 
     def ask_folder(self, message: str, check: Callable[[Path], object], default: Path | None = None) -> Path:
         import questionary
+        from questionary.prompts.path import GreatUXPathCompleter
 
         def parse(text: str) -> Path:
             if not text.strip() and default is None:
                 raise SlerpMergeError("A folder is needed.", "Type or paste its path; Tab completes it.")
             return clean_path(text) if text.strip() else default
 
-        question = questionary.path(
+        question = questionary.text(
             message,
-            only_directories=True,
+            completer=GreatUXPathCompleter(only_directories=True, expanduser=True),
+            complete_while_typing=False,
             validate=answer_check(lambda text: check(parse(text))),
             validate_while_typing=False,
-            qmark="?",
-            instruction=f"({default}) " if default is not None else None,
+            instruction=f"({default})" if default is not None else None,
         )
         return parse(self.ask(question))
 
@@ -3257,8 +3268,8 @@ class Wizard:
         from prompt_toolkit.completion import WordCompleter
 
         for name, t, meaning in BLENDS:
-            self.console.print(f"    {name:<18} {t:g}   {meaning}", style="dim", highlight=False, markup=False)
-        self.console.print("    or any number       0 to 1", style="dim", highlight=False, markup=False)
+            self.console.print(f"    {name:<18} {t:g}     {meaning}", style="dim", highlight=False, markup=False)
+        self.console.print(f"    {'a number':<18} 0 to 1", style="dim", highlight=False, markup=False)
         completer: Completer = WordCompleter([name for name, _, _ in BLENDS], sentence=True, ignore_case=True)
         question = questionary.text(
             "Blend",
@@ -3266,7 +3277,7 @@ class Wizard:
             validate_while_typing=False,
             completer=completer,
             complete_while_typing=False,
-            instruction="(even) ",
+            instruction="(even)",
         )
         return parse_blend(self.ask(question) or "even")
 
@@ -3428,12 +3439,12 @@ class CommandLine:
             print(json.dumps(report.as_dict(), ensure_ascii=False))
         elif not self.arguments.quiet:
             self.console.print("Try it:", style="bold")
-            for command in next_commands(report.child):
+            for command in next_commands(report):
                 self.console.print(command, soft_wrap=True, markup=False)
         return EXIT_DONE
 
     def observe(self, event: Event) -> None:
-        if isinstance(event, ParityChecked) and event.report.mismatches and not event.report.of_severity("blocking"):
+        if isinstance(event, ParityChecked) and not event.report.of_severity("blocking"):
             self.show(render_parity(self.console, event.report))
         if isinstance(event, PlanReady):
             self.show(render_plan(self.console, event.plan))
@@ -3446,7 +3457,10 @@ class CommandLine:
             wanted = wizard.confirm("Load the child with transformers, to be sure?", default=True)
         if not wanted:
             return report
-        checks = verify_with_transformers(report.child)
+        try:
+            checks = verify_with_transformers(report.child)
+        except SlerpMergeError as error:
+            raise SlerpMergeError(error.message, f"{error.hint} {self.wrote}") from error
         for check in checks:
             self.show(f"{mark_of(self.console, 'mended')} {check}")
         return dataclasses.replace(report, checks=report.checks + checks)
