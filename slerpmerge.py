@@ -11,6 +11,7 @@
 #   "tokenizers>=0.20",
 #   "safetensors>=0.4.5",
 #   "numpy>=1.24",
+#   "pyyaml>=6.0",
 #   "pytest>=8.0",
 # ]
 # ///
@@ -52,6 +53,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
 import io
@@ -104,6 +106,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 CARD_NAME = "README.md"
+RECIPE_NAME = "merge_recipe.yaml"
 
 # Copied whole from the tokenizer's donor, so that no two halves of a tokenizer ever meet.
 TOKENIZER_FILES = (
@@ -159,7 +162,8 @@ TORCH_NAMES = {
 }  # fmt: skip
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
-METHODS = ("slerp", "slerp-norm", "lerp")
+METHODS = ("slerp", "slerp-norm", "lerp", "nuslerp")
+GRANULARITIES = ("tensor", "row", "column")
 
 
 class LazyModule:
@@ -285,6 +289,21 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class LayerSlice:
+    """A run of the child's layers and the layers of both parents that make them, one by one.
+
+    `schedule` gives t. Where a recipe weights each parent instead, `weights` holds both schedules.
+    """
+
+    primary_start: int
+    secondary_start: int
+    length: int
+    schedule: Schedule
+    weights: tuple[Schedule, Schedule] | None = None
+    base_start: int | None = None  # None: as in the primary
+
+
+@dataclass(frozen=True)
 class MergeRecipe:
     """Everything the person decided. Order matters: t = 0 is the primary, t = 1 the secondary."""
 
@@ -293,6 +312,13 @@ class MergeRecipe:
     save_directory: Path
     schedule: Schedule = Schedule.constant(0.5)
     method: str = "slerp"  # one of METHODS
+    granularity: str = "tensor"  # one of GRANULARITIES; what nuslerp takes as one vector
+    base: Path | None = None  # where given, what each parent learned since is blended, and added to it
+    weights: tuple[Schedule, Schedule] | None = None  # instead of t: t = w1 / (w0 + w1)
+    normalize: bool = True  # False: LERP with the weights as they are, whatever their sum
+    slices: tuple[LayerSlice, ...] = ()  # none: every layer with its own counterpart
+    cast_dtype: str | None = None  # the parents are rounded to this before they are blended
+    extrapolate: bool = False  # allows t outside 0 to 1
     dot_threshold: float = COLINEAR_DOT
     epsilon: float = TINY_NORM
     dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
@@ -301,6 +327,23 @@ class MergeRecipe:
     device: str = "auto"  # auto, cpu, cuda or mps
     threads: int = 0  # 0 chooses
     overwrite: bool = False
+
+    def describe_blend(self) -> str:
+        """t, or the weights, in words; slice by slice where there are slices."""
+
+        def words(part: LayerSlice | MergeRecipe) -> str:
+            if part.weights is None:
+                return part.schedule.describe()
+            first, second = (weight.describe().replace("t = ", "") for weight in part.weights)
+            return f"weights {first} and {second}"
+
+        if not self.slices:
+            return words(self)
+        return " · ".join(
+            f"layers {part.primary_start} to {part.primary_start + part.length - 1}"
+            f" with {part.secondary_start} to {part.secondary_start + part.length - 1}: {words(part)}"
+            for part in self.slices
+        )
 
 
 @dataclass(frozen=True)
@@ -368,12 +411,25 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
+class LayerPlace:
+    """Where a tensor of the child comes from, and where it stands among the layers."""
+
+    primary: int  # the number of its layer; -1 where it has the same name everywhere
+    secondary: int
+    base: int
+    position: float  # 0 first, 1 last in its slice or stack, 1 in one of a single layer, 0 outside layers
+    slice_number: int  # -1 outside the recipe's slices
+
+
+@dataclass(frozen=True)
 class TensorPair:
     """What the child's tensor of this name is made from."""
 
     name: str
     primary: TensorInfo
     secondary: TensorInfo | None  # None: the primary's stands alone
+    base: TensorInfo | None = None
+    place: LayerPlace = LayerPlace(-1, -1, -1, 0.0, -1)
 
 
 @dataclass(frozen=True)
@@ -406,7 +462,9 @@ class TensorJob:
     shape: tuple[int, ...]
     rule: str  # "slerp", "lerp" or "copy"; slerp may still fall back to lerp or copy once measured
     t: float
-    sources: tuple[TensorInfo, ...]  # (primary, secondary), or the one that is copied
+    sources: tuple[TensorInfo, ...]  # (primary, secondary), (primary, secondary, base), or the one that is copied
+    weights: tuple[float, float] | None = None  # of a LERP that is not (1 - t, t)
+    granularity: str = "tensor"
     offset: int = 0  # bytes from the start of the child's shard
 
     @property
@@ -438,6 +496,7 @@ class MergePlan:
     recipe: MergeRecipe
     primary: Checkpoint
     secondary: Checkpoint
+    base: Checkpoint | None
     parity: ParityReport
     shards: tuple[ShardPlan, ...]
     tokenizer_role: str | None  # "primary", "secondary", or None where neither has a tokenizer
@@ -446,6 +505,7 @@ class MergePlan:
     peak_memory_bytes: int
     disk_needed_bytes: int
     disk_free_bytes: int
+    remarks: tuple[str, ...]  # what the person may want to know before it starts
     read_bytes_per_second: float  # of a short probe of the parents' files
     expected_seconds: float
 
@@ -479,7 +539,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class ParentOpened:
-    role: str  # "primary" or "secondary"
+    role: str  # "primary", "secondary" or "base"
     checkpoint: Checkpoint
 
 
@@ -576,10 +636,11 @@ class MergeReport:
             "device": self.result.device,
             "threads": self.plan.threads,
             "method": self.plan.recipe.method,
-            "t": self.plan.recipe.schedule.describe(),
+            "blend": self.plan.recipe.describe_blend(),
             "tokenizer_from": self.plan.tokenizer_role,
             "mended": [dataclasses.asdict(m) for m in parity.of_severity("mended")],
             "notices": [dataclasses.asdict(m) for m in parity.of_severity("notice")],
+            "remarks": list(self.plan.remarks),
             "warnings": list(self.warnings),
             "checks": list(self.checks),
         }
@@ -649,6 +710,8 @@ def slerp_coefficients(
         return straight(reason="not finite")
     if min(primary_norm, secondary_norm) <= epsilon:
         return straight(reason="zero")
+    if method == "nuslerp":
+        dot_threshold = 1.0  # its own limit, |sin theta| < 1e-8, is a cosine of 1 in float64
     if abs(cosine) > dot_threshold or abs(cosine) >= 1:
         return straight(reason="parallel" if cosine > 0 else "antiparallel")
     weight_primary, weight_secondary = slerp_weights(cosine, t)
@@ -657,6 +720,21 @@ def slerp_coefficients(
         weight_primary *= norm / primary_norm
         weight_secondary *= norm / secondary_norm
     return Blend(weight_primary, weight_secondary, "slerp", "", angle)
+
+
+def vector_weights(sums: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """NuSLERP's weights for many pairs of vectors at once.
+
+    sums: (3, vectors), float64: v0 . v0, v1 . v1, v0 . v1 of each pair. Returns two tensors (vectors,), float64.
+    A pair that is parallel, antiparallel, of no length or not finite gets LERP's weights.
+    """
+    cosine = (sums[2] / torch.sqrt(sums[0] * sums[1])).clamp(-1, 1)
+    theta = torch.acos(cosine)
+    sine = torch.sin(theta)
+    curved = (sine >= 1e-8) & torch.isfinite(cosine)
+    sine = torch.where(curved, sine, 1.0)
+    weights = torch.sin((1 - t) * theta) / sine, torch.sin(t * theta) / sine
+    return torch.where(curved, weights[0], 1 - t), torch.where(curved, weights[1], t)
 
 
 def slerp(
@@ -694,6 +772,16 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
     }
     name = next((name for name in hints if error.errno == getattr(__import__("errno"), name, None)), "")
     return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
+
+
+def clean_path(text: str) -> Path:
+    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    elif os.name != "nt":
+        text = text.replace("\\ ", " ")  # as a terminal pastes a dropped folder
+    return Path(os.path.expandvars(text)).expanduser()
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -1227,6 +1315,329 @@ def check_replaceable(save_directory: Path, overwrite: bool) -> None:
         )
 
 
+# ── §4b  Recipes in: mergekit's YAML, with the line of every fault ───────────────────────────────
+
+RECIPE_METHODS = {"slerp": "slerp", "nuslerp": "nuslerp", "linear": "lerp"}
+RECIPE_KEYS = (
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template", "name", "slerpmerge",
+)  # fmt: skip
+RECIPE_PARAMETERS = {
+    "slerp": ("t",),
+    "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
+    "linear": ("weight", "normalize"),
+}
+OWN_SETTINGS = ("version", "method", "t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base")
+
+
+class RecipeFile:
+    """A recipe as nodes of YAML, so that every complaint can name its line."""
+
+    def __init__(self, path: Path) -> None:
+        import yaml
+
+        self.path = path
+        try:
+            self.root = yaml.compose(read_bytes(path, 1_000_000).decode("utf-8"), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f", line {mark.line + 1}" if mark else ""
+            reason = getattr(error, "problem", None) or str(error)
+            raise SlerpMergeError(f"{path}{place}: this is not valid YAML: {reason}.", "Mend that line.") from error
+        if self.root is None:
+            raise SlerpMergeError(f"{path} is empty.", "A recipe names at least merge_method and two models.")
+
+    def fault(self, node: Any, what: str, hint: str) -> SlerpMergeError:
+        return SlerpMergeError(f"{self.path}, line {node.start_mark.line + 1}: {what}.", hint)
+
+    def mapping(self, node: Any, allowed: Sequence[str], what: str) -> dict[str, Any]:
+        """The nodes of a mapping by key. Unknown keys are refused, with the nearest known one."""
+        if node.id != "mapping":
+            raise self.fault(node, f"{what} should be a mapping of keys to values", f"Known: {', '.join(allowed)}.")
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            name = self.text(key, "a key")
+            if name not in allowed:
+                near = difflib.get_close_matches(name, allowed, 1)
+                hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(allowed)}."
+                raise self.fault(key, f"{name!r} is not known in {what}", hint)
+            if name in found:
+                raise self.fault(key, f"{name!r} stands twice in {what}", "Keep one of them.")
+            found[name] = value
+        return found
+
+    def items(self, node: Any, what: str) -> list[Any]:
+        if node.id != "sequence" or not node.value:
+            raise self.fault(node, f"{what} should be a list", "Write each entry on a line of its own, after a dash.")
+        return node.value
+
+    def text(self, node: Any, what: str) -> str:
+        if node.id != "scalar":
+            raise self.fault(node, f"{what} should be a single value", "Write it on the same line.")
+        return node.value
+
+    def number(self, node: Any, what: str) -> float:
+        text = self.text(node, what)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") or not math.isfinite(value):
+            raise self.fault(node, f"{what} should be a number, not {text!r}", "Write it like 0.5.")
+        return value
+
+    def truth(self, node: Any, what: str) -> bool:
+        text = self.text(node, what).lower()
+        if text not in ("true", "false"):
+            raise self.fault(node, f"{what} should be true or false, not {text!r}", "Write true or false.")
+        return text == "true"
+
+    def rules(self, node: Any, what: str) -> tuple[ScheduleRule, ...]:
+        """A number, a list of numbers (a gradient), or a list of {filter, value}, as mergekit reads them."""
+        if node.id == "sequence" and node.value and node.value[0].id == "mapping":
+            found = []
+            for entry in node.value:
+                parts = self.mapping(entry, ("filter", "value"), f"an entry of {what}")
+                if "value" not in parts:
+                    hint = "Write `value:` with a number or a list."
+                    raise self.fault(entry, f"an entry of {what} has no value", hint)
+                name_filter = self.text(parts["filter"], "filter") if "filter" in parts else "*"
+                found.append(ScheduleRule(self.gradient(parts["value"], what), name_filter))
+            return tuple(found)
+        return (ScheduleRule(self.gradient(node, what)),)
+
+    def gradient(self, node: Any, what: str) -> tuple[float, ...]:
+        if node.id == "sequence":
+            return tuple(self.number(entry, f"each value of {what}") for entry in self.items(node, what))
+        return (self.number(node, what),)
+
+
+class RecipeReader:
+    """Makes of a mergekit recipe the fields of a MergeRecipe. Refuses by name, and with its line, what it cannot do."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = RecipeFile(path)
+        self.top = self.file.mapping(self.file.root, RECIPE_KEYS, "a recipe")
+        self.method = self.read_method()
+        self.scopes: list[dict[str, Any]] = []  # nodes of `parameters`, the widest last
+        self.body = self.top
+        if "parameters" in self.top:
+            self.scopes.insert(0, self.parameters(self.top["parameters"]))
+        if "modules" in self.top:
+            self.body = self.only_module(self.top["modules"])
+            if "parameters" in self.body:
+                self.scopes.insert(0, self.parameters(self.body["parameters"]))
+
+    def read_method(self) -> str:
+        if "merge_method" not in self.top:
+            raise self.file.fault(self.file.root, "merge_method is missing", "Write `merge_method: slerp`.")
+        method = self.file.text(self.top["merge_method"], "merge_method")
+        if method not in RECIPE_METHODS:
+            known = ", ".join(RECIPE_METHODS)
+            near = difflib.get_close_matches(method, RECIPE_METHODS, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known here: {known}. For others use mergekit."
+            raise self.file.fault(self.top["merge_method"], f"the method {method!r} is not done here", hint)
+        return method
+
+    def parameters(self, node: Any) -> dict[str, Any]:
+        return self.file.mapping(node, RECIPE_PARAMETERS[self.method], f"parameters of {self.method}")
+
+    def only_module(self, node: Any) -> dict[str, Any]:
+        if node.id != "mapping" or len(node.value) != 1:
+            raise self.file.fault(node, "modules should name exactly one", "Merge one module at a time.")
+        return self.file.mapping(node.value[0][1], ("models", "slices", "parameters"), "a module")
+
+    def model(self, node: Any, what: str) -> Path:
+        """A model's folder: relative to the recipe's own where it exists there."""
+        if node.id == "mapping":
+            node = self.file.mapping(node, ("model", "path", "name"), what).get("model", node)
+        text = self.file.text(node, what)
+        folder = clean_path(text)
+        beside = self.file.path.parent / folder
+        folder = beside if beside.exists() else folder
+        if "+" in text and not folder.exists():
+            hint = "Merge the adapter into its model first, and name the result."
+            raise self.file.fault(node, f"{text!r} adds a LoRA adapter to a model", hint)
+        return folder
+
+    def schedule(self, name: str, scopes: Sequence[dict[str, Any]], node: Any) -> Schedule:
+        """A parameter's rules, from the narrowest scope to the widest: the next is asked where no filter matches."""
+        rules = [rule for scope in scopes if name in scope for rule in self.file.rules(scope[name], name)]
+        if not rules:
+            hint = f"Write `{name}:` under parameters."
+            raise self.file.fault(node, f"{self.method} needs the parameter {name}", hint)
+        return Schedule(tuple(rules))
+
+    def flag(self, name: str, default: bool) -> bool:
+        for scope in self.scopes:
+            if name in scope:
+                return self.file.truth(scope[name], name)
+        return default
+
+    def read(self) -> dict[str, Any]:
+        """Fields of MergeRecipe. Raises SlerpMergeError with file and line."""
+        own = self.own_settings()
+        models = self.models()
+        folders = [folder for folder, _, _ in models[0][1]]
+        sides, base = self.sides(folders)
+        fields: dict[str, Any] = {"primary": sides[0], "secondary": sides[1], "method": RECIPE_METHODS[self.method]}
+        if base is not None:
+            fields["base"] = base
+        cuts = [self.slice(scope, sources, sides, base) for scope, sources in models]
+        if "slices" in self.body:
+            fields["slices"] = tuple(cuts)
+        fields["schedule"], fields["weights"] = cuts[0].schedule, cuts[0].weights
+        if self.method == "linear":
+            fields["normalize"] = self.flag("normalize", True)
+        if self.method == "nuslerp" and not self.flag("nuslerp_flatten", True):
+            fields["granularity"] = "row" if self.flag("nuslerp_row_wise", False) else "column"
+        return {**fields, **self.dtypes(), **self.tokenizer(sides), **own}
+
+    def models(self) -> list[tuple[list[dict[str, Any]], list[tuple[Path, Any, dict[str, Any]]]]]:
+        """For each slice, or the one whole: (scopes of its parameters, [(folder, node, keys) of each source])."""
+        if ("models" in self.body) == ("slices" in self.body):
+            raise self.file.fault(self.file.root, "a recipe needs either models or slices", "Give one of them.")
+        if "models" in self.body:
+            entries = self.file.items(self.body["models"], "models")
+            return [(self.scopes, [self.source(entry, ("model", "parameters")) for entry in entries])]
+        found = []
+        for node in self.file.items(self.body["slices"], "slices"):
+            keys = self.file.mapping(node, ("sources", "parameters", "base_model"), "a slice")
+            if "sources" not in keys:
+                raise self.file.fault(node, "a slice has no sources", "List its models with their layer_range.")
+            scopes = [self.parameters(keys["parameters"]), *self.scopes] if "parameters" in keys else self.scopes
+            entries = self.file.items(keys["sources"], "sources")
+            found.append((scopes, [self.source(entry, ("model", "layer_range", "parameters")) for entry in entries]))
+        return found
+
+    def source(self, node: Any, allowed: Sequence[str]) -> tuple[Path, Any, dict[str, Any]]:
+        keys = self.file.mapping(node, allowed, "a model's entry")
+        if "model" not in keys:
+            raise self.file.fault(node, "an entry names no model", "Write `model:` with a folder.")
+        return self.model(keys["model"], "model"), node, keys
+
+    def sides(self, folders: Sequence[Path]) -> tuple[tuple[Path, Path], Path | None]:
+        """((t = 0, t = 1), base of the task vectors) from the models listed and base_model."""
+        stated = self.model(self.top["base_model"], "base_model") if "base_model" in self.top else None
+        node = self.body.get("models") or self.body["slices"]
+        if self.method != "slerp":
+            others = [folder for folder in folders if folder != stated or self.method == "linear"]
+            if len(others) != 2:
+                raise self.file.fault(node, f"{len(others)} models are listed", f"{self.method} blends two here.")
+            return (others[0], others[1]), None if self.method == "linear" else stated
+        if stated is None:
+            raise self.file.fault(self.file.root, "base_model is missing", "slerp needs it: it decides which is t = 0.")
+        others = [folder for folder in folders if folder != stated]
+        if len(others) != 1:
+            what = f"{len(others)} models beside base_model are listed"
+            raise self.file.fault(node, what, "slerp blends base_model with exactly one other.")
+        return (stated, others[0]), None
+
+    def slice(
+        self,
+        scopes: list[dict[str, Any]],
+        sources: Sequence[tuple[Path, Any, dict[str, Any]]],
+        sides: tuple[Path, Path],
+        base: Path | None,
+    ) -> LayerSlice:
+        by_folder = {folder: (node, keys) for folder, node, keys in sources}
+        for folder in sides:
+            if folder not in by_folder:
+                raise self.file.fault(sources[0][1], f"a slice leaves out {folder}", "Name both models in each slice.")
+        for folder, node, _ in sources:
+            if folder not in (*sides, base):
+                raise self.file.fault(node, f"a third model, {folder}", "Only two models are blended here.")
+        ranges = [self.layer_range(*by_folder[folder]) for folder in sides]
+        if len(ranges[0]) != len(ranges[1]):
+            what = f"layer ranges of different length: {len(ranges[0])} and {len(ranges[1])}"
+            raise self.file.fault(by_folder[sides[1]][0], what, "Each layer needs its counterpart.")
+        weights = None
+        schedule = Schedule.constant(0.5)
+        if self.method == "slerp":
+            schedule = self.schedule("t", scopes, sources[0][1])
+        else:
+            own = [by_folder[folder][1].get("parameters") for folder in sides]
+            own_scopes = [[self.parameters(node)] if node is not None else [] for node in own]
+            first, second = (self.schedule("weight", [*extra, *scopes], sources[0][1]) for extra in own_scopes)
+            weights = first, second
+        base_start = self.layer_range(*by_folder[base]).start if base in by_folder else None
+        return LayerSlice(ranges[0].start, ranges[1].start, len(ranges[0]), schedule, weights, base_start)
+
+    def layer_range(self, node: Any, keys: Mapping[str, Any]) -> range:
+        if "slices" not in self.body:
+            return range(0)
+        if "layer_range" not in keys:
+            raise self.file.fault(node, "layer_range is missing", "Write `layer_range: [first, one past the last]`.")
+        ends = [self.file.number(end, "layer_range") for end in self.file.items(keys["layer_range"], "layer_range")]
+        if len(ends) != 2 or any(end != int(end) for end in ends) or not 0 <= ends[0] < ends[1] <= MAX_LAYER_INDEX:
+            raise self.file.fault(
+                keys["layer_range"], "layer_range should be two rising whole numbers", "Write it like [0, 32]."
+            )
+        return range(int(ends[0]), int(ends[1]))
+
+    def dtypes(self) -> dict[str, Any]:
+        """`dtype` rounds the parents first and is the child's too, unless `out_dtype` says otherwise."""
+        found: dict[str, Any] = {}
+        for key, field in (("dtype", "cast_dtype"), ("out_dtype", "dtype")):
+            if key in self.top:
+                value = self.file.text(self.top[key], key)
+                if value not in CHILD_DTYPES[1:]:
+                    known = ", ".join(CHILD_DTYPES[1:])
+                    raise self.file.fault(self.top[key], f"{key} cannot be {value!r}", f"Known: {known}.")
+                found[field] = value
+        if "cast_dtype" in found:
+            found.setdefault("dtype", found["cast_dtype"])
+        return found
+
+    def tokenizer(self, sides: tuple[Path, Path]) -> dict[str, Any]:
+        """tokenizer_source, or tokenizer with its source: base, or one of the two models."""
+        node = self.top.get("tokenizer_source")
+        if "tokenizer" in self.top:
+            node = self.file.mapping(self.top["tokenizer"], ("source",), "tokenizer").get("source")
+        if "chat_template" in self.top:
+            chosen = self.file.text(self.top["chat_template"], "chat_template")
+            if chosen != "auto":
+                what = f"chat_template {chosen!r} is not done here"
+                raise self.file.fault(self.top["chat_template"], what, "Leave it out, or write auto.")
+        if node is None:
+            return {}
+        source = self.file.text(node, "tokenizer_source")
+        if source == "base":
+            return {"tokenizer": "primary"}
+        if source == "union":
+            raise self.file.fault(node, "the tokenizer source union is not done here", "Name one of the two models.")
+        folder = self.model(node, "tokenizer_source")
+        if folder not in sides:
+            what = f"the tokenizer's source {source!r} is not one of the two models"
+            raise self.file.fault(node, what, "Name one of them.")
+        return {"tokenizer": "primary" if folder == sides[0] else "secondary"}
+
+    def own_settings(self) -> dict[str, Any]:
+        """What this tool's own recipes say beyond mergekit's; the parents' identity there is for people."""
+        if "slerpmerge" not in self.top:
+            return {}
+        keys = self.file.mapping(self.top["slerpmerge"], OWN_SETTINGS, "slerpmerge")
+        found: dict[str, Any] = {}
+        if "method" in keys:
+            found["method"] = self.file.text(keys["method"], "method")
+        for name in ("dot_threshold", "epsilon"):
+            if name in keys:
+                found[name] = self.file.number(keys[name], name)
+        if "extrapolate" in keys:
+            found["extrapolate"] = self.file.truth(keys["extrapolate"], "extrapolate")
+        if "t" in keys:  # t as it was given, which weights would only reproduce up to a rounding
+            found["schedule"], found["weights"] = Schedule(self.file.rules(keys["t"], "t")), None
+        return found
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of MergeRecipe that a mergekit recipe gives.
+
+    Raises SlerpMergeError with the line where it is wrong or asks for what is not done here.
+    """
+    return RecipeReader(path).read()
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 # §5  Parity: can these two make a right child?
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1248,6 +1659,7 @@ SILENT_KEY = re.compile(
     r"|router_aux_loss|^use_bfloat16$|^bad_words|^prefix$|problem_type"
 )
 CAPACITY_KEY = re.compile(r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length")
+DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # Buffers that older versions saved and newer ones recompute.
@@ -1318,8 +1730,11 @@ def same_value(left: Any, right: Any) -> bool:
     return left == right
 
 
-def compare_configs(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
-    """Every config key on which the parents differ, judged by what it does to the child."""
+def compare_configs(primary: Checkpoint, secondary: Checkpoint, any_depth: bool = False) -> list[Mismatch]:
+    """Every config key on which the parents differ, judged by what it does to the child.
+
+    any_depth: the recipe says which layers go together, so depth and settings per layer may differ.
+    """
     left, right = flatten_config(primary.config), flatten_config(secondary.config)
     found = []
     for key in sorted(left.keys() | right.keys()):
@@ -1328,6 +1743,8 @@ def compare_configs(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch
             continue
         if last in ("tie_word_embeddings", "tie_encoder_decoder") or VOCABULARY_KEY.search(last):
             continue  # judged by the weights themselves
+        if any_depth and (DEPTH_KEY.search(last) or isinstance(left.get(key), list)):
+            continue
         if key in left and key in right and same_value(left[key], right[key]):
             continue
         found.append(judge_config_key(key, left.get(key), right.get(key)))
@@ -1340,7 +1757,7 @@ def judge_config_key(key: str, left: Any, right: Any) -> Mismatch:
     both_speak = left is not None and right is not None
     if key in ("model_type", "architectures"):
         return Mismatch("blocking", key, *shown, "Different architectures give their weights different meanings.")
-    if both_speak and re.search(r"(num_hidden_layers|n_layers?|num_layers)$", last):
+    if both_speak and DEPTH_KEY.search(last):
         return Mismatch("blocking", key, *shown, "Models of different depth have no layer for layer match.")
     behaviour = BEHAVIOUR_KEY.search(last) or ".rope_parameters." in f".{key}"
     if both_speak and behaviour:
@@ -1425,28 +1842,138 @@ def find_layer(tensor_name: str) -> tuple[str, int] | None:
     return None
 
 
-def pair_tensors(primary: Checkpoint, secondary: Checkpoint) -> tuple[list[TensorPair], list[Mismatch]]:
-    """Each tensor of the child with its two sources, and every tensor that does not pair."""
+def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
+    """(stack, layers) of the language model's layers: the stack as deep as the config says, else the largest."""
+    sizes: dict[str, int] = {}
+    depths: dict[str, int] = {}
+    for name, info in checkpoint.tensors.items():
+        if (place := find_layer(name)) is not None:
+            sizes[place[0]] = sizes.get(place[0], 0) + info.byte_count
+            depths[place[0]] = max(depths.get(place[0], 0), place[1] + 1)
+    stated = [stack for stack in sizes if depths[stack] == stated_depth(checkpoint.config)]
+    stack = max(stated or sizes, key=lambda stack: sizes[stack], default="")
+    return stack, depths.get(stack, 0)
+
+
+def stated_depth(config: Mapping[str, Any]) -> int | None:
+    for scope in (config, config.get("text_config")):
+        for key, value in (scope or {}).items():
+            if DEPTH_KEY.search(key) and isinstance(value, int):
+                return value
+    return None
+
+
+def renumber(tensor_name: str, index: int) -> str:
+    """The name of the same tensor in another layer."""
+    stack, _ = find_layer(tensor_name)
+    rest = tensor_name[len(stack) + 1 :].partition(".")[2] if stack else tensor_name.partition(".")[2]
+    return ".".join(part for part in (stack, str(index), rest) if part)
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
+    places = {name: find_layer(name) for name in names}
+    last_index: dict[str, int] = {}
+    for place in places.values():
+        if place is not None:
+            stack, index = place
+            last_index[stack] = max(index, last_index.get(stack, 0))
+
+    def position(place: tuple[str, int] | None) -> float:
+        if place is None:
+            return 0.0
+        stack, index = place
+        return index / last_index[stack] if last_index[stack] else 1.0
+
+    return {name: position(place) for name, place in places.items()}
+
+
+def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[tuple[str, TensorInfo, LayerPlace]]:
+    """(the child's name, the primary's tensor, the layer's place) for every tensor of the child."""
+    positions = layer_positions(primary.tensors)
+    stack = main_stack(primary)[0] if slices else None
+    layers: dict[int, list[TensorInfo]] = {}
+    for name, info in primary.tensors.items():
+        found = find_layer(name)
+        if found is not None and found[0] == stack:
+            layers.setdefault(found[1], []).append(info)
+        else:
+            yield name, info, LayerPlace(-1, -1, -1, positions[name], -1)
+    child_index = 0
+    for number, cut in enumerate(slices):
+        for step in range(cut.length):
+            source = cut.primary_start + step
+            place = LayerPlace(
+                primary=source,
+                secondary=cut.secondary_start + step,
+                base=source if cut.base_start is None else cut.base_start + step,
+                position=step / (cut.length - 1) if cut.length > 1 else 1.0,
+                slice_number=number,
+            )
+            for info in layers.get(source, []):
+                yield renumber(info.name, child_index), info, place
+            child_index += 1
+
+
+def name_in(info: TensorInfo, index: int) -> str:
+    """The name that the primary's tensor has in the layer `index` of another model; its own at -1."""
+    return info.name if index < 0 else renumber(info.name, index)
+
+
+def check_slices(slices: Sequence[LayerSlice], primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """Layers that a recipe asks for and a parent does not have."""
+    found = []
+    depths = [main_stack(parent)[1] for parent in (primary, secondary)]
+    for cut in slices:
+        ends = cut.primary_start + cut.length, cut.secondary_start + cut.length
+        if ends[0] > depths[0] or ends[1] > depths[1]:
+            shown = [f"{depth} layers, asked up to {end}" for depth, end in zip(depths, ends)]
+            found.append(Mismatch("blocking", "layer_range", *shown, "A slice asks for layers that are not there."))
+    return found
+
+
+def pair_tensors(
+    primary: Checkpoint, secondary: Checkpoint, slices: Sequence[LayerSlice] = (), base: Checkpoint | None = None
+) -> tuple[list[TensorPair], list[Mismatch]]:
+    """Each tensor of the child with its sources, and every tensor that does not pair."""
     pairs: list[TensorPair] = []
     found: list[Mismatch] = []
     only_primary: list[str] = []
-    for name, left in primary.tensors.items():
-        right = secondary.tensors.get(name)
+    used: set[str] = set()
+    for name, left, place in child_layout(primary, slices):
+        there = name_in(left, place.secondary)
+        used.add(there)
+        right = secondary.tensors.get(there)
         if right is not None:
             found += compare_tensors(left, right)
-            pairs.append(TensorPair(name, left, right))
         elif is_known_buffer(left):
             found.append(Mismatch("mended", name, "saved", "not saved", "A buffer; the primary's is kept."))
-            pairs.append(TensorPair(name, left, None))
-        elif (source := find_tied_source(left, secondary)) is not None:
-            why = f"The secondary's head is tied to {source.name}, which takes part in its place."
+        elif (right := find_tied_source(left, secondary)) is not None:
+            why = f"The secondary's head is tied to {right.name}, which takes part in its place."
             found.append(Mismatch("mended", name, "stored", "tied", why))
-            pairs.append(TensorPair(name, left, source))
         else:
             only_primary.append(name)
+            continue
+        ground = None
+        if base is not None and right is not None:
+            ground, fault = find_ground(left, name_in(left, place.base), base)
+            found += fault
+        pairs.append(TensorPair(name, left, right, ground, place))
     found += missing_tensors(primary, only_primary, "primary")
-    found += judge_extra_tensors(primary, secondary)
+    stack = main_stack(secondary)[0] if slices else None
+    extra = [n for n in secondary.tensors if n not in used and not (stack and (find_layer(n) or ("",))[0] == stack)]
+    found += judge_extra_tensors(primary, secondary, extra)
     return pairs, found
+
+
+def find_ground(left: TensorInfo, name: str, base: Checkpoint) -> tuple[TensorInfo | None, list[Mismatch]]:
+    """The base model's tensor that a pair's task vectors start from."""
+    ground = base.tensors.get(name) or find_tied_source(left, base)
+    if ground is None or ground.shape != left.shape:
+        there = "missing" if ground is None else str(list(ground.shape))
+        why = "The base model must hold every tensor that both parents learned on."
+        return None, [Mismatch("blocking", f"{name} of the base", str(list(left.shape)), there, why)]
+    return ground, []
 
 
 def compare_tensors(left: TensorInfo, right: TensorInfo) -> list[Mismatch]:
@@ -1463,10 +1990,10 @@ def compare_tensors(left: TensorInfo, right: TensorInfo) -> list[Mismatch]:
     return found
 
 
-def judge_extra_tensors(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+def judge_extra_tensors(primary: Checkpoint, secondary: Checkpoint, extra: Iterable[str]) -> list[Mismatch]:
     """Tensors that only the secondary has: dropped where a rule says why, blocking otherwise."""
     found, unexplained = [], []
-    for name in secondary.tensors.keys() - primary.tensors.keys():
+    for name in extra:
         info = secondary.tensors[name]
         if is_known_buffer(info):
             found.append(Mismatch("mended", name, "not saved", "saved", "A buffer; the child is made without it."))
@@ -1586,15 +2113,23 @@ def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatc
     return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
 
 
-def check_parity(primary: Checkpoint, secondary: Checkpoint, dtype: str = "auto") -> ParityReport:
+def check_parity(
+    primary: Checkpoint,
+    secondary: Checkpoint,
+    dtype: str = "auto",
+    slices: Sequence[LayerSlice] = (),
+    base: Checkpoint | None = None,
+) -> ParityReport:
     """Every difference between two parents, each blocking, mended or a notice; and the pairs of tensors.
 
-    dtype: the child's, as in MergeRecipe. Reads headers and small text files only.
+    dtype, slices: as in MergeRecipe. base: what both parents' task vectors start from, where they are asked for.
+    Reads headers and small text files only.
     """
-    pairs, unpaired = pair_tensors(primary, secondary)
+    pairs, unpaired = pair_tensors(primary, secondary, slices, base)
     found = [
         *check_quantisation(primary, secondary),
-        *compare_configs(primary, secondary),
+        *compare_configs(primary, secondary, any_depth=bool(slices)),
+        *check_slices(slices, primary, secondary),
         *unpaired,
         *check_dtypes(primary, secondary, dtype),
         *compare_companions(primary, secondary),
@@ -1616,21 +2151,32 @@ ARITHMETIC_SECONDS_PER_ELEMENT = 1.3e-9
 WRITE_BYTES_PER_SECOND = 1.5e9
 
 
+def check_t(t: float, recipe: MergeRecipe, tensor_name: str = "") -> None:
+    if not (0 <= t <= 1 or (recipe.extrapolate and math.isfinite(t))):
+        raise SlerpMergeError(
+            f"t = {t:g}{' for ' + tensor_name if tensor_name else ''} lies outside 0 to 1.",
+            "0 is the primary, 1 the secondary, 0.5 the middle between them; beyond them only with --extrapolate.",
+        )
+
+
 def check_recipe(recipe: MergeRecipe) -> None:
     """Raises SlerpMergeError where a recipe asks for what cannot be."""
     for name, value, allowed in (
         ("method", recipe.method, METHODS),
+        ("granularity", recipe.granularity, GRANULARITIES),
         ("child's dtype", recipe.dtype, CHILD_DTYPES),
         ("tokenizer", recipe.tokenizer, ("auto", "primary", "secondary")),
         ("device", recipe.device, ("auto", "cpu", "cuda", "mps")),
     ):
         if value not in allowed:
             raise SlerpMergeError(f"The {name} cannot be {value!r}.", f"Choose one of: {', '.join(allowed)}.")
-    for t in recipe.schedule.values():
-        if not 0 <= t <= 1:
-            raise SlerpMergeError(
-                f"t = {t:g} lies outside 0 to 1.", "0 is the primary, 1 the secondary, 0.5 the middle between them."
-            )
+    if recipe.granularity != "tensor" and recipe.method != "nuslerp":
+        raise SlerpMergeError(
+            f"The granularity {recipe.granularity!r} goes with the method nuslerp alone.", "Add --method nuslerp."
+        )
+    if recipe.weights is None:
+        for t in (t for part in recipe.slices or (recipe,) for t in part.schedule.values()):
+            check_t(t, recipe)
     if not 0 < recipe.dot_threshold <= 1:
         raise SlerpMergeError(
             f"The dot threshold {recipe.dot_threshold:g} is no cosine between 0 and 1.", f"Usual is {COLINEAR_DOT}."
@@ -1649,25 +2195,42 @@ def choose_threads(asked: int) -> int:
     return min(MAX_THREADS, usable)
 
 
-def layer_positions(names: Iterable[str]) -> dict[str, float]:
-    """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
-    places = {name: find_layer(name) for name in names}
-    last_index: dict[str, int] = {}
-    for place in places.values():
-        if place is not None:
-            stack, index = place
-            last_index[stack] = max(index, last_index.get(stack, 0))
+def parameters_for(pair: TensorPair, recipe: MergeRecipe) -> tuple[Schedule, tuple[Schedule, Schedule] | None, float]:
+    """(t's schedule, the weights' schedules, position) of one tensor.
 
-    def position(place: tuple[str, int] | None) -> float:
-        if place is None:
-            return 0.0
-        stack, index = place
-        return index / last_index[stack] if last_index[stack] else 1.0
-
-    return {name: position(place) for name, place in places.items()}
+    In a recipe of slices a layer follows its own; what stands before the layers follows the first slice, what
+    stands behind them the last, both at position 0, as mergekit has it.
+    """
+    position = pair.place.position
+    if not recipe.slices:
+        return recipe.schedule, recipe.weights, position
+    number = pair.place.slice_number
+    if number < 0:
+        number = 0 if re.search(r"emb|wte|wpe", pair.name) else len(recipe.slices) - 1
+    part = recipe.slices[number]
+    return part.schedule, part.weights, position
 
 
-def plan_job(pair: TensorPair, recipe: MergeRecipe, position: float) -> TensorJob:
+def blend_parameter(pair: TensorPair, recipe: MergeRecipe) -> tuple[float, tuple[float, float] | None]:
+    """(t, weights of a LERP that is not (1 - t, t)) of one tensor."""
+    schedule, weights, position = parameters_for(pair, recipe)
+    if weights is None:
+        return schedule.t_for(pair.name, position), None
+    first, second = (part.t_for(pair.name, position) for part in weights)
+    total = first + second
+    if recipe.method == "nuslerp":
+        t = second / total if abs(total) >= 1e-6 else 0.5
+    elif not recipe.normalize:
+        return second, (first, second)
+    elif total == 0:
+        raise SlerpMergeError(f"The weights for {pair.name} add up to 0.", "Give weights whose sum is not 0.")
+    else:
+        t = second / total
+    check_t(t, recipe, pair.name)
+    return t, None
+
+
+def plan_job(pair: TensorPair, recipe: MergeRecipe) -> TensorJob:
     """The rule for one tensor, as far as headers tell."""
     info = pair.primary
     dtype = info.dtype
@@ -1678,11 +2241,13 @@ def plan_job(pair: TensorPair, recipe: MergeRecipe, position: float) -> TensorJo
         return job("copy", 0.0, (info,))
     if not info.is_float:
         return job("copy", 0.0, (info, pair.secondary))  # the second is read to see that it is equal
-    t = recipe.schedule.t_for(pair.name, position)
-    if t in (0.0, 1.0) or info.element_count == 0:
+    t, weights = blend_parameter(pair, recipe)
+    if info.element_count == 0 or (t in (0.0, 1.0) and weights is None):
         return job("copy", t, (pair.secondary if t == 1.0 else info,))
+    sources = (info, pair.secondary) if pair.base is None else (info, pair.secondary, pair.base)
     rule = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
-    return job(rule, t, (info, pair.secondary))
+    granularity = recipe.granularity if len(info.shape) > 1 else "tensor"  # a single axis is one vector either way
+    return job(rule, t, sources, weights, granularity)
 
 
 def cut_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[TensorJob]]:
@@ -1788,19 +2353,25 @@ def estimate_memory(threads: int) -> int:
     return PROCESS_BYTES + threads * per_worker
 
 
-def plan_merge(recipe: MergeRecipe, primary: Checkpoint, secondary: Checkpoint, parity: ParityReport) -> MergePlan:
+def plan_merge(
+    recipe: MergeRecipe,
+    primary: Checkpoint,
+    secondary: Checkpoint,
+    parity: ParityReport,
+    base: Checkpoint | None = None,
+) -> MergePlan:
     """A rule per tensor, the child's files, and what it will cost. Writes nothing.
 
     Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
     """
-    check_save_directory(recipe.save_directory, (primary.folder, secondary.folder), recipe.overwrite)
-    positions = layer_positions(primary.tensors)
+    parents = [parent for parent in (primary, secondary, base) if parent is not None]
+    check_save_directory(recipe.save_directory, [parent.folder for parent in parents], recipe.overwrite)
     pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))
-    jobs = [plan_job(pair, recipe, positions[pair.name]) for pair in pairs]
+    jobs = [plan_job(pair, recipe) for pair in pairs]
     shards = plan_shards(jobs, recipe.max_shard_bytes)
     tokenizer_role, tokenizer_reason = choose_tokenizer(recipe, primary.folder, secondary.folder)
     threads = choose_threads(recipe.threads)
-    rate = probe_reading((primary, secondary))
+    rate = probe_reading(parents)
     read_bytes = sum(info.byte_count for job in jobs for info in job.sources)
     elements = sum(job.element_count for job in jobs)
     child_bytes = sum(shard.byte_count for shard in shards)
@@ -1808,6 +2379,7 @@ def plan_merge(recipe: MergeRecipe, primary: Checkpoint, secondary: Checkpoint, 
         recipe=recipe,
         primary=primary,
         secondary=secondary,
+        base=base,
         parity=parity,
         shards=shards,
         tokenizer_role=tokenizer_role,
@@ -1816,6 +2388,7 @@ def plan_merge(recipe: MergeRecipe, primary: Checkpoint, secondary: Checkpoint, 
         peak_memory_bytes=estimate_memory(threads),
         disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
         disk_free_bytes=shutil.disk_usage(existing_folder(recipe.save_directory)).free,
+        remarks=tuple(unmatched_filters(recipe, jobs)),
         read_bytes_per_second=rate,
         expected_seconds=read_bytes / rate
         + child_bytes / WRITE_BYTES_PER_SECOND
@@ -1823,6 +2396,15 @@ def plan_merge(recipe: MergeRecipe, primary: Checkpoint, secondary: Checkpoint, 
     )
     check_disk_space(plan)
     return plan
+
+
+def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> Iterator[str]:
+    """Filters that no tensor's name holds: probably misspelt."""
+    schedules = [part for cut in recipe.slices or (recipe,) for part in (cut.schedule, *(cut.weights or ()))]
+    filters = dict.fromkeys(rule.name_filter for schedule in schedules for rule in schedule.rules)
+    for name_filter in filters:
+        if name_filter != "*" and not any(name_filter in job.name for job in jobs):
+            yield f"The filter {name_filter!r} matches no tensor."
 
 
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
@@ -2020,6 +2602,7 @@ class Sums:
     secondary_squared: tuple[float, ...]  # v1 . v1
     dot: tuple[float, ...]  # v0 . v1
     identical: bool  # every byte agrees
+    columns: torch.Tensor | None = None  # (3, columns), float64: the same for each column, where they are vectors
 
 
 class ChunkArithmetic:
@@ -2028,8 +2611,9 @@ class ChunkArithmetic:
     Precision: float32, or float64 where a source is float64. Results are rounded once, to the child's dtype.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, cast_dtype: str | None = None) -> None:
         self.device = device
+        self.cast = getattr(torch, cast_dtype) if cast_dtype else None
         self._scratch: dict[tuple[int, Any], torch.Tensor] = {}
 
     def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
@@ -2039,26 +2623,69 @@ class ChunkArithmetic:
 
     def load(self, side: int, raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The chunk in working precision on the device; itself where it already is."""
+        raw = self.round(raw)
         if raw.dtype == dtype and self.device == "cpu":
             return raw
         return self.scratch(side, dtype)[: raw.numel()].copy_(raw)
 
-    def measure(self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+    def round(self, raw: torch.Tensor) -> torch.Tensor:
+        """The chunk rounded to the recipe's dtype, where it has one."""
+        return raw if self.cast is None or raw.dtype == self.cast else raw.to(self.cast)
+
+    def load_pair(self, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """v0 and v1 in working precision; with a third part, the base, what each learned since; and the base."""
+        loaded = [self.load(side, raw, dtype) for side, raw in enumerate(chunk)]
+        if len(loaded) == 3:
+            for side in (0, 1):
+                out = self.scratch(side, dtype)[: loaded[2].numel()]
+                loaded[side] = torch.sub(loaded[side], loaded[2], out=out)
+        return loaded
+
+    def measure(self, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[float, float, float]:
         """(v0 . v0, v1 . v1, v0 . v1) of one chunk, summed in working precision."""
-        v0, v1 = self.load(0, left, dtype), self.load(1, right, dtype)
+        v0, v1, *_ = self.load_pair(chunk, dtype)
         sums = torch.dot(v0, v0).item(), torch.dot(v1, v1).item(), torch.dot(v0, v1).item()
         if not math.isfinite(sum(sums)) and dtype == torch.float32 and self.device != "mps":
-            return self.measure(left, right, torch.float64)  # large values overflow a float32 square
+            return self.measure(chunk, torch.float64)  # large values overflow a float32 square
         return sums
 
+    def measure_vectors(self, chunk: Sequence[torch.Tensor], dtype: torch.dtype, width: int, axis: int) -> torch.Tensor:
+        """The same three sums for each vector of a chunk of whole rows `width` long: (3, vectors), float64.
+
+        axis 1: the rows are the vectors; axis 0: the columns are.
+        """
+        v0, v1 = (part.view(-1, width) for part in self.load_pair(chunk, dtype)[:2])
+        return torch.stack([torch.sum(a * b, dim=axis, dtype=torch.float64) for a, b in ((v0, v0), (v1, v1), (v0, v1))])
+
     def blend(
-        self, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, blend: Blend, out: torch.Tensor
+        self,
+        chunk: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        weights: tuple[float, float],
+        out: torch.Tensor,
     ) -> None:
-        """out = primary_weight * v0 + secondary_weight * v1, rounded to out's dtype."""
-        v0, v1 = self.load(0, left, dtype), self.load(1, right, dtype)
-        result = torch.mul(v0, blend.primary_weight, out=self.scratch(0, dtype)[: left.numel()])
-        result.add_(v1, alpha=blend.secondary_weight)
-        out.copy_(result)
+        """out = w0 * v0 + w1 * v1, and the base where there is one, rounded to out's dtype."""
+        v0, v1, *base = self.load_pair(chunk, dtype)
+        result = torch.mul(v0, weights[0], out=self.scratch(0, dtype)[: v0.numel()])
+        result.add_(v1, alpha=weights[1])
+        if base:
+            result.add_(base[0])
+        out.copy_(self.round(result))
+
+    def blend_vectors(
+        self,
+        chunk: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        weights: Sequence[torch.Tensor],  # two, shaped to stand beside the rows or above the columns
+        width: int,
+        out: torch.Tensor,
+    ) -> None:
+        """The same with weights of its own for each vector."""
+        v0, v1, *base = (part.view(-1, width) for part in self.load_pair(chunk, dtype))
+        result = v0 * weights[0].to(dtype) + v1 * weights[1].to(dtype)
+        if base:
+            result += base[0]
+        out.view(-1, width).copy_(self.round(result))
 
 
 @dataclass
@@ -2072,6 +2699,7 @@ class TensorProgress:
     sums: list[Sums | None]
     unfinished: int = 0  # spans of the pass at hand
     blend: Blend | None = None
+    vector_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # of columns, each blended on its own
     check_finite: bool = False  # whether blending could overflow the child's dtype
     non_finite: int = 0
     started: float = 0.0
@@ -2079,30 +2707,53 @@ class TensorProgress:
 
     @property
     def is_pair(self) -> bool:
-        return len(self.job.sources) == 2
+        return len(self.job.sources) > 1
+
+
+def chunk_elements(job: TensorJob) -> int:
+    """Elements per chunk: whole rows where a job takes rows or columns for vectors."""
+    if job.granularity == "tensor":
+        return CHUNK_ELEMENTS
+    width = matrix_width(job)
+    if width > CHUNK_ELEMENTS:
+        raise SlerpMergeError(
+            f"{job.name} is {width} elements wide, too wide to be blended {job.granularity} by {job.granularity}.",
+            "Use the granularity tensor.",
+        )
+    return CHUNK_ELEMENTS // width * width
+
+
+def matrix_width(job: TensorJob) -> int:
+    """Elements in a row, when a tensor is laid out so that its vectors are the rows, or are the columns.
+
+    mergekit's nuslerp_row_wise takes vectors along dimension 0, which here are columns of a matrix of shape[0] rows;
+    without it they run along the last dimension.
+    """
+    return math.prod(job.shape[1:]) if job.granularity == "row" else job.shape[-1]
 
 
 def cut_spans(job: TensorJob) -> tuple[range, ...]:
     """Stretches of elements, each a few whole chunks long but for the last."""
-    step = SPAN_CHUNKS * CHUNK_ELEMENTS
+    step = SPAN_CHUNKS * chunk_elements(job)
     return tuple(range(start, min(start + step, job.element_count)) for start in range(0, job.element_count, step))
 
 
 class MergeWorker:
     """One thread's means to measure and blend spans: open files, and buffers for one chunk."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, cast_dtype: str | None) -> None:
         self.handles = FileHandles()
         self.reader = TensorReader(self.handles)
         self.device = device
-        self.arithmetic = {device: ChunkArithmetic(device)}
-        self.sources = ChunkBuffer(), ChunkBuffer()
+        self.cast_dtype = cast_dtype
+        self.arithmetic = {device: ChunkArithmetic(device, cast_dtype)}
+        self.sources = ChunkBuffer(), ChunkBuffer(), ChunkBuffer()
         self.out = ChunkBuffer()
 
     def arithmetic_for(self, dtype: torch.dtype) -> ChunkArithmetic:
         """MPS has no float64; what needs it is done on the processor."""
         device = "cpu" if self.device == "mps" and dtype == torch.float64 else self.device
-        return self.arithmetic.setdefault(device, ChunkArithmetic(device))
+        return self.arithmetic.setdefault(device, ChunkArithmetic(device, self.cast_dtype))
 
     @staticmethod
     def working_dtype(job: TensorJob) -> torch.dtype:
@@ -2112,8 +2763,9 @@ class MergeWorker:
         """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next."""
         widths = [DTYPE_BYTES[info.dtype] for info in job.sources]
         fills = [self.reader.begin(info, span.start * width) for info, width in zip(job.sources, widths)]
-        for start in range(span.start, span.stop, CHUNK_ELEMENTS):
-            count = min(CHUNK_ELEMENTS, span.stop - start)
+        step = chunk_elements(job)
+        for start in range(span.start, span.stop, step):
+            count = min(step, span.stop - start)
             chunk = []
             for fill, info, width, buffer in zip(fills, job.sources, widths, self.sources):
                 fill(buffer.memory[: count * width])
@@ -2125,15 +2777,20 @@ class MergeWorker:
         job = progress.job
         dtype = self.working_dtype(job)
         arithmetic = self.arithmetic_for(dtype)
-        rows, identical = [], True
-        for _, (left, right) in self.read_chunks(job, progress.spans[number]):
+        sums, identical = [], True
+        columns = None
+        for _, chunk in self.read_chunks(job, progress.spans[number]):
+            left, right, *_ = chunk
             alike = left.dtype == right.dtype
             if job.sources[0].is_float:
-                row = arithmetic.measure(left, right, dtype)
-                rows.append(row)
+                row = arithmetic.measure(chunk, dtype)
+                sums.append(row)
+                if job.granularity == "row":
+                    part = arithmetic.measure_vectors(chunk, dtype, matrix_width(job), axis=0)
+                    columns = part if columns is None else columns + part
                 alike = alike and row[0] == row[1] == row[2]  # equal bytes have equal sums
             identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-        return Sums(*(tuple(row[place] for row in rows) for place in range(3)), identical)
+        return Sums(*(tuple(row[place] for row in sums) for place in range(3)), identical, columns)
 
     def blend(self, progress: TensorProgress, number: int) -> int:
         """Second pass over a span: blends or copies it, writes it. Returns its non-finite values, where asked."""
@@ -2146,9 +2803,15 @@ class MergeWorker:
         for count, chunk in self.read_chunks(job, span):
             out = self.out.typed(job.dtype)[:count]
             if blend.rule == "copy":
-                out.copy_(chunk[0])
+                out.copy_(arithmetic.round(chunk[0]) if chunk[0].is_floating_point() else chunk[0])
+            elif progress.vector_weights is not None:
+                arithmetic.blend_vectors(chunk, dtype, progress.vector_weights, matrix_width(job), out)
+            elif job.granularity == "column":
+                sums = arithmetic.measure_vectors(chunk, dtype, matrix_width(job), axis=1)
+                weights = [part.unsqueeze(1) for part in vector_weights(sums, job.t)]
+                arithmetic.blend_vectors(chunk, dtype, weights, matrix_width(job), out)
             else:
-                arithmetic.blend(*chunk, dtype, blend, out)
+                arithmetic.blend(chunk, dtype, (blend.primary_weight, blend.secondary_weight), out)
             if progress.check_finite:
                 non_finite += count_non_finite(out)
             write(self.out.memory[: count * width])
@@ -2169,12 +2832,12 @@ class WorkerTeam:
     fills the gaps.
     """
 
-    def __init__(self, device: str, threads: int) -> None:
+    def __init__(self, device: str, threads: int, cast_dtype: str | None) -> None:
         self._tasks: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._sequence = 0
         self._stopping = False
-        workers = [MergeWorker(device) for _ in range(threads)]
+        workers = [MergeWorker(device, cast_dtype) for _ in range(threads)]
         self._threads = [
             threading.Thread(target=self._work, args=(worker,), name=f"merge-{number}", daemon=True)
             for number, worker in enumerate(workers)
@@ -2256,12 +2919,11 @@ def probe_device(device: str) -> float:
     arithmetic = ChunkArithmetic(device)
     left, right = (torch.randn(CHUNK_ELEMENTS).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
-    blend = Blend(0.5, 0.5, "lerp", "", None)
     best = math.inf
     for _ in range(4):  # the first warms up
         started = time.perf_counter()
-        arithmetic.measure(left, right, torch.float32)
-        arithmetic.blend(left, right, torch.float32, blend, out)
+        arithmetic.measure((left, right), torch.float32)
+        arithmetic.blend((left, right), torch.float32, (0.5, 0.5), out)
         best = min(best, time.perf_counter() - started)
     return left.nbytes / best
 
@@ -2349,7 +3011,7 @@ class MergeStream:
             for name in ("primary_squared", "secondary_squared", "dot")
         ]
         norms = math.sqrt(total[0]), math.sqrt(total[1])
-        if all(part.identical for part in sums):
+        if all(part.identical for part in sums) and job.weights is None:
             angle = 0.0 if 0 < norms[0] < math.inf else None
             progress.blend = Blend(1.0, 0.0, "copy", "identical", angle)
         else:
@@ -2357,7 +3019,15 @@ class MergeStream:
             progress.blend = slerp_coefficients(
                 total[2], *norms, job.t, method, self.recipe.dot_threshold, self.recipe.epsilon
             )
-        progress.check_finite = self.could_overflow(job, progress.blend, norms)
+            if job.weights is not None:
+                first, second = job.weights
+                progress.blend = dataclasses.replace(progress.blend, primary_weight=first, secondary_weight=second)
+            if job.granularity == "row":
+                # In the order of the spans, so that the sum's bits do not depend on who was first.
+                columns = functools.reduce(torch.add, (part.columns for part in sums))
+                progress.vector_weights = vector_weights(columns, job.t)
+        simple = len(job.sources) == 2 and job.granularity == "tensor"
+        progress.check_finite = not simple or self.could_overflow(job, progress.blend, norms)
 
     @staticmethod
     def could_overflow(job: TensorJob, blend: Blend, norms: tuple[float, float]) -> bool:
@@ -2398,7 +3068,7 @@ def stream_merge(plan: MergePlan, child: StagedChild, observe: Observer) -> Merg
     observe(DeviceChosen(device, reason))
     with torch_threads_kept():
         started = time.perf_counter()
-        with WorkerTeam(device, plan.threads) as team:
+        with WorkerTeam(device, plan.threads, plan.recipe.cast_dtype) as team:
             tensors = MergeStream(plan, child, team, observe).run()
         seconds = time.perf_counter() - started
     write_index(plan, child.folder)
@@ -2439,6 +3109,8 @@ def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, ob
             observe(CompanionCopied(name, plan.tokenizer_role))
     for name in copy_matching(plan.primary.folder, child.folder, COMPANION_FILES):
         observe(CompanionCopied(name, "primary"))
+    write_text(child.folder / RECIPE_NAME, recipe_text(plan, child.target))
+    observe(CompanionCopied(RECIPE_NAME, "made"))
     write_text(child.folder / CARD_NAME, model_card(plan, result))
     observe(CompanionCopied(CARD_NAME, "made"))
 
@@ -2466,8 +3138,123 @@ def write_child_config(plan: MergePlan, folder: Path) -> str:
         for key, part in config.items():
             if isinstance(part, dict):  # a model inside a model states its own
                 config[key] = {k: plan.recipe.dtype if k in DTYPE_KEYS else v for k, v in part.items()}
+    if plan.recipe.slices:
+        config = with_depth(config, plan)
     write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return "config.json"
+
+
+def recipe_text(plan: MergePlan, child: Path) -> str:
+    """merge_recipe.yaml, in mergekit's syntax: --recipe makes the same bits of it again.
+
+    Paths run from the child's folder. What mergekit's keys cannot say stands under `slerpmerge`.
+    """
+    import yaml
+
+    recipe = plan.recipe
+    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
+    places = {role: relative_place(parent.folder, child) for role, parent in parents.items() if parent is not None}
+    method = "slerp"
+    if recipe.method == "nuslerp" or recipe.base is not None:
+        method = "nuslerp"
+    elif recipe.method == "lerp":
+        method = "linear"
+    content: dict[str, Any] = {"merge_method": method}
+    if method == "slerp":
+        content["base_model"] = places["primary"]
+    elif recipe.base is not None:
+        content["base_model"] = places["base"]
+    if recipe.slices:
+        content["slices"] = [recipe_slice(part, places, method) for part in recipe.slices]
+    else:
+        whole = LayerSlice(0, 0, 0, recipe.schedule, recipe.weights)
+        cut = recipe_slice(whole, places, method)
+        content["models"] = [{k: v for k, v in source.items() if k != "layer_range"} for source in cut["sources"]]
+        content.update({"parameters": cut["parameters"]} if "parameters" in cut else {})
+    settings = {} if recipe.normalize else {"normalize": False}
+    if recipe.granularity != "tensor":
+        settings |= {"nuslerp_flatten": False, "nuslerp_row_wise": recipe.granularity == "row"}
+    if settings:
+        content["parameters"] = {**content.get("parameters", {}), **settings}
+    if recipe.cast_dtype is not None:
+        content["dtype"] = recipe.cast_dtype
+    if recipe.dtype not in ("auto", recipe.cast_dtype):
+        content["out_dtype"] = recipe.dtype
+    if recipe.tokenizer != "auto":
+        content["tokenizer_source"] = places[recipe.tokenizer]
+    own: dict[str, Any] = {
+        "version": __version__,
+        "method": recipe.method,
+        "dot_threshold": recipe.dot_threshold,
+        "epsilon": recipe.epsilon,
+        "extrapolate": recipe.extrapolate,
+    }
+    if method != "slerp" and recipe.weights is None:
+        own["t"] = recipe_rules(recipe.schedule)
+    for role, parent in parents.items():
+        if parent is not None:
+            own[role] = {"name": parent.name, "headers": header_fingerprint(parent)}
+    return yaml.safe_dump({**content, "slerpmerge": own}, sort_keys=False, allow_unicode=True)
+
+
+def recipe_slice(part: LayerSlice, places: Mapping[str, str], method: str) -> dict[str, Any]:
+    """One slice as a recipe writes it: slerp has its t, the others a weight for each model."""
+    starts = {"primary": part.primary_start, "secondary": part.secondary_start}
+    sources: list[dict[str, Any]] = [
+        {"model": places[role], "layer_range": [start, start + part.length]} for role, start in starts.items()
+    ]
+    if method == "slerp":
+        return {"sources": sources, "parameters": {"t": recipe_rules(part.schedule)}}
+    rest = Schedule(tuple(ScheduleRule(tuple(1 - t for t in r.gradient), r.name_filter) for r in part.schedule.rules))
+    for source, weight in zip(sources, part.weights or (rest, part.schedule)):
+        source["parameters"] = {"weight": recipe_rules(weight)}
+    if "base" in places:
+        start = part.primary_start if part.base_start is None else part.base_start
+        sources.append({"model": places["base"], "layer_range": [start, start + part.length]})
+    return {"sources": sources}
+
+
+def recipe_rules(schedule: Schedule) -> Any:
+    """A schedule as mergekit writes it: a number, a list, or filters with their values."""
+    values = [list(rule.gradient) if len(rule.gradient) > 1 else rule.gradient[0] for rule in schedule.rules]
+    if len(values) == 1 and schedule.rules[0].name_filter == "*":
+        return values[0]
+    return [
+        {"value": value} if rule.name_filter == "*" else {"filter": rule.name_filter, "value": value}
+        for rule, value in zip(schedule.rules, values)
+    ]
+
+
+def relative_place(folder: Path, child: Path) -> str:
+    """A parent's path from the child's folder; its own where the two stand on different drives."""
+    try:
+        place = Path(os.path.relpath(folder.resolve(), child)).as_posix()
+    except ValueError:
+        place = str(folder.resolve())
+    return place
+
+
+def header_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over every tensor's name, dtype and shape, whatever the shards."""
+    import hashlib
+
+    table = sorted((info.name, info.dtype, list(info.shape)) for info in checkpoint.tensors.values())
+    return "sha256:" + hashlib.sha256(json.dumps(table).encode("utf-8")).hexdigest()
+
+
+def with_depth(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
+    """The config of a child of another depth: the number of layers, and lists with an entry for each layer."""
+    layers = [part.primary_start + step for part in plan.recipe.slices for step in range(part.length)]
+    depth = stated_depth(config)
+    changed = dict(config)
+    for key, value in config.items():
+        if DEPTH_KEY.search(key) and value == depth:
+            changed[key] = len(layers)
+        elif isinstance(value, list) and len(value) == depth and "layer" in key:
+            changed[key] = [value[layer] for layer in layers]
+        elif isinstance(value, dict) and key == "text_config":
+            changed[key] = with_depth(value, plan)
+    return changed
 
 
 def model_card(plan: MergePlan, result: MergeResult) -> str:
@@ -2487,8 +3274,9 @@ def model_card(plan: MergePlan, result: MergeResult) -> str:
     settings = [
         ("primary (t = 0)", plan.primary.name),
         ("secondary (t = 1)", plan.secondary.name),
+        *([("base of the task vectors", plan.base.name)] if plan.base is not None else []),
         ("method", recipe.method),
-        ("t", recipe.schedule.describe()),
+        ("blend", recipe.describe_blend()),
         ("dtype", recipe.dtype if recipe.dtype != "auto" else f"{', '.join(plan.primary.dtypes)} (the primary's)"),
         ("dot threshold", f"{recipe.dot_threshold:g}"),
         ("epsilon", f"{recipe.epsilon:g}"),
@@ -2593,7 +3381,7 @@ def verify_headers(plan: MergePlan, folder: Path) -> None:
             info = found.get(job.name)
             if info is None or (info.dtype, info.shape, info.offset) != (job.dtype, job.shape, job.offset):
                 raise wrong_child(f"{shard.file_name} does not hold {job.name} as planned")
-    for name, info in plan.primary.tensors.items():
+    for name, info, _ in child_layout(plan.primary, plan.recipe.slices):
         if name not in found or found[name].shape != info.shape:
             raise wrong_child(f"the primary's tensor {name} is not in it with its shape")
 
@@ -2603,18 +3391,22 @@ def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[i
     places = {job.name: folder / shard.file_name for shard in plan.shards for job in shard.jobs}
     reader = TensorReader(handles := FileHandles())
     blended = [merged for merged in result.tensors if merged.job.element_count and merged.job.sources[0].is_float]
-    small = [m for m in blended if m.blend.rule == "slerp" and m.job.element_count <= RECOMPUTED_ELEMENTS]
+    small = [m for m in blended if m.blend.rule != "copy" and m.job.element_count <= RECOMPUTED_ELEMENTS]
     small.sort(key=lambda merged: -merged.job.element_count)
     whole = small[:: max(1, len(small) // RECOMPUTED_TENSORS)][:RECOMPUTED_TENSORS]
-    spots = blended[:: max(1, -(-len(blended) // SPOT_CHECKS))]
+    spots = [merged for merged in blended if merged.job.granularity == "tensor" or merged.blend.rule == "copy"]
+    spots = spots[:: max(1, -(-len(spots) // SPOT_CHECKS))]
     try:
         for merged in whole:
-            blend = recompute_blend(plan.recipe, merged, reader)
-            verify_stretch(merged, blend, range(merged.job.element_count), places[merged.job.name], reader)
+            sources = read_sources(merged.job, range(merged.job.element_count), reader, plan.recipe)
+            weights = recompute_weights(plan.recipe, merged, sources)
+            verify_stretch(merged, weights, sources, 0, places[merged.job.name], reader, plan.recipe)
         for merged in spots:
             length = min(SPOT_ELEMENTS, merged.job.element_count)
             start = (merged.job.element_count - length) // 2
-            verify_stretch(merged, merged.blend, range(start, start + length), places[merged.job.name], reader)
+            sources = read_sources(merged.job, range(start, start + length), reader, plan.recipe)
+            weights = merged.blend.primary_weight, merged.blend.secondary_weight
+            verify_stretch(merged, weights, sources, start, places[merged.job.name], reader, plan.recipe)
     finally:
         handles.close()
     return len(whole), len(spots)
@@ -2628,33 +3420,69 @@ def read_stretch(reader: TensorReader, info: TensorInfo, stretch: range) -> torc
     return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).double()
 
 
-def recompute_blend(recipe: MergeRecipe, merged: TensorMerged, reader: TensorReader) -> Blend:
-    """A tensor's weights again, from float64 sums over the whole of both parents."""
-    v0, v1 = (read_stretch(reader, info, range(info.element_count)) for info in merged.job.sources)
+def read_sources(
+    job: TensorJob, stretch: range, reader: TensorReader, recipe: MergeRecipe
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """([v0, v1] or the copied one, base or zeros) of a stretch, in float64; task vectors where there is a base."""
+    parts = [read_stretch(reader, info, stretch) for info in job.sources]
+    if recipe.cast_dtype is not None:
+        parts = [part.to(getattr(torch, recipe.cast_dtype)).double() for part in parts]
+    if len(parts) == 3:
+        return [parts[0] - parts[2], parts[1] - parts[2]], parts[2]
+    return parts, torch.zeros_like(parts[0])
+
+
+def recompute_weights(
+    recipe: MergeRecipe, merged: TensorMerged, sources: tuple[list[torch.Tensor], torch.Tensor]
+) -> tuple[Any, Any]:
+    """A tensor's weights again, or those of each of its vectors, from float64 sums over the whole of both parents."""
+    v0, v1 = sources[0]
+    job = merged.job
+    if job.weights is not None:
+        return job.weights
+    if job.granularity != "tensor":
+        rows, columns = (part.view(-1, matrix_width(job)) for part in (v0, v1))
+        axis = 0 if job.granularity == "row" else 1
+        sums = torch.stack([(a * b).sum(axis) for a, b in ((rows, rows), (columns, columns), (rows, columns))])
+        spread = (part.unsqueeze(axis).expand_as(rows).reshape(-1) for part in vector_weights(sums, job.t))
+        return next(spread), next(spread)
     blend = slerp_coefficients(
         float(torch.sum(v0 * v1)),
         float(v0.norm()),
         float(v1.norm()),
-        merged.job.t,
-        recipe.method,
+        job.t,
+        "lerp" if job.rule == "lerp" else recipe.method,
         recipe.dot_threshold,
         recipe.epsilon,
     )
     # At the very threshold float32 sums may fall on the other side than float64 ones; both are right.
-    return blend if blend.rule == merged.blend.rule else merged.blend
+    used = blend if blend.rule == merged.blend.rule else merged.blend
+    return used.primary_weight, used.secondary_weight
 
 
-def verify_stretch(merged: TensorMerged, blend: Blend, stretch: range, path: Path, reader: TensorReader) -> None:
-    """Holds a stretch of the child against its parents: equal but for one rounding to the child's dtype."""
+def verify_stretch(
+    merged: TensorMerged,
+    weights: tuple[Any, Any],
+    sources: tuple[list[torch.Tensor], torch.Tensor],
+    start: int,
+    path: Path,
+    reader: TensorReader,
+    recipe: MergeRecipe,
+) -> None:
+    """Holds a stretch of the child against its parents: equal but for the rounding to the child's dtype."""
     job = merged.job
-    parts = [read_stretch(reader, info, stretch) for info in job.sources]
-    weights = (blend.primary_weight, blend.secondary_weight)[: len(parts)]
-    terms = [weight * part for weight, part in zip(weights, parts) if weight or blend.rule != "copy"]
+    parts, base = sources
+    terms = [parts[0], base] if merged.blend.rule == "copy" else [weights[0] * parts[0], weights[1] * parts[1], base]
+    if merged.blend.rule == "copy" and len(job.sources) == 1:
+        terms = [parts[0]]
+    stretch = range(start, start + len(base))
     stored = read_stretch(reader, TensorInfo(job.name, job.dtype, job.shape, path, job.offset, job.byte_count), stretch)
-    limits = torch.finfo(torch_dtype(job.dtype))
-    # Half a unit of the last place for the rounding, and what float32 sums and products may lose before it.
-    allowed = 0.5 * limits.eps * sum(terms).abs() + 2e-6 * sum(term.abs() for term in terms) + limits.smallest_normal
+    roundings = [torch_dtype(job.dtype)] + ([getattr(torch, recipe.cast_dtype)] if recipe.cast_dtype else [])
+    limits = [torch.finfo(dtype) for dtype in roundings]
     expected = sum(terms)
+    # Half a unit of the last place for each rounding, and what float32 sums and products may lose before it.
+    allowed = sum(0.5 * limit.eps * expected.abs() + limit.smallest_normal for limit in limits)
+    allowed = allowed + 2e-6 * sum(term.abs() for term in terms)
     off = ((stored - expected).abs() > allowed * 1.01) & torch.isfinite(stored) & torch.isfinite(expected)
     if bool(off.any()):
         raise wrong_child(f"{job.name} differs from what its parents make")
@@ -2758,10 +3586,13 @@ def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
     observe(ParentOpened("primary", primary))
     secondary = open_checkpoint(recipe.secondary)
     observe(ParentOpened("secondary", secondary))
-    parity = check_parity(primary, secondary, recipe.dtype)
+    base = None if recipe.base is None else open_checkpoint(recipe.base)
+    if base is not None:
+        observe(ParentOpened("base", base))
+    parity = check_parity(primary, secondary, recipe.dtype, recipe.slices, base)
     observe(ParityChecked(parity))
     parity.raise_if_blocking()
-    plan = plan_merge(recipe, primary, secondary, parity)
+    plan = plan_merge(recipe, primary, secondary, parity, base)
     observe(PlanReady(plan))
     return plan
 
@@ -2974,6 +3805,68 @@ def describe_rules(plan: MergePlan) -> str:
     return f"{sum(1 for _ in plan.jobs)} ({', '.join(parts)})"
 
 
+def describe_method(recipe: MergeRecipe) -> str:
+    granularity = f" by {recipe.granularity}" if recipe.granularity != "tensor" else ""
+    vectors = " of task vectors" if recipe.base is not None else ""
+    extrapolated = ", beyond the parents" if recipe.extrapolate else ""
+    return f"{recipe.method}{granularity}{vectors}{extrapolated}"
+
+
+CURVE_LEVELS = "▁▂▃▄▅▆▇█"
+CURVE_COLUMNS = 24  # a curve is drawn with at most this many cells
+COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
+
+
+def draw_curve(console: Console, values: Sequence[float]) -> str:
+    """t over the layers in one line: a bar for each, or a digit from 0 to 9 where bars cannot be shown."""
+    if len(values) > CURVE_COLUMNS:
+        steps = CURVE_COLUMNS - 1
+        values = [values[round(step * (len(values) - 1) / steps)] for step in range(CURVE_COLUMNS)]
+    levels = CURVE_LEVELS if is_unicode(console) else "0123456789"
+    return "".join(levels[min(max(round(t * (len(levels) - 1)), 0), len(levels) - 1)] for t in values)
+
+
+def component_of(tensor_name: str) -> str:
+    """attention, mlp or other: what people give a gradient of its own."""
+    found = (name for name, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
+    return next(found, "other")
+
+
+def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> list[tuple[str, str]]:
+    """(component, curve) of a schedule before any model is known, as a decoder of so many layers would have it."""
+    examples = {"attention": "self_attn.q_proj.weight", "mlp": "mlp.up_proj.weight", "other": "input_layernorm.weight"}
+    positions = [layer / (layers - 1) for layer in range(layers)]
+    rows = []
+    for component, name in examples.items():
+        values = [schedule.t_for(f"model.layers.{layer}.{name}", p) for layer, p in enumerate(positions)]
+        rows.append((component, draw_curve(console, values)))
+    return rows if len({curve for _, curve in rows}) > 1 else [("all", rows[0][1])]
+
+
+def render_curves(console: Console, plan: MergePlan) -> RenderableType:
+    """t over the layers, for each component of each stack, as it will be used; then the tensors outside layers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for heading in ("layers", "component", "t over the layers", "first", "last"):
+        table.add_column(heading, overflow="fold")
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    outside: dict[float, list[str]] = {}
+    for job in plan.jobs:
+        if (place := find_layer(job.name)) is None:
+            outside.setdefault(job.t, []).append(job.name)
+        else:
+            curves.setdefault((place[0], component_of(job.name)), {})[place[1]] = job.t
+    for (stack, component), by_layer in curves.items():
+        values = [by_layer[layer] for layer in sorted(by_layer)]
+        cells = (stack, component, draw_curve(console, values), f"{values[0]:.4g}", f"{values[-1]:.4g}")
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    for t, names in outside.items():
+        table.add_row(Text(printable(format_names(names, 3))), "", "", f"{t:.4g}", "")
+    return panel(console, table, "t of every tensor")
+
+
 def render_plan(console: Console, plan: MergePlan) -> RenderableType:
     """What will be made, from what, and what it will cost."""
     recipe = plan.recipe
@@ -2984,7 +3877,8 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("primary", describe_checkpoint(plan.primary)),
         ("secondary", describe_checkpoint(plan.secondary)),
         ("child", str(recipe.save_directory)),
-        ("blend", f"{recipe.method}, {recipe.schedule.describe()}"),
+        ("blend", f"{describe_method(recipe)}, {recipe.describe_blend()}"),
+        *([("base", describe_checkpoint(plan.base))] if plan.base is not None else []),
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
         ("tokenizer", donor + plan.tokenizer_reason),
@@ -2992,6 +3886,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
+    facts += [("mind", remark) for remark in plan.remarks]
     return panel(console, fact_table(facts), "Plan")
 
 
@@ -3007,6 +3902,8 @@ def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
         "disk_needed_bytes": plan.disk_needed_bytes,
         "disk_free_bytes": plan.disk_free_bytes,
         "expected_seconds": plan.expected_seconds,
+        "t": {job.name: job.t for job in plan.jobs},
+        "remarks": list(plan.remarks),
         "tokenizer_from": plan.tokenizer_role,
         "mended": [dataclasses.asdict(m) for m in plan.parity.of_severity("mended")],
         "notices": [dataclasses.asdict(m) for m in plan.parity.of_severity("notice")],
@@ -3044,7 +3941,22 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
     lines: list[RenderableType] = [fact_table(facts), Text()]
     lines += [Text.assemble(mark_of(console, "mended"), " ", printable(check)) for check in report.checks]
     lines += [Text.assemble(mark_of(console, "notice"), " ", printable(warning)) for warning in report.warnings]
+    if (advice := near_parallel_advice(report)) is not None:
+        lines.append(Text.assemble(mark_of(console, "notice"), " ", advice))
     return panel(console, Group(*lines), "Done")
+
+
+def near_parallel_advice(report: MergeReport) -> str | None:
+    """Plain words where most tensors were so near each other that SLERP had nothing to follow."""
+    recipe, tensors = report.plan.recipe, report.result.tensors
+    near = sum(merged.blend.reason == "parallel" for merged in tensors)
+    if recipe.base is not None or 2 * near < len(tensors):
+        return None
+    return (
+        f"{near} of {len(tensors)} tensors lie less than {math.degrees(math.acos(recipe.dot_threshold)):.1f} degrees "
+        "apart, where SLERP is a straight line. What each parent learned since their common base lies further apart: "
+        "to blend that, name the base with --base."
+    )
 
 
 def next_commands(report: MergeReport) -> list[str]:
@@ -3164,46 +4076,63 @@ def describe_tensor(event: TensorMerged) -> str:
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 BLENDS = (
-    ("even", 0.5, "both parents alike"),
-    ("lean to primary", 0.3, "more of the primary"),
-    ("lean to secondary", 0.7, "more of the secondary"),
+    ("even", "0.5", "both parents alike"),
+    ("lean to primary", "0.3", "more of the primary"),
+    ("lean to secondary", "0.7", "more of the secondary"),
+    (
+        "attention and mlp",
+        "self_attn=0,0.5,0.3,0.7,1 mlp=1,0.5,0.7,0.3,0 0.5",
+        "attention one way, MLP the other: the well-known gradient",
+    ),
+    ("primary at the ends", "0,0.5,1,0.5,0", "secondary in the middle"),
+    ("secondary at the ends", "1,0.5,0,0.5,1", "primary in the middle"),
+    ("ramp", "0,0.1,0.5,0.9,1", "from primary to secondary, smoothly"),
+)
+OTHER_BLENDS = (
+    ("a number", "or a gradient of your own, such as 0,0.5,1"),
+    ("filter=gradient ...", "one for each component, such as self_attn=0,1 mlp=1,0 0.5"),
+    ("task vectors", "blend what each parent learned since a common base"),
+    ("a recipe file", "its path, ending in .yaml or .yml"),
 )
 BLEND_HELP = "0 is the primary alone, 1 the secondary alone, 0.5 the middle of the arc between them"
 
 
-def clean_path(text: str) -> Path:
-    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces."""
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    elif os.name != "nt":
-        text = text.replace("\\ ", " ")  # as a terminal pastes a dropped folder
-    return Path(os.path.expandvars(text)).expanduser()
-
-
 def parse_number(text: str) -> float:
-    """A number from 0 to 1. Raises SlerpMergeError, in words for the prompt."""
+    """A number. Raises SlerpMergeError, in words for the prompt."""
     try:
         t = float(text)
     except ValueError:
         t = math.nan
-    if not 0 <= t <= 1:
-        raise SlerpMergeError(f"{text!r} is not a number from 0 to 1.", f"{BLEND_HELP}.")
+    if not math.isfinite(t):
+        raise SlerpMergeError(f"{text!r} is not a number.", f"{BLEND_HELP}.")
     return t
 
 
-def parse_t(text: str) -> Schedule:
-    """`--t`: one number, or a comma list that runs as a gradient over the layers."""
-    return Schedule((ScheduleRule(tuple(parse_number(part.strip()) for part in text.split(","))),))
+def parse_rule(text: str) -> ScheduleRule:
+    """`0.5`, a gradient `0,0.5,1`, or either for names that hold a text: `self_attn=0,1`."""
+    name_filter, equals, values = text.rpartition("=")
+    if equals and not name_filter:
+        raise SlerpMergeError(f"{text!r} has no name before the =.", "Write it like self_attn=0,0.5,1.")
+    return ScheduleRule(tuple(parse_number(part.strip()) for part in values.split(",")), name_filter or "*")
+
+
+def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
+    """Filters as they were given, then the bare values, which are for the rest."""
+    return Schedule(tuple(sorted(rules, key=lambda rule: rule.name_filter == "*")))
 
 
 def parse_blend(text: str) -> Schedule:
-    """An answer to `Blend`: a blend's name, its beginning, or a number."""
+    """An answer to `Blend`: a blend's name or the beginning of one, a number, a gradient, or filters with theirs."""
     wanted = " ".join(text.lower().split())
-    for name, t, _ in BLENDS:
-        if wanted and name.startswith(wanted) and wanted != "lean" and wanted != "lean to":
-            return Schedule.constant(t)
-    return parse_t(text)
+    named = [meaning for name, meaning, _ in BLENDS if wanted and name.startswith(wanted)]
+    rules = [parse_rule(part) for part in (named[0] if len(named) == 1 else text).split()]
+    schedule = order_rules(rules)
+    for t in schedule.values():
+        if not 0 <= t <= 1:
+            raise SlerpMergeError(f"{t:g} is not a number from 0 to 1.", f"{BLEND_HELP}.")
+    if not rules or schedule.rules[-1].name_filter != "*":
+        raise SlerpMergeError(f"{text!r} leaves out the other tensors.", "Add a value for the rest, such as 0.5.")
+    return schedule
 
 
 def answer_check(check: Callable[[str], object]) -> Callable[[str], bool | str]:
@@ -3263,23 +4192,58 @@ class Wizard:
         )
         return parse(self.ask(question))
 
-    def ask_blend(self) -> Schedule:
+    def ask_blend(self) -> dict[str, Any]:
+        """The fields of MergeRecipe that a blend decides. What is drawn before it is taken."""
         import questionary
         from prompt_toolkit.completion import WordCompleter
 
-        for name, t, meaning in BLENDS:
-            self.console.print(f"    {name:<18} {t:g}     {meaning}", style="dim", highlight=False, markup=False)
-        self.console.print(f"    {'a number':<18} 0 to 1", style="dim", highlight=False, markup=False)
-        completer: Completer = WordCompleter([name for name, _, _ in BLENDS], sentence=True, ignore_case=True)
-        question = questionary.text(
-            "Blend",
-            validate=answer_check(lambda text: parse_blend(text or "even")),
-            validate_while_typing=False,
-            completer=completer,
-            complete_while_typing=False,
-            instruction="(even)",
-        )
-        return parse_blend(self.ask(question) or "even")
+        self.show_blends()
+        names = [name for name, _, _ in BLENDS] + ["task vectors"]
+        completer: Completer = WordCompleter(names, sentence=True, ignore_case=True)
+
+        def parse(text: str) -> dict[str, Any]:
+            text = text.strip() or "even"
+            if text.lower() == "task vectors":
+                return {"method": "slerp"}
+            if text.strip("'\"").lower().endswith((".yaml", ".yml")):
+                return read_recipe(clean_path(text))
+            return {"schedule": parse_blend(text)}
+
+        while True:
+            answer = self.ask(
+                questionary.text(
+                    "Blend",
+                    validate=answer_check(parse),
+                    validate_while_typing=False,
+                    completer=completer,
+                    complete_while_typing=False,
+                    instruction="(even)",
+                )
+            )
+            fields = parse(answer)
+            if fields == {"method": "slerp"}:
+                return {"base": self.ask_folder("Base model", open_checkpoint), "schedule": Schedule.constant(0.5)}
+            drawn_already = answer.strip().lower() in ("", *names)
+            if drawn_already or "primary" in fields or self.accept_curves(fields["schedule"]):
+                return fields
+
+    def show_blends(self) -> None:
+        """Every blend with its curve over the layers, so that none is taken unseen."""
+        for name, text, meaning in BLENDS:
+            curves = schedule_curves(self.console, order_rules(map(parse_rule, text.split())), layers=8)
+            drawn = curves[0][1] if len(curves) == 1 else "  ".join(f"{part} {curve}" for part, curve in curves)
+            self.say(f"    {name:<22}{drawn}")
+            self.say(f"    {'':<22}{meaning}")
+        for name, meaning in OTHER_BLENDS:
+            self.say(f"    {name:<22}{meaning}")
+
+    def accept_curves(self, schedule: Schedule) -> bool:
+        for component, curve in schedule_curves(self.console, schedule):
+            self.say(f"    {component:<12}{curve}")
+        return len(schedule.rules) == 1 and len(schedule.rules[0].gradient) == 1 or self.confirm("Take it?", True)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, style="dim", highlight=False, markup=False)
 
     def confirm(self, message: str, default: bool) -> bool:
         import questionary
@@ -3302,7 +4266,7 @@ def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
             proposed_save_directory(*parents),
         )
     if "schedule" not in answers:
-        answers["schedule"] = wizard.ask_blend()
+        answers |= {name: value for name, value in wizard.ask_blend().items() if name not in ("primary", "secondary")}
     return MergeRecipe(**answers)
 
 
@@ -3346,9 +4310,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--primary", type=folder, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=folder, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
-    add("--t", dest="schedule", type=usage_type(parse_t), metavar="T",
-        help="0 to 1, or a comma list: a gradient over the layers (default 0.5)")  # fmt: skip
+    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp or linear of two models")
+    add("--base", type=folder, metavar="FOLDER", help="blend what both parents learned since this model")
+    add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
+        help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
+        "holds it (default 0.5)")  # fmt: skip
+    add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
+    add("--granularity", choices=GRANULARITIES, help="what nuslerp takes as one vector (default tensor)")
     add("--dot-threshold", type=float, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
     add("--epsilon", type=float, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
     add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
@@ -3391,7 +4360,7 @@ class CommandLine:
     def run(self) -> int:
         if self.arguments.demo:
             return self.run_demo()
-        preset = {name: value for name in RECIPE_FIELDS if (value := getattr(self.arguments, name, None)) is not None}
+        preset = self.preset()
         missing = self.missing_flags(preset)
         if missing:
             text = f"slerpmerge: no terminal to ask at; give {', '.join(missing)}"
@@ -3402,6 +4371,19 @@ class CommandLine:
             self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
         recipe = ask_recipe(self.with_defaults(preset), wizard)
         return self.merge(recipe, wizard)
+
+    def preset(self) -> dict[str, Any]:
+        """The fields of MergeRecipe that flags and a recipe file give. A flag goes before the file."""
+        given = {name: value for name in RECIPE_FIELDS if (value := getattr(self.arguments, name, None)) is not None}
+        if self.arguments.rules:
+            given["schedule"] = order_rules(self.arguments.rules)
+        if self.arguments.recipe is None:
+            return given
+        decided = ("primary", "secondary", "base", "schedule", "method", "granularity")
+        if clashing := [name for name in decided if name in given]:
+            flags = ", ".join("--t" if name == "schedule" else f"--{name}" for name in clashing)
+            raise SlerpMergeError(f"The recipe already says what {flags} would.", "Leave out the one or the other.")
+        return {**read_recipe(self.arguments.recipe), **given}
 
     def missing_flags(self, preset: Mapping[str, Any]) -> list[str]:
         """Flags for the answers that nobody is there to give."""
@@ -3448,6 +4430,8 @@ class CommandLine:
             self.show(render_parity(self.console, event.report))
         if isinstance(event, PlanReady):
             self.show(render_plan(self.console, event.plan))
+            if self.arguments.dry_run or len({job.t for job in event.plan.jobs}) > 1:
+                self.show(render_curves(self.console, event.plan))
         self.view.observe(event)
 
     def verify_fully(self, report: MergeReport, wizard: Wizard) -> MergeReport:
