@@ -3739,7 +3739,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SlerpMergeError as error:
         fault = error
     except (KeyboardInterrupt, EOFError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
         print(f"\nStopped. {command_line.wrote}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (OSError, MemoryError) as error:
@@ -3752,4 +3751,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
+    sys.exit(status)

@@ -691,6 +691,16 @@ def test_an_archive_whose_storage_is_shorter_than_its_description(tmp_path):
     assert_refused(folder, "damaged or incomplete", folder / "pytorch_model.bin")
 
 
+@pytest.mark.parametrize("length", [15, 17, -1, 2**62])
+def test_a_legacy_storage_of_another_length_than_described(tmp_path, length):
+    folder = write_pickle(tmp_path / "model", {"a": torch.zeros(16), "b": torch.ones(64)}, "legacy-bin")
+    start = open_checkpoint(folder).tensors["a"].offset
+    with open(folder / "pytorch_model.bin", "r+b") as stream:
+        stream.seek(start - 8)
+        stream.write(struct.pack("<q", length))
+    assert_refused(folder, "a storage is not as long as its description", folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize("missing", ["data.pkl", "data/0"])
 def test_an_archive_that_lacks_a_member(tmp_path, missing):
     folder = write_pickle(tmp_path / "model", {"a": torch.zeros(16), "b": torch.ones(64)}, "bin")

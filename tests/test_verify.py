@@ -89,6 +89,17 @@ def test_any_foreign_value_is_caught(tmp_path, bytes_there):
         merge_tampered(tmp_path, lambda staged: overwrite(staged / "model.safetensors", name, lambda _: bytes_there))
 
 
+def test_a_value_two_units_of_the_last_place_off_is_caught(tmp_path):
+    make_pair(tmp_path)
+    name = QUERY.format(1)
+
+    def nudge(two_bytes: bytes) -> bytes:
+        return bytes([two_bytes[0] ^ 2, two_bytes[1]])
+
+    with pytest.raises(SlerpMergeError, match=rf"{name} differs"):
+        merge_tampered(tmp_path, lambda staged: overwrite(staged / "model.safetensors", name, nudge))
+
+
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", ["numbers", "same", QUERY.format(0)])
 def test_flipped_bytes_of_copied_tensors_are_caught(tmp_path, name, t):
