@@ -52,6 +52,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib
 import io
@@ -99,7 +100,7 @@ MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders expect
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit for a header
 MAX_JSON_BYTES = 64_000_000  # config, index, tokenizer: a larger one is not believed
-MAX_LAYER_INDEX = 100_000  # a number in a tensor's name above this is not a layer
+MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 WEIGHTS_SINGLE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
@@ -682,7 +683,7 @@ def slerp_coefficients(
         return straight(reason="not finite")
     if min(primary_norm, secondary_norm) <= epsilon or not math.isfinite(cosine):
         return straight(reason="zero")
-    if abs(cosine) > dot_threshold or abs(cosine) >= 1:
+    if abs(cosine) > dot_threshold or abs(cosine) >= 1 or cosine < -1 + 1e-12:  # there the weights know no bounds
         return straight(reason="parallel" if cosine > 0 else "antiparallel")
     weight_primary, weight_secondary = slerp_weights(cosine, t)
     if method == "slerp-norm":
@@ -725,7 +726,7 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
         "ENOENT": "Check the path; it may have been moved or deleted.",
         "EIO": "The disk reports a fault; copy or download the file again.",
     }
-    name = next((name for name in hints if error.errno == getattr(__import__("errno"), name, None)), "")
+    name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
     return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
 
 
@@ -1017,7 +1018,7 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
         raise broken_file(path, "it holds no state dict")
     size = file_size(path)
     for name in state:
-        if not isinstance(name, str) or not is_utf8(name):
+        if not isinstance(name, str) or not is_utf8(name) or name == "__metadata__":
             raise broken_file(path, f"{name!r} is no name that a safetensors file can hold")
     return {name: pickled_tensor_info(path, name, entry, extents, size) for name, entry in state.items()}
 
@@ -1145,6 +1146,11 @@ def find_weight_files(folder: Path) -> tuple[str, tuple[Path, ...]]:
         raise SlerpMergeError(
             f"{folder} holds a LoRA adapter, not a whole model.",
             "Merge the adapter into its base model first (peft: merge_and_unload), and save that.",
+        )
+    if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("*-of-*.bin")):
+        raise SlerpMergeError(
+            f"{folder} holds shards of weights, but not their index ({WEIGHTS_INDEX} or {PICKLE_INDEX}).",
+            "Download the index into that folder too; it says which shard holds what.",
         )
     raise SlerpMergeError(
         f"{folder} holds no weights ({WEIGHTS_SINGLE}, {WEIGHTS_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}).",
@@ -1511,7 +1517,7 @@ def find_layer(tensor_name: str) -> tuple[str, int] | None:
     """
     parts = tensor_name.split(".")
     for place, part in enumerate(parts):
-        if part.isascii() and part.isdigit() and len(part) <= len(str(MAX_LAYER_INDEX)):
+        if part.isascii() and part.isdigit() and len(part) < 9 and int(part) <= MAX_LAYER_INDEX:
             return ".".join(parts[:place]), int(part)
     return None
 
@@ -2574,7 +2580,8 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """A small text file, UTF-8. Raises SlerpMergeError where the disk refuses."""
     try:
-        path.write_text(text, encoding="utf-8", newline="\n")
+        # Half a surrogate pair from a stranger's config stays the escape it was.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     except OSError as error:
         raise explain_os_error(error, path, "write") from error
 
@@ -2916,7 +2923,7 @@ def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint)
 
 
 def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
-    """Looks at both parents and decides everything. Reads headers only, writes nothing.
+    """Looks at both parents and decides everything. Reads headers and a few MB to time it; writes nothing.
 
     Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
     """

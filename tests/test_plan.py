@@ -625,9 +625,10 @@ def test_a_plan_cannot_be_changed_behind_ones_back(pair):
         plan.threads = 64
 
 
-def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path):
-    """Half of a surrogate pair: a pickle can hold it, UTF-8 cannot."""
+@pytest.mark.parametrize("name", ["a\ud83d.weight", "__metadata__"], ids=["half-a-character", "metadata"])
+def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
+    """A pickle can hold half of a surrogate pair, and the name that the format keeps for itself."""
     for role, seed in (("primary", 1), ("secondary", 2)):
-        make_checkpoint(tmp_path / role, {**llama_tensors(seed), "a\ud83d.weight": torch.ones(2)}, storage="bin")
+        make_checkpoint(tmp_path / role, {**llama_tensors(seed), name: torch.ones(2)}, storage="bin")
     with refused("is no name that a safetensors file can hold"):
         planned(tmp_path)
