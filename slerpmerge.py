@@ -54,6 +54,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib
 import io
@@ -66,6 +67,7 @@ import queue
 import re
 import shlex
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -100,7 +102,7 @@ MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders expect
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit for a header
 MAX_JSON_BYTES = 64_000_000  # config, index, tokenizer: a larger one is not believed
-MAX_LAYER_INDEX = 100_000  # a number in a tensor's name above this is not a layer
+MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 WEIGHTS_SINGLE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
@@ -228,9 +230,20 @@ def format_seconds(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text from a stranger's file without control characters, which could drive the terminal or fake a line."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def shorten(value: Any, most: int = 60) -> str:
+    """Any value for people; long ones are cut."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def format_names(names: Sequence[str], most: int = 6) -> str:
     """A list of names that stays readable when there are thousands of them."""
-    shown = ", ".join(names[:most])
+    shown = ", ".join(map(printable, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
@@ -268,7 +281,7 @@ class Schedule:
         Raises SlerpMergeError when no rule matches the name.
         """
         for rule in self.rules:
-            if rule.matches(tensor_name):
+            if rule.matches(tensor_name) and rule.gradient:
                 return rule.value_at(position)
         raise SlerpMergeError(
             f"The schedule of t has no value for the tensor {tensor_name}.",
@@ -395,8 +408,8 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        architectures = self.config.get("architectures") or ["unknown architecture"]
-        return str(architectures[0])
+        architectures = self.config.get("architectures")
+        return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
 
 
 @dataclass(frozen=True)
@@ -446,11 +459,13 @@ class ParityReport:
         blocking = self.of_severity("blocking")
         if not blocking:
             return
-        lines = [f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}" for m in blocking]
-        raise SlerpMergeError(
-            "These parents cannot make a right child:\n  " + "\n  ".join(lines),
-            "Choose two models of the same architecture and shape, such as two fine-tunes of one base model.",
-        )
+        lines = [
+            printable(f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}") for m in blocking
+        ]
+        hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
+        if any(m.subject == "quantisation" for m in blocking):
+            hint = "Choose the original, unquantised models; quantise the child afterwards."
+        raise SlerpMergeError("These parents cannot make a right child:\n  " + "\n  ".join(lines), hint)
 
 
 @dataclass(frozen=True)
@@ -539,22 +554,30 @@ class Blend:
 
 @dataclass(frozen=True)
 class ParentOpened:
+    """A parent's headers were read."""
+
     role: str  # "primary", "secondary" or "base"
     checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
 class ParityChecked:
+    """The parents were held against each other."""
+
     report: ParityReport
 
 
 @dataclass(frozen=True)
 class PlanReady:
+    """All is decided; nothing is written yet."""
+
     plan: MergePlan
 
 
 @dataclass(frozen=True)
 class DeviceChosen:
+    """Where the arithmetic will run, and why."""
+
     device: str
     reason: str
 
@@ -578,18 +601,24 @@ class TensorMerged:
 
 @dataclass(frozen=True)
 class ShardWritten:
+    """One file of the child holds all its tensors."""
+
     file_name: str
     byte_count: int
 
 
 @dataclass(frozen=True)
 class CompanionCopied:
+    """A file beside the weights is in place."""
+
     file_name: str
     source: str  # "primary", "secondary" or "made"
 
 
 @dataclass(frozen=True)
 class ChildVerified:
+    """The child was read back and is right."""
+
     checks: tuple[str, ...]  # what was found right, in words
     warnings: tuple[str, ...]
 
@@ -673,7 +702,10 @@ def lerp(primary: torch.Tensor, secondary: torch.Tensor, t: float) -> torch.Tens
 def exact_sum(values: Iterable[float]) -> float:
     """The float64 nearest to the true sum, whatever the order; infinite where a value is not finite."""
     values = list(values)
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.inf
+    try:
+        return math.fsum(values) if all(map(math.isfinite, values)) else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def slerp_weights(cosine: float, t: float) -> tuple[float, float]:
@@ -701,18 +733,20 @@ def slerp_coefficients(
     norm is at most epsilon, where |cosine| exceeds dot_threshold (nearly parallel or antiparallel:
     the arc is a line, or is not defined), or where the sums are not finite.
     """
-    cosine = dot / (primary_norm * secondary_norm) if primary_norm and secondary_norm else math.nan
+    measurable = math.isfinite(dot + primary_norm + secondary_norm)
+    # Divided one after the other: the product of two small norms could underflow.
+    cosine = dot / primary_norm / secondary_norm if measurable and primary_norm and secondary_norm else math.nan
     angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if math.isfinite(cosine) else None
     straight = functools.partial(Blend, 1 - t, t, "lerp", angle_degrees=angle)
     if method == "lerp":
         return straight(reason="")
-    if not math.isfinite(dot + primary_norm + secondary_norm):
+    if not measurable:
         return straight(reason="not finite")
-    if min(primary_norm, secondary_norm) <= epsilon:
+    if min(primary_norm, secondary_norm) <= epsilon or not math.isfinite(cosine):
         return straight(reason="zero")
     if method == "nuslerp":
         dot_threshold = 1.0  # its own limit, |sin theta| < 1e-8, is a cosine of 1 in float64
-    if abs(cosine) > dot_threshold or abs(cosine) >= 1:
+    if abs(cosine) > dot_threshold or abs(cosine) >= 1 or cosine < -1 + 1e-12:  # there the weights know no bounds
         return straight(reason="parallel" if cosine > 0 else "antiparallel")
     weight_primary, weight_secondary = slerp_weights(cosine, t)
     if method == "slerp-norm":
@@ -770,7 +804,7 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
         "ENOENT": "Check the path; it may have been moved or deleted.",
         "EIO": "The disk reports a fault; copy or download the file again.",
     }
-    name = next((name for name in hints if error.errno == getattr(__import__("errno"), name, None)), "")
+    name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
     return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
 
 
@@ -780,7 +814,7 @@ def clean_path(text: str) -> Path:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     elif os.name != "nt":
-        text = text.replace("\\ ", " ")  # as a terminal pastes a dropped folder
+        text = re.sub(r"\\([^\w\\])", r"\1", text)  # as a terminal pastes a dropped folder
     return Path(os.path.expandvars(text)).expanduser()
 
 
@@ -788,10 +822,11 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A small file, whole. Raises SlerpMergeError where it cannot be read or is larger than `limit` bytes."""
     try:
         with open(path, "rb") as stream:
-            data = stream.read(limit + 1)
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(min(size, limit) + 1)
     except OSError as error:
         raise explain_os_error(error, path, "read") from error
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise SlerpMergeError(
             f"{path} is larger than {format_bytes(limit)}, too large for what it should be.",
             "Download this file again from where the model comes from.",
@@ -826,17 +861,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is none."""
     return read_json(path) if path.is_file() else {}
 
 
 def file_size(path: Path) -> int:
+    """A file's size in bytes. Raises SlerpMergeError where the system will not tell."""
     try:
         return path.stat().st_size
     except OSError as error:
         raise explain_os_error(error, path, "look at") from error
 
 
+def check_path(path: Path, what: str) -> None:
+    """Raises SlerpMergeError for a path that the system cannot even look for, such as one of absurd length."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        name = printable(shorten(str(path), 200))
+        raise SlerpMergeError(f"The {what} {name} is no usable path: {reason}.", "Check the path.") from error
+
+
 def broken_file(path: Path, reason: str) -> SlerpMergeError:
+    """The error for a file whose content cannot be believed."""
     return SlerpMergeError(
         f"{path} is damaged or incomplete: {reason}.",
         "Its download was probably cut short. Delete this file and download it again.",
@@ -914,6 +966,9 @@ class PickledStorage:
     dtype: str
     element_count: int
 
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle has no business changing a storage's description")
+
 
 @dataclass(frozen=True)
 class PickledTensor:
@@ -923,6 +978,9 @@ class PickledTensor:
     first_element: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle has no business changing a tensor's description")
 
 
 class UnpickledDict(OrderedDict):
@@ -958,6 +1016,7 @@ class DescriptionUnpickler(pickle.Unpickler):
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         super().__init__(stream, encoding="utf-8")
         self.path = path
+        self.storages: dict[str, PickledStorage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in self.storage_dtypes:
@@ -979,13 +1038,15 @@ class DescriptionUnpickler(pickle.Unpickler):
         numbers = (first, *shape, *strides)
         if not isinstance(storage, PickledStorage) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise pickle.UnpicklingError("a tensor's description is not understood")
+        if len(shape) != len(strides):
+            raise pickle.UnpicklingError("a tensor has not as many strides as dimensions")
         return PickledTensor(storage, first, tuple(shape), tuple(strides))
 
     def persistent_load(self, identifier: Any) -> PickledStorage:
         kind, dtype, key, _location, count, *_ = identifier
         if kind != "storage" or dtype not in DTYPE_BYTES or type(count) is not int or count < 0:
             raise pickle.UnpicklingError("a storage's description is not understood")
-        return PickledStorage(str(key), dtype, count)
+        return self.storages.setdefault(str(key), PickledStorage(str(key), dtype, count))
 
     @classmethod
     def measure(cls, data: bytes) -> int:
@@ -1003,8 +1064,8 @@ class DescriptionUnpickler(pickle.Unpickler):
         raise ValueError("it has no end")
 
     @classmethod
-    def load_next(cls, stream: BinaryIO, path: Path) -> Any:
-        """The next pickle of a stream, described. Leaves the stream behind it."""
+    def load_next(cls, stream: BinaryIO, path: Path) -> tuple[Any, dict[str, PickledStorage]]:
+        """(the next pickle of a stream, the storages it speaks of), described. Leaves the stream behind it."""
         start = stream.tell()
         for window in (1 << 20, MAX_HEADER_BYTES):  # a table of tensors seldom needs more than the first
             stream.seek(start)
@@ -1016,7 +1077,8 @@ class DescriptionUnpickler(pickle.Unpickler):
                 if len(data) < window or window == MAX_HEADER_BYTES:
                     raise
         stream.seek(start + length)
-        return cls(io.BytesIO(data[:length]), path).load()
+        unpickler = cls(io.BytesIO(data[:length]), path)
+        return unpickler.load(), unpickler.storages
 
 
 LEGACY_PICKLE_MAGIC = 0x1950A86A20F9469CFC6C  # torch's number for files written before version 1.6
@@ -1043,11 +1105,23 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(state, dict):
         raise broken_file(path, "it holds no state dict")
     size = file_size(path)
-    return {str(name): pickled_tensor_info(path, str(name), entry, extents, size) for name, entry in state.items()}
+    for name in state:
+        if not isinstance(name, str) or not is_utf8(name) or name == "__metadata__":
+            raise broken_file(path, f"{name!r} is no name that a safetensors file can hold")
+    return {name: pickled_tensor_info(path, name, entry, extents, size) for name, entry in state.items()}
 
 
-def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
-    """The state dict's description, and where each storage's bytes begin, for torch's zip format."""
+def is_utf8(text: str) -> bool:
+    """False for halves of surrogate pairs, which a pickle can hold and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]]:
+    """The state dict's description, and which bytes of the file each storage has, for torch's zip format."""
     with zipfile.ZipFile(stream) as archive:
         members = {member.filename: member for member in archive.infolist()}
         table = next((name for name in members if name.split("/", 1)[-1] == "data.pkl"), None)
@@ -1056,7 +1130,7 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
         byte_order = members.get(table[: -len("data.pkl")] + "byteorder")
         if byte_order is not None and archive.read(byte_order) != b"little":
             raise broken_file(path, "it was written on a big-endian machine")
-        state = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
+        state, _ = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
         prefix = table[: -len("data.pkl")] + "data/"
         extents = {}
         for name, member in members.items():
@@ -1065,33 +1139,35 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
                     raise broken_file(path, "its tensors are compressed, which torch never does")
                 stream.seek(member.header_offset)
                 local_header = struct.unpack("<26xHH", stream.read(30))  # lengths of the name and extra fields
-                extents[name[len(prefix) :]] = member.header_offset + 30 + sum(local_header)
+                begin = member.header_offset + 30 + sum(local_header)
+                extents[name[len(prefix) :]] = range(begin, begin + member.file_size)
     return state, extents
 
 
-def read_legacy_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
+def read_legacy_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]]:
     """The same for the format before torch 1.6: five pickles, then each storage behind its 8-byte length."""
     stream.seek(0)
-    if DescriptionUnpickler.load_next(stream, path) != LEGACY_PICKLE_MAGIC:
+    magic, _ = DescriptionUnpickler.load_next(stream, path)
+    if magic != LEGACY_PICKLE_MAGIC:
         raise broken_file(path, "it is not a file that torch wrote")
     DescriptionUnpickler.load_next(stream, path)  # protocol version
-    system = DescriptionUnpickler.load_next(stream, path)
+    system, _ = DescriptionUnpickler.load_next(stream, path)
     if not system.get("little_endian", True):
         raise broken_file(path, "it was written on a big-endian machine")
-    state = DescriptionUnpickler.load_next(stream, path)
-    entries = state.values() if isinstance(state, dict) else ()
-    storages = {entry.storage.key: entry.storage for entry in entries if isinstance(entry, PickledTensor)}
+    state, storages = DescriptionUnpickler.load_next(stream, path)
+    keys, _ = DescriptionUnpickler.load_next(stream, path)
     extents = {}
-    for key in DescriptionUnpickler.load_next(stream, path):
+    for key in keys:
         storage = storages[key]
         if struct.unpack("<q", stream.read(8))[0] != storage.element_count:
             raise broken_file(path, "a storage is not as long as its description")
-        extents[key] = stream.tell()
-        stream.seek(storage.element_count * DTYPE_BYTES[storage.dtype], os.SEEK_CUR)
+        begin = stream.tell()
+        extents[key] = range(begin, begin + storage.element_count * DTYPE_BYTES[storage.dtype])
+        stream.seek(extents[key].stop)
     return state, extents
 
 
-def pickled_tensor_info(path: Path, name: str, entry: Any, extents: Mapping[str, int], size: int) -> TensorInfo:
+def pickled_tensor_info(path: Path, name: str, entry: Any, extents: Mapping[str, range], size: int) -> TensorInfo:
     """Where a described tensor's bytes lie in its file, once everything it claims has been checked."""
     if not isinstance(entry, PickledTensor):
         raise SlerpMergeError(
@@ -1111,9 +1187,10 @@ def pickled_tensor_info(path: Path, name: str, entry: Any, extents: Mapping[str,
     first = entry.first_element * width
     if first + byte_count > entry.storage.element_count * width:
         raise broken_file(path, f"{name!r} reaches beyond its storage")
-    if entry.storage.key not in extents or extents[entry.storage.key] + first + byte_count > size:
+    extent = extents.get(entry.storage.key, range(0))
+    offset = extent.start + first
+    if offset + byte_count > min(extent.stop, size):
         raise broken_file(path, f"the bytes of {name!r} are not all there")
-    offset = extents[entry.storage.key] + first
     return TensorInfo(name, entry.storage.dtype, entry.shape, path, offset, byte_count)
 
 
@@ -1158,6 +1235,11 @@ def find_weight_files(folder: Path) -> tuple[str, tuple[Path, ...]]:
             f"{folder} holds a LoRA adapter, not a whole model.",
             "Merge the adapter into its base model first (peft: merge_and_unload), and save that.",
         )
+    if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("*-of-*.bin")):
+        raise SlerpMergeError(
+            f"{folder} holds shards of weights, but not their index ({WEIGHTS_INDEX} or {PICKLE_INDEX}).",
+            "Download the index into that folder too; it says which shard holds what.",
+        )
     raise SlerpMergeError(
         f"{folder} holds no weights ({WEIGHTS_SINGLE}, {WEIGHTS_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}).",
         "Choose the folder that holds config.json and the weights of a transformers model.",
@@ -1180,6 +1262,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises SlerpMergeError where there is no folder, no config, no weights, or where they are damaged.
     """
+    check_path(folder, "folder")
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.is_file() else "does not exist"
         raise SlerpMergeError(
@@ -1218,21 +1301,24 @@ def check_index_is_met(folder: Path, storage: str, tensors: Mapping[str, TensorI
 
 
 class FileHandles:
-    """Open files of one thread, for reads and writes at a place. Few at a time; portable everywhere."""
+    """Open files of one thread, for reads and writes at a place. Few at a time; portable everywhere.
+
+    Each `purpose` has a handle, and so a place, of its own: both parents may be the same file.
+    """
 
     most_open = 16  # a model can have hundreds of shards
 
     def __init__(self) -> None:
-        self._open: OrderedDict[tuple[Path, str], io.FileIO] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, str, int], io.FileIO] = OrderedDict()
 
-    def at(self, path: Path, mode: str, offset: int) -> io.FileIO:
+    def at(self, path: Path, mode: str, offset: int, purpose: int = 0) -> io.FileIO:
         """The file, unbuffered, standing at `offset` bytes."""
-        handle = self._open.get((path, mode))
+        handle = self._open.get((path, mode, purpose))
         if handle is None:
             if len(self._open) >= self.most_open:
                 self._open.popitem(last=False)[1].close()
-            handle = self._open[path, mode] = io.FileIO(path, mode)
-        self._open.move_to_end((path, mode))
+            handle = self._open[path, mode, purpose] = io.FileIO(path, mode)
+        self._open.move_to_end((path, mode, purpose))
         handle.seek(offset)
         return handle
 
@@ -1247,13 +1333,13 @@ class TensorReader:
     def __init__(self, handles: FileHandles) -> None:
         self._handles = handles
 
-    def begin(self, info: TensorInfo, start: int) -> Callable[[memoryview], None]:
+    def begin(self, info: TensorInfo, start: int, purpose: int = 0) -> Callable[[memoryview], None]:
         """A function that fills one buffer after another with the tensor's bytes, from byte `start` on.
 
         Both raise SlerpMergeError where the file cannot be read or ends early.
         """
         try:
-            handle = self._handles.at(info.file, "r", info.offset + start)
+            handle = self._handles.at(info.file, "r", info.offset + start, purpose)
         except OSError as error:
             raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error
         return functools.partial(self._fill, handle, info)
@@ -1276,11 +1362,13 @@ class TensorReader:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies somewhere below it."""
     return path == folder or folder in path.parents
 
 
 def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrite: bool) -> None:
     """Raises SlerpMergeError where a child must not, or cannot, be put at `save_directory`."""
+    check_path(save_directory, "save directory")
     target = save_directory.resolve()
     for parent in parents:
         folder = parent.resolve()
@@ -1674,12 +1762,6 @@ QUANTISED_NAMES = (
 )
 
 
-def shorten(value: Any, most: int = 60) -> str:
-    """A config value for people; long ones are cut."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings under one spelling: transformers 5 keeps them together, earlier versions apart."""
     canonical = dict(config)
@@ -1694,9 +1776,19 @@ def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in canonical:
             rope.setdefault(key, canonical.pop(key))
-    if rope:
-        rope.setdefault("rope_type", "default")
-        canonical["rope_parameters"] = rope
+    if rope or "num_attention_heads" in canonical:
+        canonical["rope_parameters"] = {"rope_type": "default", **rope}  # unscaled, where nothing is said
+    return canonical
+
+
+def canonical_window(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A sliding window that is switched off is none, however wide it would be; a null says so too."""
+    canonical = dict(config)
+    window = canonical.get("sliding_window") and canonical.get("use_sliding_window", True)
+    if "sliding_window" in canonical and not window:
+        canonical["sliding_window"] = False
+    if canonical.get("use_sliding_window") is False:
+        canonical.pop("max_window_layers", None)
     return canonical
 
 
@@ -1715,7 +1807,7 @@ def canonical_heads(config: Mapping[str, Any]) -> dict[str, Any]:
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys; a null says the same as silence and is left out."""
     flat: dict[str, Any] = {}
-    for key, value in canonical_heads(canonical_rope(config)).items():
+    for key, value in canonical_window(canonical_heads(canonical_rope(config))).items():
         if isinstance(value, dict) and key not in ("id2label", "label2id", "quantization_config"):
             flat.update(flatten_config(value, f"{prefix}{key}."))
         elif value is not None:
@@ -1747,11 +1839,14 @@ def compare_configs(primary: Checkpoint, secondary: Checkpoint, any_depth: bool 
             continue
         if key in left and key in right and same_value(left[key], right[key]):
             continue
+        if last == "sliding_window" and not left.get(key) and not right.get(key):
+            continue  # none, and not spoken of
         found.append(judge_config_key(key, left.get(key), right.get(key)))
     return found
 
 
 def judge_config_key(key: str, left: Any, right: Any) -> Mismatch:
+    """What follows from one config key on which the parents differ. None: that side does not state it."""
     last = key.rpartition(".")[2]
     shown = [shorten(value) if value is not None else "not stated" for value in (left, right)]
     both_speak = left is not None and right is not None
@@ -1773,7 +1868,8 @@ def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
     """The name of the scheme a checkpoint is quantised with, from its config or its tensors; None where it is not."""
     settings = checkpoint.config.get("quantization_config")
     if isinstance(settings, dict):
-        method = str(settings.get("quant_method") or "an unnamed scheme")
+        by_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+        method = str(settings.get("quant_method") or ("bitsandbytes" if by_bits else "an unnamed scheme"))
         known = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
         return known.get(method.lower(), method)
     for name, info in checkpoint.tensors.items():
@@ -1788,6 +1884,7 @@ def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
 
 
 def check_quantisation(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """One blocking line where either parent is quantised."""
     schemes = quantisation_scheme(primary), quantisation_scheme(secondary)
     if not any(schemes):
         return []
@@ -1837,7 +1934,7 @@ def find_layer(tensor_name: str) -> tuple[str, int] | None:
     """
     parts = tensor_name.split(".")
     for place, part in enumerate(parts):
-        if part.isascii() and part.isdigit() and len(part) <= len(str(MAX_LAYER_INDEX)):
+        if part.isascii() and part.isdigit() and len(part) < 9 and int(part) <= MAX_LAYER_INDEX:
             return ".".join(parts[:place]), int(part)
     return None
 
@@ -1944,10 +2041,12 @@ def pair_tensors(
         there = name_in(left, place.secondary)
         used.add(there)
         right = secondary.tensors.get(there)
-        if right is not None:
+        if is_known_buffer(left):  # never blended: the model computes it, and versions store it in their own ways
+            if right is None:
+                found.append(Mismatch("mended", name, "saved", "not saved", "A buffer; the primary's is kept."))
+            right = None
+        elif right is not None:
             found += compare_tensors(left, right)
-        elif is_known_buffer(left):
-            found.append(Mismatch("mended", name, "saved", "not saved", "A buffer; the primary's is kept."))
         elif (right := find_tied_source(left, secondary)) is not None:
             why = f"The secondary's head is tied to {right.name}, which takes part in its place."
             found.append(Mismatch("mended", name, "stored", "tied", why))
@@ -1984,8 +2083,8 @@ def compare_tensors(left: TensorInfo, right: TensorInfo) -> list[Mismatch]:
         rows_only = left.shape[1:] == right.shape[1:] and len(left.shape) == len(right.shape)
         why = "Vocabularies of different size." if rows_only else "Tensors of different shape cannot be blended."
         found.append(Mismatch("blocking", left.name, *shapes, why))
-    if left.is_float != right.is_float:
-        why = "One holds real numbers, the other does not."
+    if left.dtype != right.dtype and not (left.is_float and right.is_float):
+        why = "Only real numbers of different dtypes can be blended."
         found.append(Mismatch("blocking", left.name, left.dtype, right.dtype, why))
     return found
 
@@ -2024,8 +2123,8 @@ def check_dtypes(primary: Checkpoint, secondary: Checkpoint, recipe_dtype: str) 
     """Tensors stored in different floating-point dtypes, in one line a combination."""
     combinations: dict[tuple[str, str], int] = {}
     for name, left in primary.tensors.items():
-        right = secondary.tensors.get(name)
-        if right is not None and left.dtype != right.dtype:
+        right = secondary.tensors.get(name) if not is_known_buffer(left) else None
+        if right is not None and left.is_float and right.is_float and left.dtype != right.dtype:
             combinations[left.dtype, right.dtype] = combinations.get((left.dtype, right.dtype), 0) + 1
     kept = "the primary's" if recipe_dtype == "auto" else recipe_dtype
     return [
@@ -2057,8 +2156,8 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 def declared_licence(checkpoint: Checkpoint) -> str | None:
     """The licence named in the front matter of a parent's model card."""
     card = read_text_if_there(checkpoint.folder / CARD_NAME) or ""
-    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    found = re.search(r"^license:\s*[\"']?([\w.-]+)", front.group(1), re.MULTILINE) if front else None
+    front = re.match(r"---\n(.*?)\n---", card.replace("\r\n", "\n"), re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front.group(1), re.MULTILINE) if front else None
     return found.group(1) if found else None
 
 
@@ -2107,6 +2206,7 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """A notice where both parents are one folder."""
     if primary.folder.resolve() != secondary.folder.resolve():
         return []
     why = "The child will be a copy of it."
@@ -2159,6 +2259,15 @@ def check_t(t: float, recipe: MergeRecipe, tensor_name: str = "") -> None:
         )
 
 
+def check_schedule(schedule: Schedule, recipe: MergeRecipe) -> None:
+    """Raises SlerpMergeError where a schedule has no value, or a t that is not allowed. Weights may be any number."""
+    if not schedule.rules or not all(rule.gradient for rule in schedule.rules):
+        raise SlerpMergeError("The schedule of t has a rule without a value.", "Give each at least one, such as 0.5.")
+    if recipe.weights is None:
+        for t in schedule.values():
+            check_t(t, recipe)
+
+
 def check_recipe(recipe: MergeRecipe) -> None:
     """Raises SlerpMergeError where a recipe asks for what cannot be."""
     for name, value, allowed in (
@@ -2174,9 +2283,9 @@ def check_recipe(recipe: MergeRecipe) -> None:
         raise SlerpMergeError(
             f"The granularity {recipe.granularity!r} goes with the method nuslerp alone.", "Add --method nuslerp."
         )
-    if recipe.weights is None:
-        for t in (t for part in recipe.slices or (recipe,) for t in part.schedule.values()):
-            check_t(t, recipe)
+    for part in recipe.slices or (recipe,):
+        for schedule in part.weights or (part.schedule,):
+            check_schedule(schedule, recipe)
     if not 0 < recipe.dot_threshold <= 1:
         raise SlerpMergeError(
             f"The dot threshold {recipe.dot_threshold:g} is no cosine between 0 and 1.", f"Usual is {COLINEAR_DOT}."
@@ -2237,12 +2346,12 @@ def plan_job(pair: TensorPair, recipe: MergeRecipe) -> TensorJob:
     if info.is_float and recipe.dtype != "auto":
         dtype = SAFETENSORS_NAMES[recipe.dtype]
     job = functools.partial(TensorJob, pair.name, dtype, info.shape)
-    if pair.secondary is None:
+    if pair.secondary is None or info.element_count == 0:
         return job("copy", 0.0, (info,))
     if not info.is_float:
         return job("copy", 0.0, (info, pair.secondary))  # the second is read to see that it is equal
     t, weights = blend_parameter(pair, recipe)
-    if info.element_count == 0 or (t in (0.0, 1.0) and weights is None):
+    if t in (0.0, 1.0) and weights is None:
         return job("copy", t, (pair.secondary if t == 1.0 else info,))
     sources = (info, pair.secondary) if pair.base is None else (info, pair.secondary, pair.base)
     rule = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
@@ -2288,6 +2397,7 @@ def lay_out_shard(file_name: str, group: Sequence[TensorJob]) -> ShardPlan:
 
 
 def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+    """The child's files: one, or numbered ones with an index beside them."""
     groups = cut_shards(jobs, max_shard_bytes)
     if len(groups) == 1:
         return (lay_out_shard(WEIGHTS_SINGLE, groups[0]),)
@@ -2297,6 +2407,7 @@ def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> tuple[ShardP
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_CORES)
 
 
@@ -2319,7 +2430,7 @@ def choose_tokenizer(recipe: MergeRecipe, primary: Path, secondary: Path) -> tup
         for role, folder in (("primary", primary), ("secondary", secondary))
     }
     if maps["primary"] == maps["secondary"]:
-        return "primary", "both have" if maps["primary"] else "neither has" + " special_tokens_map.json"
+        return "primary", f"{'both have' if maps['primary'] else 'neither has'} special_tokens_map.json"
     return ("primary" if maps["primary"] else "secondary"), "it alone has special_tokens_map.json"
 
 
@@ -2349,7 +2460,7 @@ def existing_folder(path: Path) -> Path:
 
 def estimate_memory(threads: int) -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
-    per_worker = CHUNK_ELEMENTS * (3 * max(DTYPE_BYTES.values()) + 2 * 4)
+    per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers in two bytes a value, three in float32
     return PROCESS_BYTES + threads * per_worker
 
 
@@ -2415,6 +2526,7 @@ def companion_bytes(parents: Sequence[Checkpoint]) -> int:
 
 
 def check_disk_space(plan: MergePlan) -> None:
+    """Raises SlerpMergeError where the child does not fit on its disk."""
     if plan.disk_needed_bytes > plan.disk_free_bytes:
         raise SlerpMergeError(
             f"The child needs {format_bytes(plan.disk_needed_bytes)}, but only {format_bytes(plan.disk_free_bytes)} "
@@ -2428,7 +2540,7 @@ def check_disk_space(plan: MergePlan) -> None:
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 #
 # Each tensor is cut into chunks (read, computed and written at once) and runs of chunks into spans (what
-# a worker takes at a time). Workers first measure every span of a tensor: three float32 dot products
+# a worker takes at a time). Workers first measure every span of a tensor: three float32 sums of products
 # a chunk. The main thread adds them up exactly and in float64 finds the tensor's two weights. Workers
 # then blend every span and write it at its place. Chunks and the exact sum depend on the tensor alone,
 # so the child's bits do not depend on how many workers there are or who was first.
@@ -2437,10 +2549,43 @@ def check_disk_space(plan: MergePlan) -> None:
 # page cache costs less than writing what was read to memory beyond the processor's cache.
 
 
+class FolderLock:
+    """Says that a living process works in a folder. The system lets go of it when the process ends, however it ends.
+
+    Raises SlerpMergeError where another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._stream = open(self._path, "ab")  # noqa: SIM115  held until release
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(self._stream.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stream.close()
+            raise SlerpMergeError(
+                f"Another run is making this child just now, in {folder}.",
+                "Wait for it, stop it, or give another save directory.",
+            ) from error
+
+    def release(self) -> None:
+        """Lets go, and leaves no trace in the folder."""
+        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
 class StagedChild:
     """The child while it grows: a hidden folder beside the save directory, published by one rename.
 
-    Leaving the `with` block by an error removes it; the save directory is then as it was.
+    Leaving the `with` block by an error removes it; the save directory is then as it was. Another run that
+    makes the same child is refused meanwhile: a lock in the folder, which dies with its process, tells.
     """
 
     def __init__(self, plan: MergePlan) -> None:
@@ -2458,10 +2603,15 @@ class StagedChild:
                     folder.mkdir()
                     self._made.append(folder)
             if self.folder.exists():
+                FolderLock(self.folder).release()  # raises where another run is alive
                 shutil.rmtree(self.folder)  # left by a run that was killed
             self.folder.mkdir()
-        except OSError as error:
-            raise explain_os_error(error, self.folder, "make the folder") from error
+            self._lock = FolderLock(self.folder)
+        except BaseException as error:
+            self._remove_made()
+            if isinstance(error, OSError):
+                raise explain_os_error(error, self.folder, "make the folder") from error
+            raise
         return self
 
     def sync_soon(self, path: Path) -> None:
@@ -2472,7 +2622,7 @@ class StagedChild:
         """Waits until every file is on the disk; returns the seconds waited."""
         started = time.perf_counter()
         for path in self.folder.rglob("*"):
-            if path.is_file() and path.suffix != ".safetensors":
+            if path.is_file() and path.suffix != ".safetensors" and path.name != ".lock":
                 self.sync_soon(path)
         for pending in self._syncs:
             pending.result()
@@ -2481,14 +2631,17 @@ class StagedChild:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._syncer.shutdown(wait=True, cancel_futures=True)
-        if error is None:
-            try:
-                self._publish()
-            except OSError as fault:
-                self._discard()
-                raise explain_os_error(fault, self.target, "put the finished child at") from fault
-        else:
+        self._lock.release()
+        if error is not None:
             self._discard()
+            return
+        try:
+            self._publish()
+        except BaseException as fault:
+            self._discard()
+            if isinstance(fault, OSError):
+                raise explain_os_error(fault, self.target, "put the finished child at") from fault
+            raise
 
     def _publish(self) -> None:
         replaced = None
@@ -2502,7 +2655,7 @@ class StagedChild:
                 self.target.rmdir()  # not every system renames onto an empty folder
         try:
             self.folder.rename(self.target)
-        except OSError:
+        except BaseException:
             if replaced is not None:
                 replaced.rename(self.target)
             raise
@@ -2512,6 +2665,9 @@ class StagedChild:
 
     def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody else put something there meanwhile
                 folder.rmdir()
@@ -2598,7 +2754,7 @@ def torch_dtype(name: str) -> torch.dtype:
 class Sums:
     """What a span tells about a pair of tensors."""
 
-    primary_squared: tuple[float, ...]  # v0 . v0, a partial sum per chunk
+    primary_squared: tuple[float, ...]  # v0 . v0, a partial sum for each chunk
     secondary_squared: tuple[float, ...]  # v1 . v1
     dot: tuple[float, ...]  # v0 . v1
     identical: bool  # every byte agrees
@@ -2644,7 +2800,9 @@ class ChunkArithmetic:
     def measure(self, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[float, float, float]:
         """(v0 . v0, v1 . v1, v0 . v1) of one chunk, summed in working precision."""
         v0, v1, *_ = self.load_pair(chunk, dtype)
-        sums = torch.dot(v0, v0).item(), torch.dot(v1, v1).item(), torch.dot(v0, v1).item()
+        product = self.scratch(3, dtype)[: v0.numel()]
+        # torch.sum adds pairwise and is off by 1e-7 here; torch.dot in float32 was measured off by 1e-5.
+        sums = tuple(torch.mul(a, b, out=product).sum().item() for a, b in ((v0, v0), (v1, v1), (v0, v1)))
         if not math.isfinite(sum(sums)) and dtype == torch.float32 and self.device != "mps":
             return self.measure(chunk, torch.float64)  # large values overflow a float32 square
         return sums
@@ -2762,7 +2920,10 @@ class MergeWorker:
     def read_chunks(self, job: TensorJob, span: range) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next."""
         widths = [DTYPE_BYTES[info.dtype] for info in job.sources]
-        fills = [self.reader.begin(info, span.start * width) for info, width in zip(job.sources, widths)]
+        fills = [
+            self.reader.begin(info, span.start * width, side)
+            for side, (info, width) in enumerate(zip(job.sources, widths))
+        ]
         step = chunk_elements(job)
         for start in range(span.start, span.stop, step):
             count = min(step, span.stop - start)
@@ -2783,12 +2944,11 @@ class MergeWorker:
             left, right, *_ = chunk
             alike = left.dtype == right.dtype
             if job.sources[0].is_float:
-                row = arithmetic.measure(chunk, dtype)
-                sums.append(row)
+                sums.append(arithmetic.measure(chunk, dtype))
                 if job.granularity == "row":
                     part = arithmetic.measure_vectors(chunk, dtype, matrix_width(job), axis=0)
                     columns = part if columns is None else columns + part
-                alike = alike and row[0] == row[1] == row[2]  # equal bytes have equal sums
+                alike = alike and could_be_equal(sums[-1])
             identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
         return Sums(*(tuple(row[place] for row in sums) for place in range(3)), identical, columns)
 
@@ -2816,6 +2976,11 @@ class MergeWorker:
                 non_finite += count_non_finite(out)
             write(self.out.memory[: count * width])
         return non_finite
+
+
+def could_be_equal(sums: tuple[float, float, float]) -> bool:
+    """Equal bytes have equal sums, or sums that are no number; only then is it worth looking at every byte."""
+    return sums[0] == sums[1] == sums[2] or not math.isfinite(sum(sums))
 
 
 def count_non_finite(tensor: torch.Tensor) -> int:
@@ -2911,6 +3076,7 @@ def choose_device(asked: str, threads: int) -> tuple[str, str]:
 
 
 def accelerators() -> dict[str, bool]:
+    """The devices torch knows beside the processor, and whether each is there."""
     return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 
 
@@ -3090,8 +3256,10 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """A small text file, UTF-8. Raises SlerpMergeError where the disk refuses."""
     try:
-        path.write_text(text, encoding="utf-8", newline="\n")
+        # Half a surrogate pair from a stranger's config stays the escape it was.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     except OSError as error:
         raise explain_os_error(error, path, "write") from error
 
@@ -3306,6 +3474,7 @@ def model_card(plan: MergePlan, result: MergeResult) -> str:
 
 
 def table_cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table's cell."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -3335,6 +3504,7 @@ SPOT_ELEMENTS = 512  # elements of such a stretch
 
 
 def wrong_child(reason: str) -> SlerpMergeError:
+    """The error for a child that is not what was planned."""
     return SlerpMergeError(
         f"The child did not pass its own check: {reason}.",
         "Nothing was saved. Run the merge again; if it fails the same way, the disk or memory may be faulty.",
@@ -3390,11 +3560,11 @@ def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[i
     """Recomputes a sample of the child in float64 from the parents' bytes. Returns (whole tensors, stretches)."""
     places = {job.name: folder / shard.file_name for shard in plan.shards for job in shard.jobs}
     reader = TensorReader(handles := FileHandles())
-    blended = [merged for merged in result.tensors if merged.job.element_count and merged.job.sources[0].is_float]
-    small = [m for m in blended if m.blend.rule != "copy" and m.job.element_count <= RECOMPUTED_ELEMENTS]
-    small.sort(key=lambda merged: -merged.job.element_count)
-    whole = small[:: max(1, len(small) // RECOMPUTED_TENSORS)][:RECOMPUTED_TENSORS]
-    spots = [merged for merged in blended if merged.job.granularity == "tensor" or merged.blend.rule == "copy"]
+    filled = [merged for merged in result.tensors if merged.job.element_count]
+    blended = [m for m in filled if m.blend.rule != "copy" and m.job.element_count <= RECOMPUTED_ELEMENTS]
+    blended.sort(key=lambda merged: -merged.job.element_count)
+    whole = blended[:: max(1, len(blended) // RECOMPUTED_TENSORS)][:RECOMPUTED_TENSORS]
+    spots = [merged for merged in filled if merged.job.granularity == "tensor" or merged.blend.rule == "copy"]
     spots = spots[:: max(1, -(-len(spots) // SPOT_CHECKS))]
     try:
         for merged in whole:
@@ -3425,7 +3595,7 @@ def read_sources(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """([v0, v1] or the copied one, base or zeros) of a stretch, in float64; task vectors where there is a base."""
     parts = [read_stretch(reader, info, stretch) for info in job.sources]
-    if recipe.cast_dtype is not None:
+    if recipe.cast_dtype is not None and job.sources[0].is_float:
         parts = [part.to(getattr(torch, recipe.cast_dtype)).double() for part in parts]
     if len(parts) == 3:
         return [parts[0] - parts[2], parts[1] - parts[2]], parts[2]
@@ -3477,13 +3647,18 @@ def verify_stretch(
         terms = [parts[0]]
     stretch = range(start, start + len(base))
     stored = read_stretch(reader, TensorInfo(job.name, job.dtype, job.shape, path, job.offset, job.byte_count), stretch)
+    if not job.sources[0].is_float:
+        if not torch.equal(parts[0], stored):
+            raise wrong_child(f"{job.name} differs from the primary's")
+        return
     roundings = [torch_dtype(job.dtype)] + ([getattr(torch, recipe.cast_dtype)] if recipe.cast_dtype else [])
     limits = [torch.finfo(dtype) for dtype in roundings]
     expected = sum(terms)
     # Half a unit of the last place for each rounding, and what float32 sums and products may lose before it.
     allowed = sum(0.5 * limit.eps * expected.abs() + limit.smallest_normal for limit in limits)
     allowed = allowed + 2e-6 * sum(term.abs() for term in terms)
-    off = ((stored - expected).abs() > allowed * 1.01) & torch.isfinite(stored) & torch.isfinite(expected)
+    close = (stored - expected).abs() <= allowed * 1.01  # false where either is not a number
+    off = ~close & (expected.abs() <= min(limit.max for limit in limits))
     if bool(off.any()):
         raise wrong_child(f"{job.name} differs from what its parents make")
 
@@ -3521,7 +3696,7 @@ def verify_with_transformers(folder: Path) -> tuple[str, ...]:
     transformers = importlib.import_module("transformers")
     checkpoint = open_checkpoint(folder)
     architecture = getattr(transformers, checkpoint.architecture, None)
-    if architecture is None:
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise SlerpMergeError(
             f"transformers {transformers.__version__} has no {checkpoint.architecture}; the child was not loaded.",
             "It needs code of its own, which is never run here, or a newer transformers.",
@@ -3551,7 +3726,13 @@ def verify_with_transformers(folder: Path) -> tuple[str, ...]:
 
 def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """transformers' own account of which keys it missed, did not expect, or found of another shape."""
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SlerpMergeError(
+            f"transformers {transformers.__version__} cannot read the child's config.json: {error}",
+            "Load the primary the same way: if it shows the same, the fault is its own, or transformers is too old.",
+        ) from error
     # Older versions build on the meta device only when told so; newer ones do it themselves and refuse to be told.
     for context in (torch.device("meta"), contextlib.nullcontext()):
         stand_ins = {
@@ -3577,7 +3758,7 @@ def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint)
 
 
 def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
-    """Looks at both parents and decides everything. Reads headers only, writes nothing.
+    """Looks at both parents and decides everything. Reads headers and a few MB to time it; writes nothing.
 
     Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
     """
@@ -3668,6 +3849,7 @@ def make_demo_parents(folder: Path) -> tuple[Path, Path]:
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # matrices this small only wait for each other's threads
     tokenizer = make_demo_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -3712,6 +3894,7 @@ def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 # §11  View: events become a picture (rich)
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
+WIDEST_PANEL = 110  # longer lines are hard to read
 NARROW_COLUMNS = 80  # below this, tables become stacked lines
 REFRESHES_PER_SECOND = 8
 PLAIN_STEP_PERCENT = 10  # how often a line is printed where there is no terminal
@@ -3719,16 +3902,22 @@ MARKS = {"blocking": ("✗", "x", "red"), "mended": ("✓", "+", "green"), "noti
 MOST_NOTICES = 12
 
 
-def printable(text: str) -> str:
-    """Text from a stranger's file without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def is_unicode(console: Console) -> bool:
+    """Whether the terminal shows more than ASCII."""
     return (console.encoding or "").lower().replace("-", "").startswith("utf")
 
 
+def displayable(console: Console, text: str) -> str:
+    """Printable text, in characters that the terminal's encoding has."""
+    encoding = console.encoding or "ascii"
+    text = printable(text, keep="\n")
+    if not is_unicode(console):
+        text = text.replace("°", " degrees").replace("…", "...")
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def mark_of(console: Console, severity: str) -> Text:
+    """The sign for a severity, in its colour."""
     from rich.text import Text
 
     fancy, plain, colour = MARKS[severity]
@@ -3741,10 +3930,11 @@ def panel(console: Console, content: RenderableType, title: str) -> RenderableTy
     from rich.panel import Panel
 
     frame = box.ROUNDED if is_unicode(console) else box.ASCII
-    return Panel(content, title=title, title_align="left", box=frame, border_style="cyan", padding=(0, 1))
+    width = min(console.width, WIDEST_PANEL)
+    return Panel(content, title=title, title_align="left", box=frame, border_style="cyan", padding=(0, 1), width=width)
 
 
-def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
+def fact_table(console: Console, facts: Iterable[tuple[str, str]]) -> Table:
     """Two columns: what, and its value."""
     from rich.table import Table
     from rich.text import Text
@@ -3753,11 +3943,12 @@ def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(printable(value)))
+        table.add_row(name, Text(displayable(console, value)))
     return table
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:
+    """A parent in one line: name, architecture, size, dtypes."""
     dtypes = ", ".join(checkpoint.dtypes[:3])
     size = f"{format_count(checkpoint.parameter_count)} parameters, {format_bytes(checkpoint.byte_count)}"
     return f"{checkpoint.name}: {checkpoint.architecture}, {size}, {dtypes}"
@@ -3765,6 +3956,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
 
 def render_parity(console: Console, report: ParityReport) -> RenderableType:
     """Every mismatch with its mark, both values, and what is done about it."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
@@ -3773,34 +3965,41 @@ def render_parity(console: Console, report: ParityReport) -> RenderableType:
     shown = [m for m in report.mismatches if m.severity != "notice"]
     notices = report.of_severity("notice")
     shown += notices[:MOST_NOTICES]
+    more = f"and {len(notices) - MOST_NOTICES} more to know; --json lists them all"
     if console.width < NARROW_COLUMNS:
         content: RenderableType = stacked_mismatches(console, shown)
     else:
         content = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
         content.add_column("", width=1)
-        for heading, ratio in (("what", 3), ("primary", 2), ("secondary", 2), ("what follows", 5)):
+        content.add_column("what", width=min(24, max(len(m.subject) for m in shown)), overflow="fold")
+        for heading, ratio in (("primary", 2), ("secondary", 2), ("what follows", 4)):
             content.add_column(heading, ratio=ratio, overflow="fold")
         for m in shown:
-            cells = (Text(printable(value)) for value in (m.subject, m.primary, m.secondary, m.consequence))
+            cells = (Text(displayable(console, value)) for value in (m.subject, m.primary, m.secondary, m.consequence))
             content.add_row(mark_of(console, m.severity), *cells)
+    if len(notices) > MOST_NOTICES:
+        content = Group(content, Text(more, style="dim"))
     title = f"Parity: {len(report.of_severity('mended'))} mended, {len(notices)} to know"
     blocking = len(report.of_severity("blocking"))
     return panel(console, content, f"Parity: {blocking} blocking" if blocking else title)
 
 
 def stacked_mismatches(console: Console, mismatches: Iterable[Mismatch]) -> RenderableType:
+    """Mismatches one below the other, for narrow terminals."""
     from rich.console import Group
     from rich.text import Text
 
     lines: list[RenderableType] = []
     for m in mismatches:
-        lines.append(Text.assemble(mark_of(console, m.severity), " ", (printable(m.subject), "bold")))
-        lines.append(Text(f"  {printable(m.primary)} | {printable(m.secondary)}"))
-        lines.append(Text(f"  {printable(m.consequence)}", style="dim"))
+        lines.append(Text.assemble(mark_of(console, m.severity), " ", (displayable(console, m.subject), "bold")))
+        lines.append(Text(f"  primary {displayable(console, m.primary)}"))
+        lines.append(Text(f"  secondary {displayable(console, m.secondary)}"))
+        lines.append(Text(f"  {displayable(console, m.consequence)}", style="dim"))
     return Group(*lines)
 
 
 def describe_rules(plan: MergePlan) -> str:
+    """How many tensors there are, and how many fall to each rule."""
     parts = [f"{plan.count(rule)} to {rule}" for rule in ("slerp", "lerp", "copy") if plan.count(rule)]
     return f"{sum(1 for _ in plan.jobs)} ({', '.join(parts)})"
 
@@ -3861,9 +4060,9 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     for (stack, component), by_layer in curves.items():
         values = [by_layer[layer] for layer in sorted(by_layer)]
         cells = (stack, component, draw_curve(console, values), f"{values[0]:.4g}", f"{values[-1]:.4g}")
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*(Text(displayable(console, cell)) for cell in cells))
     for t, names in outside.items():
-        table.add_row(Text(printable(format_names(names, 3))), "", "", f"{t:.4g}", "")
+        table.add_row(Text(displayable(console, format_names(names, 3))), "", "", f"{t:.4g}", "")
     return panel(console, table, "t of every tensor")
 
 
@@ -3887,7 +4086,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
     facts += [("mind", remark) for remark in plan.remarks]
-    return panel(console, fact_table(facts), "Plan")
+    return panel(console, fact_table(console, facts), "Plan")
 
 
 def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
@@ -3911,6 +4110,7 @@ def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
 
 
 def describe_outcome(report: MergeReport) -> str:
+    """How many tensors were slerped, lerped and copied, and why some were not slerped."""
     result = report.result
     reasons: dict[str, int] = {}
     for merged in result.tensors:
@@ -3938,9 +4138,12 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
         ("time", f"{merging}, {format_seconds(report.total_seconds)} in all"),
         ("tokenizer", f"from the {plan.tokenizer_role}" if plan.tokenizer_role else "none"),
     ]
-    lines: list[RenderableType] = [fact_table(facts), Text()]
-    lines += [Text.assemble(mark_of(console, "mended"), " ", printable(check)) for check in report.checks]
-    lines += [Text.assemble(mark_of(console, "notice"), " ", printable(warning)) for warning in report.warnings]
+    lines: list[RenderableType] = [fact_table(console, facts), Text()]
+    lines += [Text.assemble(mark_of(console, "mended"), " ", displayable(console, check)) for check in report.checks]
+    warnings = list(report.warnings[:MOST_NOTICES])
+    if len(report.warnings) > MOST_NOTICES:
+        warnings.append(f"and {len(report.warnings) - MOST_NOTICES} more; --json lists them all")
+    lines += [Text.assemble(mark_of(console, "notice"), " ", displayable(console, warning)) for warning in warnings]
     if (advice := near_parallel_advice(report)) is not None:
         lines.append(Text.assemble(mark_of(console, "notice"), " ", advice))
     return panel(console, Group(*lines), "Done")
@@ -3976,9 +4179,8 @@ def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
     from rich.text import Text
 
     arrow = "→" if is_unicode(console) else "->"
-    return Text.assemble(
-        mark_of(console, "blocking"), " ", printable(error.message), "\n", (f"{arrow} ", "bold"), printable(error.hint)
-    )
+    cause, remedy = displayable(console, error.message), displayable(console, error.hint)
+    return Text.assemble(mark_of(console, "blocking"), " ", cause, "\n", (f"{arrow} ", "bold"), remedy)
 
 
 class MergeView:
@@ -4055,7 +4257,9 @@ class MergeView:
 
         speed = self.progress.tasks[0].speed
         self.progress.update(self.task, speed=f"{format_bytes(speed)}/s" if speed else "")
-        return Group(self.progress.get_renderable(), Text(self.line, style="dim", no_wrap=True, overflow="ellipsis"))
+        overflow = "ellipsis" if is_unicode(self.console) else "crop"
+        line = Text(displayable(self.console, self.line), style="dim", no_wrap=True, overflow=overflow)
+        return Group(self.progress.get_renderable(), line)
 
     def stop(self) -> None:
         if self.live is not None:
@@ -4068,7 +4272,7 @@ def describe_tensor(event: TensorMerged) -> str:
     blend = event.blend
     angle = f", {blend.angle_degrees:.2f}°" if blend.angle_degrees is not None else ""
     reason = f" ({blend.reason})" if blend.reason else ""
-    return f"{printable(event.job.name)}  {blend.rule}{reason}{angle}"
+    return f"{event.job.name}  {blend.rule}{reason}{angle}"
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4094,7 +4298,7 @@ OTHER_BLENDS = (
     ("task vectors", "blend what each parent learned since a common base"),
     ("a recipe file", "its path, ending in .yaml or .yml"),
 )
-BLEND_HELP = "0 is the primary alone, 1 the secondary alone, 0.5 the middle of the arc between them"
+BLEND_HELP = "Say even, lean to primary or lean to secondary; or 0 for the primary alone to 1 for the secondary alone"
 
 
 def parse_number(text: str) -> float:
@@ -4150,10 +4354,24 @@ def answer_check(check: Callable[[str], object]) -> Callable[[str], bool | str]:
 
 def proposed_save_directory(primary: Path, secondary: Path) -> Path:
     """A readable name under the current folder that is not taken yet."""
-    names = [re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "model" for folder in (primary, secondary)]
+    whole = [public_name(folder.resolve(), {}).rpartition("/")[2] for folder in (primary, secondary)]
+    names = [re.sub(r"[^\w.-]+", "-", name) or "model" for name in whole]
     first = Path(f"{names[0]}-{names[1]}-slerp")
     numbered = (Path(f"{first}-{number}") for number in range(2, 1000))
     return next(path for path in (first, *numbered) if not path.exists())
+
+
+def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
+    """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first."""
+    secondary = open_checkpoint(secondary_folder)
+    blocking = check_parity(open_checkpoint(primary_folder), secondary).of_severity("blocking")
+    if blocking:
+        first = blocking[0]
+        more = f" And {len(blocking) - 1} more." if len(blocking) > 1 else ""
+        raise SlerpMergeError(
+            f"It does not fit the primary: {first.subject} is {first.secondary}, not {first.primary}.{more}",
+            first.consequence,
+        )
 
 
 class Wizard:
@@ -4166,12 +4384,25 @@ class Wizard:
 
     def ask(self, question: Any) -> Any:
         """The answer. Raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D."""
+        self.let_refusals_wrap(question)
         if not self.asked:
             self.asked = True
             # Libraries load behind the first prompt's back, once it stands on the screen.
             once = iter([self.on_first_prompt])
             question.application.after_render += lambda _: next(once, lambda: None)()
         return question.unsafe_ask()
+
+    @staticmethod
+    def let_refusals_wrap(question: Any) -> None:
+        """The library shows the reason of a refusal in a single line, cut at the terminal's edge."""
+        from prompt_toolkit.filters import to_filter
+        from prompt_toolkit.layout import FormattedTextControl
+
+        for window in question.application.layout.find_all_windows():
+            if isinstance(window.content, FormattedTextControl) and window.height == 1:
+                window.height = None
+                window.wrap_lines = to_filter(True)
+                window.dont_extend_height = to_filter(True)
 
     def ask_folder(self, message: str, check: Callable[[Path], object], default: Path | None = None) -> Path:
         import questionary
@@ -4257,7 +4488,8 @@ def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
     if "primary" not in answers:
         answers["primary"] = wizard.ask_folder("Primary model", open_checkpoint)
     if "secondary" not in answers:
-        answers["secondary"] = wizard.ask_folder("Secondary model", open_checkpoint)
+        primary = answers["primary"]
+        answers["secondary"] = wizard.ask_folder("Secondary model", lambda folder: check_fit(primary, folder))
     parents = answers["primary"], answers["secondary"]
     if "save_directory" not in answers:
         answers["save_directory"] = wizard.ask_folder(
@@ -4283,7 +4515,25 @@ def parse_size(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise SlerpMergeError(f"{text!r} is not a size.", "Write it like 5GB, 500MB or 2GiB.")
     base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise SlerpMergeError(f"{text!r} is not a size.", "It is less than a byte.")
+    return size
+
+
+def parse_within(kind: Callable[[str], Any], lowest: float, highest: float, what: str) -> Callable[[str], Any]:
+    """A flag's type: a number from `lowest` to `highest`, or wrong usage that says `what` it should be."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
 
 
 def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -4299,6 +4549,7 @@ def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every flag, with its help."""
     parser = argparse.ArgumentParser(
         prog="slerpmerge.py",
         description="Merge two language-model checkpoints by spherical linear interpolation (SLERP). "
@@ -4318,13 +4569,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
     add("--granularity", choices=GRANULARITIES, help="what nuslerp takes as one vector (default tensor)")
-    add("--dot-threshold", type=float, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
-    add("--epsilon", type=float, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
+    cosine = parse_within(float, sys.float_info.min, 1, "a cosine above 0, up to 1")
+    norm = parse_within(float, 0, sys.float_info.max, "a norm from 0 on")
+    add("--dot-threshold", type=cosine, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
+    add("--epsilon", type=norm, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
     add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
     add("--tokenizer", choices=("auto", "primary", "secondary"), help="whose tokenizer the child gets")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where the arithmetic runs (default auto)")
-    add("--threads", type=int, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
+    count = parse_within(int, 1, 1024, "a number of threads from 1 on")
+    add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
     add("--dry-run", action="store_true", help="check and plan, write nothing")
     add("--yes", action="store_true", help="take every default and start without asking")
     add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
@@ -4404,7 +4658,7 @@ class CommandLine:
         plan = prepare_merge(recipe, self.observe)
         if self.arguments.dry_run:
             if self.arguments.json:
-                print(json.dumps(plan_as_dict(plan), ensure_ascii=False))
+                print(json.dumps(plan_as_dict(plan)))
             return EXIT_DONE
         if not self.arguments.yes and not wizard.confirm("Start the merge?", default=True):
             self.show("Nothing was written.")
@@ -4418,7 +4672,7 @@ class CommandLine:
         self.show(render_report(self.console, report))
         report = self.verify_fully(report, wizard)
         if self.arguments.json:
-            print(json.dumps(report.as_dict(), ensure_ascii=False))
+            print(json.dumps(report.as_dict()))
         elif not self.arguments.quiet:
             self.console.print("Try it:", style="bold")
             for command in next_commands(report):
@@ -4473,6 +4727,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import colorama
 
     colorama.just_fix_windows_console()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not stop a merge
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(argv)
     command_line = CommandLine(arguments)
     try:
@@ -4483,13 +4740,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nStopped. {command_line.wrote}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (OSError, MemoryError) as error:
-        fault = SlerpMergeError(f"The system refused: {error or 'out of memory'}.", command_line.wrote)
+        fault = SlerpMergeError(f"The system refused: {str(error) or 'out of memory'}.", command_line.wrote)
     from rich.console import Console
 
     errors = Console(stderr=True, highlight=False)
-    errors.print(render_error(errors, fault), soft_wrap=True)
+    errors.print(render_error(errors, fault), soft_wrap=not errors.is_terminal)
     return EXIT_REFUSED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
+    sys.exit(status)

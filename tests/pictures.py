@@ -1,0 +1,257 @@
+"""Pictures of the real screens: `python tests/pictures.py` writes them as SVG files into tests/pictures/.
+
+An invented pair of models is merged for real at a tiny size; its plan and report are then given the sizes
+of a 7 B-parameter pair, and the program's own screens are drawn from them. The same pictures every time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+import slerpmerge
+from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, make_checkpoint
+
+PICTURES = Path(__file__).parent / "pictures"
+LAYERS = 32
+PRIMARY, SECONDARY = "finch-7b-chat", "finch-7b-code"
+CHILD = f"{PRIMARY}-{SECONDARY}-slerp"
+GROWN = {16: 4096, 8: 1024, 24: 14336, 48: 32000}  # each dimension of a tiny tensor -> of a real one
+MERGE_SECONDS = 11.4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One merge of the invented pair: its plan, every event in order, its report."""
+
+    plan: slerpmerge.MergePlan
+    prepared: tuple[slerpmerge.Event, ...]
+    executed: tuple[slerpmerge.Event, ...]
+    report: slerpmerge.MergeReport
+
+
+def make_parents(folder: Path) -> tuple[Path, Path]:
+    """Two tiny fine-tunes of one base that differ as real ones do."""
+    shared = {**LLAMA_CONFIG, "num_hidden_layers": LAYERS, "vocab_size": 32000}
+    base = llama_tensors(0, torch.float32, layers=LAYERS)
+    folders = []
+    for seed, name, dtype, changes in (
+        (1, PRIMARY, torch.bfloat16, {"max_position_embeddings": 32768, "bos_token_id": 1}),
+        (2, SECONDARY, torch.float16, {"max_position_embeddings": 16384, "bos_token_id": 1}),
+    ):
+        drift = llama_tensors(seed, torch.float32, layers=LAYERS)
+        tensors = {key: (weight + distance(key) * drift[key]).to(dtype) for key, weight in base.items()}
+        config = {**shared, **changes, "_name_or_path": f"meadow/{name}"}
+        parent = make_checkpoint(folder / name, tensors, config)
+        add_tokenizer(parent)
+        template = "{{ messages }}" if seed == 1 else "{% for message in messages %}{{ message }}{% endfor %}"
+        (parent / "chat_template.jinja").write_text(template, encoding="utf-8")
+        licence = "apache-2.0" if seed == 1 else "mit"
+        (parent / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+        folders.append(parent)
+    return folders[0], folders[1]
+
+
+def distance(tensor_name: str) -> float:
+    """How far training took a tensor from the base: norms hardly, projections more; the same in every run."""
+    return 0.01 if "norm" in tensor_name else 0.04 + 0.08 * (zlib.crc32(tensor_name.encode()) % 100) / 100
+
+
+def grow(info: Any) -> Any:
+    """A tensor's description at the size that the invented models have."""
+    shape = tuple(GROWN[length] for length in info.shape)
+    if isinstance(info, slerpmerge.TensorJob):
+        return dataclasses.replace(info, shape=shape, sources=tuple(map(grow, info.sources)))
+    growth = slerpmerge.math.prod(shape) // info.element_count
+    return dataclasses.replace(info, shape=shape, byte_count=info.byte_count * growth)
+
+
+def grow_checkpoint(checkpoint: slerpmerge.Checkpoint) -> slerpmerge.Checkpoint:
+    return dataclasses.replace(checkpoint, tensors={name: grow(info) for name, info in checkpoint.tensors.items()})
+
+
+def grow_plan(plan: slerpmerge.MergePlan) -> slerpmerge.MergePlan:
+    """The plan for models of real size, on a machine that is always the same."""
+    jobs = [grow(job) for job in plan.jobs]
+    shards = slerpmerge.plan_shards(jobs, slerpmerge.MAX_SHARD_BYTES)
+    return dataclasses.replace(
+        plan,
+        recipe=dataclasses.replace(plan.recipe, save_directory=Path(CHILD)),
+        primary=grow_checkpoint(plan.primary),
+        secondary=grow_checkpoint(plan.secondary),
+        shards=shards,
+        threads=8,
+        peak_memory_bytes=slerpmerge.estimate_memory(8),
+        disk_needed_bytes=sum(shard.byte_count for shard in shards) + 2_000_000,
+        disk_free_bytes=412_000_000_000,
+        read_bytes_per_second=6.1e9,
+        expected_seconds=12.8,
+    )
+
+
+def grow_event(event: slerpmerge.Event, plan: slerpmerge.MergePlan) -> Iterator[slerpmerge.Event]:
+    if isinstance(event, slerpmerge.TensorMerged):
+        merged = dataclasses.replace(event, job=grow(event.job))
+        yield slerpmerge.BytesMerged(merged.job.byte_count)
+        yield merged
+    elif isinstance(event, slerpmerge.PlanReady):
+        yield slerpmerge.PlanReady(plan)
+    elif not isinstance(event, slerpmerge.BytesMerged):  # those come with their tensor, above
+        yield event
+
+
+def make_scene(folder: Path) -> Scene:
+    """Merges the tiny pair below `folder` and tells of it as of a pair of real size."""
+    primary, secondary = make_parents(folder)
+    recipe = slerpmerge.MergeRecipe(primary, secondary, folder / CHILD, threads=1)
+    prepared: list[slerpmerge.Event] = []
+    executed: list[slerpmerge.Event] = []
+    tiny_plan = slerpmerge.prepare_merge(recipe, prepared.append)
+    with mock.patch.object(slerpmerge, "accelerators", dict):  # the same device on every machine
+        report = slerpmerge.execute_merge(tiny_plan, executed.append)
+    plan = grow_plan(tiny_plan)
+    told = [[grown for event in events for grown in grow_event(event, plan)] for events in (prepared, executed)]
+    tensors = tuple(event for event in told[1] if isinstance(event, slerpmerge.TensorMerged))
+    result = slerpmerge.MergeResult(tensors, MERGE_SECONDS, "cpu")
+    report = dataclasses.replace(
+        report, child=Path("/home/ada/models", CHILD), plan=plan, result=result, sync_seconds=1.9, total_seconds=15.2
+    )
+    return Scene(plan, tuple(told[0]), tuple(told[1]), report)
+
+
+class Clock:
+    """Seconds that pass only when the picture says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class RecordingConsole(Console):
+    """A terminal that remembers what was drawn on it, the same for every environment."""
+
+    def __init__(self, width: int = 100, **settings: Any) -> None:
+        settings = {"force_terminal": True, "color_system": "truecolor", "_environ": {}, **settings}
+        super().__init__(
+            file=io.StringIO(), width=width, record=True, legacy_windows=False, highlight=False, **settings
+        )
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
+        """A terminal breaks a line that is too long for it; a picture would cut it."""
+        super().print(*objects, **{**how, **({"overflow": "fold"} if soft_wrap else {})})
+
+
+def draw_progress(view: slerpmerge.MergeView, clock: Clock, scene: Scene, stop_at: float) -> None:
+    """Feeds the view the merge; at `stop_at` of its bytes, the live picture is drawn once."""
+    drawn = False
+    for event in scene.executed:
+        if isinstance(event, slerpmerge.BytesMerged):
+            clock.now += MERGE_SECONDS * event.byte_count / scene.plan.child_bytes
+        with mock.patch("rich.live.Live.start"):  # a picture needs no refreshing thread
+            view.observe(event)
+        if not drawn and isinstance(event, slerpmerge.TensorMerged) and view.merged_bytes >= stop_at * view.total_bytes:
+            view.console.print(view.render())
+            drawn = True
+
+
+class TypedAnswers(slerpmerge.Wizard):
+    """A wizard whose prompts are answered at once, shown as they look once answered."""
+
+    answers: Iterator[tuple[str, str, Any]]  # the prompt, the default beside it, what is typed
+
+    def ask(self, question: Any) -> Any:
+        prompt, default, answer = next(self.answers)
+        shown = {True: "Yes", False: "No"}.get(answer, answer)
+        self.console.print(Text.assemble(("? ", "#5f819d"), (prompt, "bold"), default, (f" {shown}", "bold #ff9d00")))
+        return answer
+
+
+def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
+    """The whole session, by the program's own command line; only typing and merging are stood in for."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import DummyInput
+    from prompt_toolkit.output import DummyOutput
+
+    command_line = slerpmerge.CommandLine(slerpmerge.build_parser().parse_args(["--verify", "quick"]))
+    command_line.console, command_line.interactive = console, True
+    command_line.view = slerpmerge.MergeView(console)
+    TypedAnswers.answers = iter(
+        [
+            ("Primary model", "", f"models/{PRIMARY}"),
+            ("Secondary model", "", f"models/{SECONDARY}"),
+            ("Save directory", f" ({CHILD})", ""),
+            ("Blend", " (even)", ""),
+            ("Start the merge?", "", True),
+        ]
+    )
+
+    def prepare(_: Any, observe: Callable[[slerpmerge.Event], None]) -> slerpmerge.MergePlan:
+        for event in scene.prepared:
+            observe(event)
+        return scene.plan
+
+    def execute(*_: Any) -> slerpmerge.MergeReport:
+        draw_progress(command_line.view, clock, scene, stop_at=0.62)
+        clock.now = scene.report.total_seconds
+        return scene.report
+
+    with (
+        mock.patch.multiple(slerpmerge, Wizard=TypedAnswers, prepare_merge=prepare, execute_merge=execute),
+        mock.patch("time.perf_counter", clock),
+        create_app_session(input=DummyInput(), output=DummyOutput()),
+    ):
+        command_line.run()
+    console.print()  # room for the last line's underscores
+
+
+def draw_pictures(scene: Scene) -> Iterator[tuple[str, Console]]:
+    """(name, screen) of every picture."""
+    for name, width in (("plan", 100), ("plan-narrow", 60)):
+        console = RecordingConsole(width)
+        console.print(slerpmerge.render_parity(console, scene.plan.parity))
+        console.print(slerpmerge.render_plan(console, scene.plan))
+        yield name, console
+    clock = Clock()
+    console = RecordingConsole(get_time=clock)
+    view = slerpmerge.MergeView(console)
+    view.observe(slerpmerge.PlanReady(scene.plan))
+    draw_progress(view, clock, scene, stop_at=0.62)
+    yield "progress", console
+    console = RecordingConsole()
+    console.print(slerpmerge.render_report(console, scene.report))
+    yield "summary", console
+    console = RecordingConsole(get_time=(clock := Clock()))
+    draw_session(console, clock, scene)
+    yield "merge", console
+
+
+def main() -> None:
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        scene = make_scene(Path(folder))
+    for name, console in draw_pictures(scene):
+        # 0.6 is how wide most monospaced fonts are; the picture then also fits where its own font is not there.
+        svg = console.export_svg(title="python slerpmerge.py", unique_id=f"slerpmerge-{name}", font_aspect_ratio=0.6)
+        path = PICTURES / f"{name}.svg"
+        path.write_text(svg.replace("<svg ", '<svg xml:space="preserve" ', 1), encoding="utf-8", newline="\n")
+        print(path.relative_to(PICTURES.parents[1]))
+
+
+if __name__ == "__main__":
+    main()

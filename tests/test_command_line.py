@@ -1,0 +1,669 @@
+"""The command line: flags, exit statuses, the report, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import slerpmerge
+from tests.builders import (
+    LLAMA_CONFIG,
+    add_tokenizer,
+    copy_model,
+    edit_json,
+    llama_tensors,
+    load_tensors,
+    make_checkpoint,
+    make_pair,
+    make_real_model,
+)
+from tests.conftest import fingerprint
+
+REPORT_KEYS = {
+    "child", "tensors", "slerped", "lerped", "copied", "bytes", "seconds", "sync_seconds", "total_seconds",
+    "bytes_per_second", "tokenizer_from", "mended", "notices", "warnings",
+}  # fmt: skip
+
+# Runs a script and tells on stderr which of the slow libraries it has loaded.
+SPY = """
+import runpy, sys
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("loaded:", *sorted({"torch", "transformers", "numpy"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> dict:
+        """The one JSON object that is alone on stdout."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path) -> Callable[..., Outcome]:
+    """`run("--primary", ...)`: the tool in this process, in tmp_path, on a wide screen that is no terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> Outcome:
+        try:
+            status = slerpmerge.main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse's way to refuse
+            status = end.code
+        return Outcome(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def pair(tmp_path, parents) -> tuple[Path, Path]:
+    """Two tiny parents at tmp_path/primary and tmp_path/secondary, which no test may change."""
+    folders = make_pair(tmp_path)
+    parents.watch(*folders)
+    return folders
+
+
+def run_program(*arguments: str | Path, folder: Path, spy: bool = False, **environment: str) -> Outcome:
+    """The tool as a program of its own."""
+    program = ["-c", SPY] if spy else []
+    done = subprocess.run(
+        [sys.executable, *program, slerpmerge.__file__, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
+    )
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
+    return Outcome(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
+
+
+MERGE = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "child", "--yes")
+
+
+class TestMerge:
+    def test_a_child_is_made(self, run, pair, tmp_path):
+        outcome = run(*MERGE)
+        assert outcome.status == 0
+        assert outcome.err == ""
+        assert load_tensors(tmp_path / "child").keys() == load_tensors(pair[0]).keys()
+        assert "21 slerped" in outcome.out
+        assert str(tmp_path / "child") in outcome.out
+        assert "100 %" in outcome.out
+
+    def test_a_flag_may_hold_quotes_tilde_and_variables(self, run, pair, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("MODELS", str(tmp_path))
+        folders = ("--primary", "'~/primary/'", "--secondary", "$MODELS/secondary", "--save-dir", "~/below/child")
+        assert run(*folders, "--yes").status == 0
+        assert (tmp_path / "below" / "child" / "model.safetensors").is_file()
+
+    def test_a_comma_list_is_a_gradient_over_the_layers(self, run, pair, tmp_path):
+        assert run(*MERGE, "--t", "0, 1").status == 0
+        child, primary, secondary = (load_tensors(folder) for folder in (tmp_path / "child", *pair))
+        first, last = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+        assert torch.equal(child[first], primary[first])
+        assert torch.equal(child[last], secondary[last])
+        assert torch.equal(child["lm_head.weight"], primary["lm_head.weight"])
+
+    def test_max_shard_size_cuts_the_child(self, run, pair, tmp_path):
+        assert run(*MERGE, "--max-shard-size", "4KB").status == 0
+        shards = sorted(path.name for path in (tmp_path / "child").glob("*.safetensors"))
+        count = len(shards)
+        assert count >= 3
+        assert shards == [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+    def test_dtype_and_method_are_followed(self, run, pair, tmp_path):
+        outcome = run(*MERGE, "--json", "--dtype", "float32", "--method", "lerp")
+        assert (outcome.report["slerped"], outcome.report["lerped"]) == (0, 21)
+        assert {tensor.dtype for tensor in load_tensors(tmp_path / "child").values()} == {torch.float32}
+
+    @pytest.mark.parametrize("place", ["[red]primary", "a[/red]", "[bold]b[/bold", "[link=x]"])
+    def test_markup_in_a_folder_name_is_shown_as_it_is(self, run, pair, tmp_path, place):
+        copy_model(pair[0], tmp_path / place)
+        outcome = run("--primary", place, "--secondary", "secondary", "--save-dir", f"{place}-child", "--yes")
+        assert outcome.status == 0
+        assert f"{Path(place).name}: LlamaForCausalLM" in outcome.out
+        assert f"{place}-child" in outcome.out
+
+    def test_overwrite_replaces_a_model_and_nothing_else_does(self, run, pair, tmp_path):
+        assert run(*MERGE).status == 0
+        before = fingerprint(tmp_path / "child")
+        refused = run(*MERGE, "--t", "0.3")
+        assert refused.status == 1
+        assert "--overwrite" in refused.err
+        assert fingerprint(tmp_path / "child") == before
+        assert run(*MERGE, "--t", "0.3", "--overwrite").status == 0
+        after = fingerprint(tmp_path / "child")
+        assert after.keys() == before.keys()
+        assert after["model.safetensors"] != before["model.safetensors"]
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary", "child"}
+
+    def test_overwrite_does_not_replace_a_folder_that_is_no_model(self, run, pair, tmp_path):
+        (tmp_path / "child").mkdir()
+        (tmp_path / "child" / "thesis.txt").write_text("years of work")
+        outcome = run(*MERGE, "--overwrite")
+        assert outcome.status == 1
+        assert "not a model's" in outcome.err
+        assert (tmp_path / "child" / "thesis.txt").read_text() == "years of work"
+
+
+class TestJson:
+    def test_the_report_is_alone_on_stdout_and_true(self, run, pair, tmp_path):
+        outcome = run(*MERGE, "--json")
+        assert outcome.status == 0
+        report = outcome.report
+        assert report.keys() >= REPORT_KEYS
+        assert report["child"] == str(tmp_path / "child")
+        assert (report["tensors"], report["slerped"], report["lerped"], report["copied"]) == (21, 21, 0, 0)
+        tensors = load_tensors(tmp_path / "child").values()
+        assert report["bytes"] == sum(tensor.nbytes for tensor in tensors)
+        assert 0 < report["seconds"] <= report["total_seconds"]
+        assert report["bytes_per_second"] == pytest.approx(report["bytes"] / report["seconds"])
+        assert report["sync_seconds"] >= 0
+        assert report["tokenizer_from"] is None
+        assert report["mended"] == report["notices"] == report["warnings"] == []
+
+    def test_differences_and_warnings_are_in_it(self, run, tmp_path):
+        primary = llama_tensors(1)
+        primary["model.norm.weight"][0] = torch.inf
+        make_checkpoint(tmp_path / "primary", primary, {**LLAMA_CONFIG, "max_position_embeddings": 128})
+        add_tokenizer(make_checkpoint(tmp_path / "secondary", llama_tensors(2, torch.float16)))
+        report = run(*MERGE, "--json").report
+        assert [mended["subject"] for mended in report["mended"]] == ["dtype of 21 tensors"]
+        assert "max_position_embeddings" in [notice["subject"] for notice in report["notices"]]
+        assert report["tokenizer_from"] == "secondary"
+        assert len(report["warnings"]) == 1
+        assert report["warnings"][0].startswith("model.norm.weight")
+
+    def test_a_dry_run_reports_its_plan(self, run, pair, tmp_path):
+        outcome = run(*MERGE, "--json", "--dry-run")
+        assert outcome.status == 0
+        assert outcome.report["tensors"] == 21
+        assert outcome.report["files"] == ["model.safetensors"]
+        assert outcome.report["disk_needed_bytes"] > outcome.report["bytes"] > 0
+        assert not (tmp_path / "child").exists()
+
+    def test_a_refusal_leaves_stdout_empty(self, run, pair):
+        outcome = run(*MERGE, "--json", "--primary", "nowhere")
+        assert (outcome.status, outcome.out) == (1, "")
+        assert "nowhere does not exist" in outcome.err
+
+
+class TestQuiet:
+    def test_nothing_is_printed(self, run, pair, tmp_path):
+        assert run(*MERGE, "--quiet") == Outcome(0, "", "")
+        assert (tmp_path / "child" / "model.safetensors").is_file()
+
+    def test_but_errors_are(self, run, pair):
+        outcome = run(*MERGE, "--quiet", "--secondary", "nowhere")
+        assert (outcome.status, outcome.out) == (1, "")
+        assert "nowhere does not exist" in outcome.err
+
+
+class TestWithoutTorch:
+    """What needs no arithmetic answers before torch could be loaded."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "status"),
+        [(("--version",), 0), (("--help",), 0), ((*MERGE, "--dry-run"), 0), ((*MERGE, "--primary", "nowhere"), 1)],
+        ids=["version", "help", "dry-run", "refusal"],
+    )
+    def test_torch_is_not_loaded(self, pair, tmp_path, arguments, status):
+        before = fingerprint(tmp_path)
+        outcome = run_program(*arguments, folder=tmp_path, spy=True)
+        assert outcome.status == status
+        assert outcome.err.splitlines()[-1] in ("loaded:", "loaded: numpy"), "neither torch nor transformers"
+        assert fingerprint(tmp_path) == before
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+    def test_the_version_is_printed(self, run):
+        assert run("--version") == Outcome(0, f"slerpmerge {slerpmerge.__version__}\n", "")
+
+    def test_a_dry_run_prints_the_plan(self, run, pair):
+        outcome = run("--primary", "primary", "--secondary", "secondary", "--save-dir", "child", "--dry-run")
+        assert outcome.status == 0
+        for part in ("Plan", "LlamaForCausalLM", "child", "t = 0.5", "21 to slerp", "needed", "tokenizer"):
+            assert part in outcome.out
+
+
+class TestWrongUsage:
+    @pytest.mark.parametrize(
+        ("given", "missing"),
+        [
+            ((), ["--primary", "--secondary", "--save-dir", "--t", "--yes"]),
+            (("--yes",), ["--primary", "--secondary", "--save-dir"]),
+            (("--dry-run", "--primary", "primary"), ["--secondary", "--save-dir"]),
+            (MERGE[:-1], ["--t", "--yes"]),
+            ((*MERGE[:-1], "--t", "0.5"), ["--yes"]),
+            ((*MERGE[:4], "--json", "--yes"), ["--save-dir"]),
+        ],
+        ids=["nothing", "yes", "dry-run", "folders", "all-but-yes", "json"],
+    )
+    def test_without_a_terminal_each_missing_flag_is_named(self, run, pair, given, missing):
+        outcome = run(*given)
+        assert (outcome.status, outcome.out) == (2, "")
+        flags = ("--primary", "--secondary", "--save-dir", "--t", "--yes")
+        named = outcome.err.partition("give ")[2].partition("(")[0].replace(",", " ").replace(".", " ").split()
+        assert [flag for flag in flags if flag in named] == missing
+
+    @pytest.mark.parametrize("t", ["1.5", "-0.1", "half", "nan", "inf", "", "0.2,,0.4", "0.2,2", "0.5;0.6"])
+    def test_t_that_is_no_number_from_0_to_1(self, run, pair, t):
+        outcome = run(*MERGE, f"--t={t}")
+        assert outcome.status == 2
+        assert "not a number from 0 to 1" in outcome.err
+        assert "--t" in outcome.err
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("--method", "magic"),
+            ("--dtype", "int8"),
+            ("--device", "abacus"),
+            ("--threads", "two"),
+            ("--threads", "-1"),
+            ("--dot-threshold", "1.5"),
+            ("--dot-threshold", "nan"),
+            ("--epsilon", "-1"),
+            ("--max-shard-size", "many"),
+            ("--frobnicate",),
+        ],
+        ids=" ".join,
+    )
+    def test_a_flag_that_cannot_be_meant(self, run, pair, tmp_path, arguments):
+        outcome = run(*MERGE, *arguments)
+        assert outcome.status == 2
+        assert arguments[0] in outcome.err
+        assert not (tmp_path / "child").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [
+            ("5GB", 5_000_000_000),
+            ("500MB", 500_000_000),
+            ("2GiB", 2 * 1024**3),
+            ("1.5 kb", 1500),
+            ("1T", 10**12),
+            ("300k", 300_000),
+            (" 12345 ", 12345),
+            ("64B", 64),
+        ],
+    )
+    def test_sizes(self, text, size):
+        assert slerpmerge.parse_size(text) == size
+
+    @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5XB", "5GBs", "0", "0MB", "0.0001KB", "1e3", "five", "5,5GB"])
+    def test_what_is_no_size(self, text):
+        with pytest.raises(slerpmerge.SlerpMergeError, match="is not a size"):
+            slerpmerge.parse_size(text)
+
+
+# ── Bad input: each function spoils what make_pair has made below a folder, and returns flags that differ ──
+
+
+def missing_folder(folder: Path) -> list[str]:
+    return ["--secondary", "nowhere"]
+
+
+def file_as_parent(folder: Path) -> list[str]:
+    return ["--secondary", "secondary/config.json"]
+
+
+def no_weights(folder: Path) -> list[str]:
+    (folder / "secondary" / "model.safetensors").unlink()
+    return []
+
+
+def no_config(folder: Path) -> list[str]:
+    (folder / "secondary" / "config.json").unlink()
+    return []
+
+
+def broken_config(folder: Path) -> list[str]:
+    (folder / "secondary" / "config.json").write_text('{"model_type": "llama",')
+    return []
+
+
+def truncated_weights(folder: Path) -> list[str]:
+    path = folder / "secondary" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return []
+
+
+def empty_weights(folder: Path) -> list[str]:
+    (folder / "secondary" / "model.safetensors").write_bytes(b"")
+    return []
+
+
+def lying_header(folder: Path) -> list[str]:
+    """A header that claims a tensor of more bytes than its shape needs."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4096]}}).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(4096)
+    (folder / "secondary" / "model.safetensors").write_bytes(data)
+    return []
+
+
+def endless_header(folder: Path) -> list[str]:
+    (folder / "secondary" / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    return []
+
+
+def write_index(folder: Path, file_name: str) -> list[str]:
+    (folder / "secondary" / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": file_name}}
+    (folder / "secondary" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return []
+
+
+def index_names_missing_file(folder: Path) -> list[str]:
+    return write_index(folder, "model-00001-of-00002.safetensors")
+
+
+def index_names_outside_file(folder: Path) -> list[str]:
+    return write_index(folder, "../primary/model.safetensors")
+
+
+class Burglar:
+    """Unpickled the usual way, it leaves a file named burgled in the current folder."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("burgled",)
+
+
+def pickle_with_code(folder: Path) -> list[str]:
+    (folder / "secondary" / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "secondary" / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"lm_head.weight": Burglar()}, protocol=2))
+        archive.writestr("archive/version", "3\n")
+    return []
+
+
+def save_directory_is_a_parent(folder: Path) -> list[str]:
+    return ["--save-dir", "primary/", "--overwrite"]
+
+
+def save_directory_in_a_parent(folder: Path) -> list[str]:
+    return ["--save-dir", "secondary/child"]
+
+
+def save_directory_around_a_parent(folder: Path) -> list[str]:
+    return ["--save-dir", ".", "--overwrite"]
+
+
+def save_directory_links_to_a_parent(folder: Path) -> list[str]:
+    if os.name == "nt":
+        pytest.skip("making a link needs a privilege on Windows")
+    (folder / "child").symlink_to(folder / "primary", target_is_directory=True)
+    return ["--overwrite"]
+
+
+def save_directory_not_empty(folder: Path) -> list[str]:
+    (folder / "child").mkdir()
+    (folder / "child" / "notes.txt").write_text("keep me")
+    return []
+
+
+def save_directory_is_a_file(folder: Path) -> list[str]:
+    (folder / "child").write_text("keep me")
+    return []
+
+
+def save_directory_below_a_file(folder: Path) -> list[str]:
+    (folder / "notes.txt").write_text("keep me")
+    return ["--save-dir", "notes.txt/child"]
+
+
+def another_architecture(folder: Path) -> list[str]:
+    edit_json(folder / "secondary" / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
+    return []
+
+
+def another_depth(folder: Path) -> list[str]:
+    shutil.rmtree(folder / "secondary")
+    config = {**LLAMA_CONFIG, "num_hidden_layers": 3}
+    make_checkpoint(folder / "secondary", llama_tensors(2, layers=3), config)
+    return []
+
+
+def quantised_parent(folder: Path) -> list[str]:
+    edit_json(folder / "secondary" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    return []
+
+
+def gguf_parent(folder: Path) -> list[str]:
+    (folder / "secondary" / "model.safetensors").rename(folder / "secondary" / "model-q4.gguf")
+    return []
+
+
+def adapter_parent(folder: Path) -> list[str]:
+    (folder / "secondary" / "model.safetensors").rename(folder / "secondary" / "adapter_model.safetensors")
+    (folder / "secondary" / "config.json").rename(folder / "secondary" / "adapter_config.json")
+    return []
+
+
+def absent_tokenizer(folder: Path) -> list[str]:
+    return ["--tokenizer", "secondary"]
+
+
+BAD_INPUTS = [
+    (missing_folder, "nowhere does not exist", "config.json"),
+    (file_as_parent, "is a file, not a folder", "config.json"),
+    (no_weights, "holds no weights", "Choose the folder"),
+    (no_config, "has no config.json", "Download config.json"),
+    (broken_config, "config.json does not hold valid JSON", "Download this file again"),
+    (truncated_weights, "model.safetensors is damaged or incomplete", "download it again"),
+    (empty_weights, "model.safetensors is damaged or incomplete", "download it again"),
+    (lying_header, "'a' has 4096 bytes where its shape and dtype need 8", "download it again"),
+    (endless_header, "its header should be 1152921504606846976 bytes", "download it again"),
+    (index_names_missing_file, "names model-00001-of-00002.safetensors, which is not there", "Download the missing"),
+    (index_names_outside_file, "outside its own folder", "Do not trust"),
+    (pickle_with_code, "wants to run code", "safetensors copy"),
+    (save_directory_is_a_parent, "is a parent's folder", "folder of its own"),
+    (save_directory_in_a_parent, "overlaps a parent's folder", "folder of its own"),
+    (save_directory_around_a_parent, "overlaps a parent's folder", "folder of its own"),
+    (save_directory_links_to_a_parent, "is a parent's folder", "folder of its own"),
+    (save_directory_not_empty, "is not empty", "--overwrite"),
+    (save_directory_is_a_file, "is a file", "another name"),
+    (save_directory_below_a_file, "cannot be made", "Choose a place"),
+    (another_architecture, "Different architectures", "same architecture"),
+    (another_depth, "num_hidden_layers: primary 2, secondary 3", "same architecture"),
+    (quantised_parent, "GPTQ", "unquantised"),
+    (gguf_parent, "GGUF", "original safetensors"),
+    (adapter_parent, "LoRA adapter", "Merge the adapter"),
+    (absent_tokenizer, "has no tokenizer", "auto"),
+]
+
+
+def everything_below(folder: Path) -> dict[str, str]:
+    """Every file with its hash, and every folder."""
+    return {**fingerprint(folder), **{str(path): "folder" for path in folder.rglob("*") if path.is_dir()}}
+
+
+def assert_refused(outcome: Outcome, cause: str, hint: str) -> None:
+    """Exit status 1 and one message: what happened, then what to do about it."""
+    assert outcome.status == 1
+    assert "Traceback" not in outcome.out + outcome.err
+    message, arrow, remedy = outcome.err.partition("→")
+    assert message.startswith("✗ ")
+    assert arrow
+    assert outcome.err.count("✗") == outcome.err.count("→") == 1
+    assert cause in message
+    assert hint in remedy
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("spoil", "cause", "hint"), BAD_INPUTS, ids=[case[0].__name__ for case in BAD_INPUTS])
+    def test_is_refused_with_cause_and_hint_and_nothing_changes(self, run, tmp_path, spoil, cause, hint):
+        make_pair(tmp_path)
+        changed = spoil(tmp_path)
+        before = everything_below(tmp_path)
+        assert_refused(run(*MERGE, *changed), cause, hint)
+        assert everything_below(tmp_path) == before
+
+    def test_a_place_that_cannot_be_written(self, run, pair, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # as for anyone but root
+        assert_refused(run(*MERGE), f"{tmp_path} is not writable", "permissions")
+        assert not (tmp_path / "child").exists()
+
+    def test_a_disk_that_is_too_full(self, run, pair, tmp_path, monkeypatch):
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        assert_refused(run(*MERGE), "only 1.0 KB are free", "another disk")
+        assert not (tmp_path / "child").exists()
+
+    @pytest.mark.parametrize(
+        ("fault", "cause"),
+        [
+            (MemoryError(), "out of memory"),
+            (OSError(28, "No space left on device"), "No space left"),
+        ],
+        ids=["memory", "disk"],
+    )
+    def test_a_fault_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, fault, cause):
+        def fail(*_: object) -> None:
+            raise fault
+
+        monkeypatch.setattr(slerpmerge, "copy_companions", fail)
+        assert_refused(run(*MERGE), cause, "removed")
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+    def test_ctrl_c_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch):
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(slerpmerge, "copy_companions", interrupt)
+        outcome = run(*MERGE)
+        assert outcome.status == 130
+        assert "removed" in outcome.err
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+
+class TestOddNames:
+    """Names come from strangers' files: what could drive a terminal is never printed as it is."""
+
+    odd = "x\x1b[31m\x07\x9b\u202e"
+
+    def assert_harmless(self, outcome: Outcome) -> None:
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(outcome.out + outcome.err)
+        assert r"x\x1b[31m" in outcome.out + outcome.err
+
+    @pytest.mark.skipif(os.name == "nt", reason="Windows allows no control characters in file names")
+    def test_in_a_folder(self, run, pair, tmp_path):
+        copy_model(pair[0], tmp_path / self.odd)
+        outcome = run("--primary", self.odd, "--secondary", "secondary", "--save-dir", f"{self.odd}-child", "--yes")
+        assert outcome.status == 0
+        self.assert_harmless(outcome)
+
+    def test_in_a_folder_that_is_not_there(self, run, pair):
+        outcome = run(*MERGE, "--primary", self.odd)
+        assert outcome.status == 1
+        self.assert_harmless(outcome)
+
+    def test_in_a_tensor(self, run, pair, tmp_path):
+        tensors = {**llama_tensors(1), self.odd: torch.ones(2)}
+        make_checkpoint(tmp_path / "other", tensors)
+        outcome = run(*MERGE, "--primary", "other")
+        assert outcome.status == 1
+        self.assert_harmless(outcome)
+
+    def test_in_a_config(self, run, pair, tmp_path):
+        edit_json(copy_model(pair[0], tmp_path / "other") / "config.json", note=self.odd, architectures=[self.odd])
+        edit_json(copy_model(pair[1], tmp_path / "another") / "config.json", architectures=[self.odd])
+        outcome = run(*MERGE, "--primary", "other", "--secondary", "another")
+        assert outcome.status == 0
+        self.assert_harmless(outcome)
+
+    def test_in_an_index(self, run, pair, tmp_path):
+        copy_model(pair[1], tmp_path / "other" / "secondary")
+        write_index(tmp_path / "other", self.odd)
+        outcome = run(*MERGE, "--secondary", "other/secondary")
+        assert outcome.status == 1
+        self.assert_harmless(outcome)
+
+    def test_a_line_break_in_a_name_makes_no_line_of_its_own(self, run, pair, tmp_path):
+        tensors = {**llama_tensors(1), "weight\n→ Everything is fine.": torch.ones(2)}
+        make_checkpoint(tmp_path / "other", tensors)
+        outcome = run(*MERGE, "--primary", "other")
+        assert outcome.status == 1
+        assert "\n→ Everything is fine." not in outcome.err
+
+    @pytest.mark.parametrize(("encoding", "flag"), [("cp1252", "--yes"), ("ascii", "--json"), ("ascii", "--dry-run")])
+    def test_a_name_that_the_terminal_cannot_show_stops_nothing(self, pair, tmp_path, encoding, flag):
+        copy_model(pair[0], tmp_path / "modèle-日本")
+        names = ("--primary", "modèle-日本", "--secondary", "secondary", "--save-dir", "enfant-日本")
+        outcome = run_program(*names, "--yes", flag, folder=tmp_path, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+        assert (outcome.status, outcome.err) == (0, "")
+        assert (tmp_path / "enfant-日本").exists() == (flag != "--dry-run")
+        if flag == "--json":
+            assert outcome.report["child"] == str(tmp_path / "enfant-日本")
+
+
+class TestFullVerification:
+    @pytest.fixture
+    def real_pair(self, tmp_path) -> None:
+        for seed, name in enumerate(("primary", "secondary")):
+            make_real_model(tmp_path / name, seed)
+
+    def test_the_child_is_loaded_and_the_report_says_so(self, run, real_pair, tmp_path):
+        outcome = run(*MERGE, "--json", "--verify", "full")
+        assert outcome.status == 0
+        checks = " / ".join(outcome.report["checks"])
+        assert "LlamaForCausalLM loads it with no missing, unexpected or mismatched key" in checks
+        assert "48 tokens" in checks
+
+    def test_it_can_fail_and_the_child_is_then_still_there(self, run, real_pair, tmp_path):
+        for folder in ("primary", "secondary"):
+            edit_json(tmp_path / folder / "config.json", architectures=["NoSuchModelForCausalLM"])
+        outcome = run(*MERGE, "--verify", "full")
+        assert_refused(outcome, "no NoSuchModelForCausalLM", f"{tmp_path / 'child'}")
+        assert (tmp_path / "child" / "model.safetensors").is_file()
+
+
+def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypatch, parents):
+    """The weights are cut short between the plan and the merge."""
+    parents.prints.clear()
+    prepare = slerpmerge.prepare_merge
+
+    def prepare_then_cut(*arguments: object) -> slerpmerge.MergePlan:
+        plan = prepare(*arguments)
+        weights = pair[1] / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-600])
+        return plan
+
+    monkeypatch.setattr(slerpmerge, "prepare_merge", prepare_then_cut)
+    assert_refused(run(*MERGE), "it changed since it was opened", "download it again")
+    assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+
+def test_the_demo_makes_three_models_that_speak(tmp_path):
+    # Tiny models learn faster on one thread, above all while other tests run.
+    outcome = run_program("--demo", "--save-dir", "demo", folder=tmp_path, OMP_NUM_THREADS="1")
+    assert outcome.status == 0
+    assert "Traceback" not in outcome.err
+    for name in ("demo-sailor", "demo-gardener", "demo-child"):
+        sentence = next(line for line in outcome.out.splitlines() if line.startswith(f"{name}: "))
+        assert len(set(sentence.split())) >= 6, "it says something"
+    from transformers import AutoModelForCausalLM
+
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / "demo-child", output_loading_info=True)
+    assert not any(loading[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,0 +1,534 @@
+"""Can these two make a right child? Every rule that blocks, mends or notes, and pairs that must pass in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slerpmerge import Mismatch, ParityReport, SlerpMergeError, check_parity, open_checkpoint
+from tests.builders import (
+    HIDDEN,
+    LLAMA_CONFIG,
+    VOCABULARY,
+    add_tokenizer,
+    copy_model,
+    edit_json,
+    llama_tensors,
+    make_checkpoint,
+    make_pair,
+    make_real_model,
+)
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def parity_of(primary: Path, secondary: Path, dtype: str = "auto") -> ParityReport:
+    return check_parity(open_checkpoint(primary), open_checkpoint(secondary), dtype)
+
+
+def compare_configs(folder: Path, left: Mapping[str, Any], right: Mapping[str, Any]) -> ParityReport:
+    """The report on two parents of equal tensors whose configs have these changes; a value of ... removes a key."""
+    for role, changes in (("primary", left), ("secondary", right)):
+        config = {key: value for key, value in {**LLAMA_CONFIG, **changes}.items() if value is not ...}
+        make_checkpoint(folder / role, llama_tensors(1), config)
+    return parity_of(folder / "primary", folder / "secondary")
+
+
+def compare_tensors(
+    folder: Path, left: Mapping[str, Any], right: Mapping[str, Any], config: Mapping[str, Any] = LLAMA_CONFIG
+) -> ParityReport:
+    """The report on two Llamas with these tensors changed; a value of ... removes a tensor."""
+    for seed, role, changes in ((1, "primary", left), (2, "secondary", right)):
+        tensors = {name: t for name, t in {**llama_tensors(seed), **changes}.items() if t is not ...}
+        make_checkpoint(folder / role, tensors, config)
+    return parity_of(folder / "primary", folder / "secondary")
+
+
+def only(report: ParityReport, severity: str) -> Mismatch:
+    """The report's one mismatch, which has this severity."""
+    assert [mismatch.severity for mismatch in report.mismatches] == [severity]
+    return report.mismatches[0]
+
+
+def subjects(report: ParityReport, severity: str) -> list[str]:
+    return [mismatch.subject for mismatch in report.of_severity(severity)]
+
+
+# ── Blocking: configs ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("key", "left", "right"),
+    [
+        ("model_type", "llama", "mistral"),
+        ("architectures", ["LlamaForCausalLM"], ["MistralForCausalLM"]),
+        ("num_hidden_layers", 2, 3),
+        ("num_attention_heads", 4, 8),
+        ("num_key_value_heads", 2, 1),
+        ("n_head", 4, 8),
+        ("head_dim", 4, 8),
+        ("rms_norm_eps", 1e-6, 1e-5),
+        ("layer_norm_epsilon", 1e-6, 1e-5),
+        ("hidden_act", "silu", "gelu"),
+        ("activation_function", "gelu", "gelu_new"),
+        ("hidden_activation", "gelu", "gelu_pytorch_tanh"),
+        ("sliding_window", 4096, 2048),
+        ("num_experts_per_tok", 2, 4),
+        ("attn_logit_softcapping", 50.0, 30.0),
+        ("layer_types", ["full_attention", "sliding_attention"], ["full_attention", "full_attention"]),
+    ],
+)
+def test_a_config_that_gives_the_weights_another_meaning_blocks(tmp_path, key, left, right):
+    head_dim = {} if key == "head_dim" else {"head_dim": 4}  # else another head count implies another head_dim
+    report = compare_configs(tmp_path, {**head_dim, key: left}, {**head_dim, key: right})
+    found = only(report, "blocking")
+    assert found.subject == key
+    for shown, value in ((found.primary, left), (found.secondary, right)):
+        assert shown == (value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "subject", "shown"),
+    [
+        ({"rope_theta": 10000.0}, {"rope_theta": 500000.0}, "rope_theta", ("10000.0", "500000.0")),
+        (
+            {"rope_theta": 10000.0},
+            {"rope_theta": ..., "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+            "rope_theta",
+            ("10000.0", "500000.0"),
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            "factor",
+            ("2.0", "4.0"),
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type",
+            ("linear", "dynamic"),
+        ),
+        ({"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.25}, "partial_rotary_factor", ("0.5", "0.25")),
+    ],
+)
+def test_rotary_settings_that_differ_block_under_any_spelling(tmp_path, left, right, subject, shown):
+    found = only(compare_configs(tmp_path, left, right), "blocking")
+    assert found.subject.endswith(subject)
+    assert (found.primary, found.secondary) == shown
+
+
+@pytest.mark.parametrize("both", [{}, {"rope_theta": ...}], ids=["theta stated", "theta not stated"])
+@pytest.mark.parametrize("none", [None, ...], ids=["null", "absent"])
+def test_scaled_positions_beside_unscaled_ones_block(tmp_path, both, none):
+    scaled = {**both, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    report = compare_configs(tmp_path, {**both, "rope_scaling": none}, scaled)
+    assert any("rope" in subject for subject in subjects(report, "blocking"))
+
+
+def test_a_sliding_window_beside_none_blocks(tmp_path):
+    """Null means attention to everything: the first and second Mistral differ in it and in no shape."""
+    report = compare_configs(tmp_path, {"sliding_window": 4096}, {"sliding_window": None})
+    assert subjects(report, "blocking") == ["sliding_window"]
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ({"max_window_layers": 24, "sliding_window": 32768}, {"max_window_layers": 21, "sliding_window": 32768}),
+        ({"sliding_window": 131072}, {"sliding_window": 32768}),
+        ({"sliding_window": 32768}, {"sliding_window": None}),
+    ],
+)
+def test_a_window_that_is_switched_off_on_both_sides_does_not_block(tmp_path, left, right):
+    """Small Qwen2.5 models and their instruct versions differ so, and are merged every day."""
+    off = {"use_sliding_window": False}
+    assert subjects(compare_configs(tmp_path, {**off, **left}, {**off, **right}), "blocking") == []
+
+
+def test_nested_language_settings_are_compared(tmp_path):
+    text = {"num_attention_heads": 4, "hidden_size": 16, "rope_theta": 1e4, "vocab_size": 48, "dtype": "float16"}
+    other = {**text, "num_attention_heads": 8, "rope_theta": 5e5, "dtype": "bfloat16"}
+    report = compare_configs(tmp_path, {"text_config": text}, {"text_config": other})
+    assert subjects(report, "blocking") == [
+        "text_config.head_dim",
+        "text_config.num_attention_heads",
+        "text_config.num_key_value_heads",
+        "text_config.rope_parameters.rope_theta",
+    ]
+
+
+# ── Blocking: tensors ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((16, 16), (16, 8)), ((16, 16), (256,)), ((16,), (1, 16)), ((), (1,))],
+    ids=str,
+)
+def test_tensors_of_different_shape_block(tmp_path, left, right):
+    found = only(compare_tensors(tmp_path, {"x": torch.ones(left)}, {"x": torch.ones(right)}), "blocking")
+    assert (found.subject, found.primary, found.secondary) == ("x", str(list(left)), str(list(right)))
+    assert "shape" in found.consequence
+
+
+def test_vocabularies_of_different_size_block_and_say_so(tmp_path):
+    rows = {name: torch.ones(VOCABULARY + 2, HIDDEN) for name in (HEAD, EMBEDDING)}
+    report = compare_tensors(tmp_path, {}, rows)
+    blocking = report.of_severity("blocking")
+    assert {found.subject for found in blocking} == {HEAD, EMBEDDING}
+    for found in blocking:
+        assert (found.primary, found.secondary) == ("[48, 16]", "[50, 16]")
+        assert "Vocabularies of different size" in found.consequence
+
+
+def test_weights_that_only_one_parent_has_block_on_either_side(tmp_path):
+    report = compare_tensors(tmp_path, {"left.weight": torch.ones(3)}, {"right.weight": torch.ones(3)})
+    blocking = [(found.subject, found.primary, found.secondary) for found in report.of_severity("blocking")]
+    assert blocking == [("left.weight", "present", "missing"), ("right.weight", "missing", "present")]
+    assert "primary" in report.of_severity("blocking")[0].consequence
+
+
+def test_many_missing_weights_are_one_line_in_layer_order(tmp_path):
+    extra = {f"model.layers.{layer}.extra.weight": torch.ones(2) for layer in range(12)}
+    found = only(compare_tensors(tmp_path, extra, {}), "blocking")
+    assert found.subject.startswith("model.layers.0.extra.weight, model.layers.1.extra.weight, model.layers.2.")
+    assert found.subject.endswith("and 6 more")
+    assert "12 tensors" in found.consequence
+
+
+def test_real_numbers_beside_integers_block(tmp_path):
+    report = compare_tensors(tmp_path, {"x": torch.ones(3)}, {"x": torch.ones(3).long()})
+    (found,) = report.of_severity("blocking")
+    assert (found.subject, found.primary, found.secondary) == ("x", "F32", "I64")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+def test_integers_are_never_said_to_be_blended(tmp_path, dtype):
+    report = compare_tensors(tmp_path, {"x": torch.ones(3, dtype=dtype)}, {"x": torch.ones(3).long()})
+    assert all("Blended" not in mismatch.consequence for mismatch in report.mismatches)
+
+
+def test_a_missing_head_blocks_where_nothing_is_tied(tmp_path):
+    report = compare_tensors(tmp_path, {}, {HEAD: ...})  # both configs say tie_word_embeddings: false
+    assert subjects(report, "blocking") == [HEAD]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq", "bits": 4}, "AWQ"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True, "llm_int8_threshold": 6.0}, "bitsandbytes"),  # before the method was written down
+        ({"quant_method": "fp8"}, "FP8"),
+        ({"quant_method": "mxfp4"}, "MXFP4"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_quantised_parent_is_named_from_its_config(tmp_path, settings, name, role):
+    primary, secondary = make_pair(tmp_path)
+    edit_json(tmp_path / role / "config.json", quantization_config=settings)
+    found = only(parity_of(primary, secondary), "blocking")
+    assert {found.primary, found.secondary} == {name, "not quantised"}
+    assert getattr(found, role) == name
+    assert "unquantised" in found.consequence
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ({"q_proj.qzeros": torch.ones(2).int(), "q_proj.g_idx": torch.ones(2).int()}, "GPTQ"),
+        ({"q_proj.qzeros": torch.ones(2).int(), "q_proj.qweight": torch.ones(2).int()}, "AWQ"),
+        ({"q_proj.weight.absmax": torch.ones(2).byte()}, "bitsandbytes"),
+        ({"q_proj.SCB": torch.ones(2)}, "bitsandbytes"),
+        ({"q_proj.weight_scale_inv": torch.ones(2)}, "FP8"),
+        ({"q_proj.weight": torch.ones(2).to(torch.float8_e4m3fn)}, "FP8"),
+        ({"q_proj.weight": torch.ones(2).to(torch.float8_e5m2)}, "FP8"),
+        ({"q_proj.weight_packed": torch.ones(2).int()}, "compressed-tensors"),
+    ],
+)
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_quantised_parent_is_named_from_its_tensors(tmp_path, extra, name, role):
+    changes = (extra, {}) if role == "primary" else ({}, extra)
+    report = compare_tensors(tmp_path, *changes)
+    (found,) = (found for found in report.of_severity("blocking") if found.subject == "quantisation")
+    assert name in getattr(found, role)
+
+
+def test_a_gguf_parent_is_named_as_such(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    with pytest.raises(SlerpMergeError, match="GGUF"):
+        open_checkpoint(tmp_path)
+
+
+def test_everything_that_blocks_is_said_at_once_with_both_values(tmp_path):
+    primary = make_checkpoint(tmp_path / "primary", {**llama_tensors(1), "left": torch.ones(1)})
+    secondary = make_checkpoint(
+        tmp_path / "secondary",
+        {**llama_tensors(2), "right": torch.ones(1), "model.norm.weight": torch.ones(HIDDEN + 1)},
+        {**LLAMA_CONFIG, "model_type": "mistral", "hidden_act": "gelu", "rope_theta": 5e5},
+    )
+    quantised = {"quant_method": "gptq"}
+    edit_json(secondary / "config.json", quantization_config=quantised, max_position_embeddings=9)
+    report = parity_of(primary, secondary)
+    assert [mismatch.severity for mismatch in report.mismatches] == ["blocking"] * 7 + ["mended", "notice"]
+    with pytest.raises(SlerpMergeError, match="cannot make a right child") as caught:
+        report.raise_if_blocking()
+    for words in (
+        "model_type: primary llama, secondary mistral",
+        "hidden_act: primary silu, secondary gelu",
+        "rope_theta: primary 10000.0, secondary 500000.0",
+        "primary not quantised, secondary GPTQ",
+        "model.norm.weight: primary [16], secondary [17]",
+        "left: primary present, secondary missing",
+        "right: primary missing, secondary present",
+    ):
+        assert words in caught.value.message
+    assert "max_position_embeddings" not in caught.value.message
+    assert caught.value.hint
+
+
+# ── Mended ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("tied", [True, ...], ids=["stated", "not stated"])
+@pytest.mark.parametrize("scope", ["top", "text_config"])
+def test_a_secondary_without_a_head_lends_its_embedding(tmp_path, tied, scope):
+    changes = {"tie_word_embeddings": tied}
+    if scope == "text_config":
+        inner = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied}
+        changes = dict.fromkeys(inner, ...)
+        changes[scope] = {key: value for key, value in inner.items() if value is not ...}
+    config = {key: value for key, value in {**LLAMA_CONFIG, **changes}.items() if value is not ...}
+    left, right = llama_tensors(1), llama_tensors(2)
+    del right[HEAD]
+    primary = make_checkpoint(tmp_path / "primary", left, config)
+    report = parity_of(primary, make_checkpoint(tmp_path / "secondary", right, config))
+    found = only(report, "mended")
+    assert (found.subject, found.primary, found.secondary) == (HEAD, "stored", "tied")
+    assert EMBEDDING in found.consequence
+    (pair,) = (pair for pair in report.pairs if pair.name == HEAD)
+    assert (pair.primary.name, pair.secondary.name) == (HEAD, EMBEDDING)
+    assert pair.secondary.file.parent.name == "secondary"
+
+
+def test_a_primary_without_a_head_leaves_the_secondarys_out(tmp_path):
+    report = compare_tensors(tmp_path, {HEAD: ...}, {}, {**LLAMA_CONFIG, "tie_word_embeddings": True})
+    found = only(report, "mended")
+    assert (found.subject, found.primary, found.secondary) == (HEAD, "tied", "stored")
+    assert HEAD not in {pair.name for pair in report.pairs}
+    assert len(report.pairs) == len(llama_tensors(1)) - 1
+
+
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    "model.rotary_emb.inv_freq": torch.ones(2),
+    "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril().bool(),
+    "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8).tril().bool(),
+    "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    "embeddings.position_ids": torch.arange(4),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_buffer_that_only_the_primary_saved_is_kept(tmp_path, name):
+    report = compare_tensors(tmp_path, {name: BUFFERS[name]}, {})
+    found = only(report, "mended")
+    assert (found.subject, found.primary, found.secondary) == (name, "saved", "not saved")
+    assert [pair.secondary for pair in report.pairs if pair.name == name] == [None]
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_buffer_that_only_the_secondary_saved_is_left_out(tmp_path, name):
+    report = compare_tensors(tmp_path, {}, {name: BUFFERS[name]})
+    assert (only(report, "mended").subject, only(report, "mended").primary) == (name, "not saved")
+    assert name not in {pair.name for pair in report.pairs}
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "right"),
+    [
+        ("transformer.h.0.attn.bias", torch.ones(1, 1, 8, 8).bool(), torch.ones(1, 1, 8, 8).byte()),
+        ("transformer.h.0.attn.bias", torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8).bool()),
+        ("gpt_neox.layers.0.attention.bias", torch.ones(1, 1, 8, 8).bool(), torch.ones(1, 1, 4, 4).bool()),
+        ("embeddings.position_ids", torch.arange(4), torch.arange(4).int()),
+    ],
+    ids=["bool and byte", "float and bool", "longer", "long and int"],
+)
+def test_a_buffer_that_both_saved_in_their_own_way_does_not_block(tmp_path, name, left, right):
+    """Versions of one library saved masks as bytes, booleans and floats; the child has the primary's."""
+    report = compare_tensors(tmp_path, {name: left}, {name: right})
+    assert subjects(report, "blocking") == []
+    assert all("Blended" not in mismatch.consequence for mismatch in report.mismatches)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 1, 8, 4)], ids=str)
+def test_a_bias_that_is_no_mask_is_a_weight(tmp_path, shape):
+    report = compare_tensors(tmp_path, {"transformer.h.0.attn.bias": torch.ones(shape)}, {})
+    assert subjects(report, "blocking") == ["transformer.h.0.attn.bias"]
+
+
+def test_dtypes_that_differ_are_mended_in_one_line_a_combination(tmp_path):
+    left, right = llama_tensors(1, torch.bfloat16), llama_tensors(2, torch.float16)
+    right[HEAD] = right[HEAD].float()
+    primary, secondary = make_checkpoint(tmp_path / "primary", left), make_checkpoint(tmp_path / "secondary", right)
+    report = parity_of(primary, secondary)
+    found = {(m.subject, m.primary, m.secondary) for m in report.of_severity("mended")}
+    assert found == {("dtype of 20 tensors", "bfloat16", "float16"), ("dtype of 1 tensor", "bfloat16", "float32")}
+    assert report.of_severity("blocking") == report.of_severity("notice") == ()
+    assert "saved in the primary's" in report.mismatches[0].consequence
+    assert "saved in float32" in parity_of(primary, secondary, "float32").mismatches[0].consequence
+
+
+@pytest.mark.parametrize("right", [{"dtype": "bfloat16"}, {"dtype": "float32"}, {}], ids=str)
+def test_a_stated_dtype_is_no_obstacle_under_either_spelling(tmp_path, right):
+    report = compare_configs(tmp_path, {"torch_dtype": "bfloat16"}, right)
+    assert subjects(report, "blocking") == subjects(report, "notice") == []
+
+
+# ── Notices ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "max_seq_len"])
+def test_lengths_that_differ_are_noted(tmp_path, key):
+    found = only(compare_configs(tmp_path, {key: 2048}, {key: 4096}), "notice")
+    assert (found.subject, found.primary, found.secondary) == (key, "2048", "4096")
+    assert "primary" in found.consequence
+
+
+def test_any_other_key_that_differs_is_noted(tmp_path):
+    found = only(compare_configs(tmp_path, {"eos_token_id": 2}, {"eos_token_id": [2, 5]}), "notice")
+    assert (found.subject, found.primary, found.secondary) == ("eos_token_id", "2", "[2, 5]")
+
+
+@pytest.mark.parametrize(
+    "places", [("file", "file"), ("config", "config"), ("file", "config"), ("file", "nowhere")], ids="-".join
+)
+def test_chat_templates_that_differ_are_noted(tmp_path, places):
+    for folder, place in zip(make_pair(tmp_path), places):
+        if place == "file":
+            (folder / "chat_template.jinja").write_text(f"{{{{ {folder.name} }}}}")
+        elif place == "config":
+            edit_json(folder / "tokenizer_config.json", chat_template=f"{{{{ {folder.name} }}}}")
+    found = only(parity_of(tmp_path / "primary", tmp_path / "secondary"), "notice")
+    assert found.subject == "chat template"
+    assert found.primary != found.secondary
+    assert "donor" in found.consequence
+
+
+def test_one_chat_template_in_two_places_is_no_difference(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    (primary / "chat_template.jinja").write_text("{{ messages }}")
+    edit_json(secondary / "tokenizer_config.json", chat_template="{{ messages }}")
+    assert parity_of(primary, secondary).mismatches == ()
+
+
+def test_special_tokens_that_differ_are_noted_by_name(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    edit_json(primary / "tokenizer_config.json", eos_token="</s>", bos_token={"content": "<s>"}, pad_token=None)
+    edit_json(secondary / "tokenizer_config.json", bos_token="<s>")
+    edit_json(secondary / "special_tokens_map.json", eos_token={"content": "<|im_end|>", "lstrip": False})
+    found = only(parity_of(primary, secondary), "notice")
+    assert (found.subject, found.primary, found.secondary) == ("eos_token", "</s>", "<|im_end|>")
+
+
+def test_tokenizers_that_differ_are_noted(tmp_path):
+    for folder, size in zip(make_pair(tmp_path), (VOCABULARY, VOCABULARY - 1)):
+        add_tokenizer(folder, size)
+    assert only(parity_of(tmp_path / "primary", tmp_path / "secondary"), "notice").subject == "tokenizer.json"
+
+
+def test_generation_configs_that_differ_are_noted(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    edit_json(primary / "generation_config.json", temperature=0.6, transformers_version="4.45.0")
+    edit_json(secondary / "generation_config.json", temperature=0.7, transformers_version="5.0.0")
+    found = only(parity_of(primary, secondary), "notice")
+    assert found.subject == "generation_config.json"
+    assert ("0.6" in found.primary, "0.7" in found.secondary) == (True, True)
+    edit_json(secondary / "generation_config.json", temperature=0.6)
+    assert parity_of(primary, secondary).mismatches == ()
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["unix", "windows"])
+def test_licences_that_differ_are_noted(tmp_path, newline):
+    primary, secondary = make_pair(tmp_path)
+    for folder, licence in ((primary, "apache-2.0"), (secondary, '"llama3.1"')):
+        card = newline.join(["---", "language: en", f"license: {licence}", "---", "# A model", ""])
+        (folder / "README.md").write_bytes(card.encode())
+    found = only(parity_of(primary, secondary), "notice")
+    assert (found.subject, found.primary, found.secondary) == ("licence", "apache-2.0", "llama3.1")
+
+
+@pytest.mark.parametrize("lines", [["license:", "- mit"], ["license:", "tags:"]], ids=["list", "empty"])
+def test_a_licence_is_not_read_from_the_line_below(tmp_path, lines):
+    primary, secondary = make_pair(tmp_path)
+    (primary / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
+    (secondary / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert all(found.primary in ("none", "mit") for found in parity_of(primary, secondary).mismatches)
+
+
+def test_one_model_given_twice_is_noted(tmp_path):
+    model = make_checkpoint(tmp_path / "model", llama_tensors(1))
+    assert only(parity_of(model, model / ".." / "model"), "notice").subject == "the same model twice"
+
+
+# ── Silence ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ({}, {"rope_theta": ..., "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),
+        ({"rope_theta": 10000}, {"rope_theta": 10000.0}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+        ),
+        ({"rope_scaling": None}, {}),
+        ({"num_key_value_heads": ...}, {"num_key_value_heads": 4}),
+        ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
+        ({"head_dim": 4}, {}),
+        ({"head_dim": None}, {"head_dim": 4}),
+        ({"pad_token_id": None, "sliding_window": None}, {}),
+        ({"transformers_version": "4.30.0", "_name_or_path": "a/b"}, {"transformers_version": "5.0.0"}),
+        ({"use_cache": True, "attention_dropout": 0.1}, {"use_cache": False, "attention_dropout": 0.0}),
+        ({"text_config": {"rope_theta": 1e4}}, {"text_config": {"rope_parameters": {"rope_theta": 1e4}}}),
+        (
+            {"text_config": {"num_attention_heads": 4, "hidden_size": 16}},
+            {"text_config": {"num_attention_heads": 4, "hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4}},
+        ),
+    ],
+)
+def test_one_meaning_under_two_spellings_is_no_difference(tmp_path, left, right):
+    assert compare_configs(tmp_path, left, right).mismatches == ()
+
+
+def test_models_saved_by_transformers_have_nothing_to_report(tmp_path):
+    primary, secondary = (make_real_model(tmp_path / role, seed) for seed, role in enumerate(("primary", "secondary")))
+    report = parity_of(primary, secondary)
+    assert report.mismatches == ()
+    assert [pair.name for pair in report.pairs] == list(open_checkpoint(primary).tensors)
+    report.raise_if_blocking()
+
+
+def test_a_model_saved_by_an_older_transformers_has_nothing_to_report(tmp_path):
+    newer = make_real_model(tmp_path / "newer", 1)
+    older = copy_model(newer, tmp_path / "older")
+    edit_json(
+        older / "config.json", rope_parameters=..., rope_theta=10000.0, rope_scaling=None, dtype=...,
+        torch_dtype="bfloat16", head_dim=..., transformers_version="4.30.0",
+    )  # fmt: skip
+    assert parity_of(newer, older).mismatches == parity_of(older, newer).mismatches == ()
+
+
+def test_nothing_is_written_to_the_parents(tmp_path, parents):
+    parents.watch(*make_pair(tmp_path, shards=2))
+    parity_of(tmp_path / "primary", tmp_path / "secondary")

@@ -1,0 +1,634 @@
+"""Everything that is decided before a byte is written: rules, files, costs, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from slerpmerge import (
+    MergePlan,
+    MergeRecipe,
+    ParentOpened,
+    ParityChecked,
+    PlanReady,
+    Schedule,
+    ScheduleRule,
+    SlerpMergeError,
+    TensorJob,
+    check_save_directory,
+    choose_tokenizer,
+    cut_shards,
+    execute_merge,
+    lay_out_shard,
+    plan_shards,
+    prepare_merge,
+)
+from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, load_tensors, make_checkpoint, make_pair
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {
+    "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@pytest.fixture
+def pair(tmp_path, parents) -> Path:
+    """The folder that holds the tiny parents `primary` and `secondary`, which no plan may touch."""
+    parents.watch(*make_pair(tmp_path))
+    return tmp_path
+
+
+def recipe_in(folder: Path, **changes) -> MergeRecipe:
+    """A merge of `primary` and `secondary` below a folder into `child` beside them."""
+    settings = {"primary": "primary", "secondary": "secondary", "save_directory": "child"}
+    return MergeRecipe(**{**{key: folder / name for key, name in settings.items()}, "threads": 1, **changes})
+
+
+def planned(folder: Path, **changes) -> MergePlan:
+    return prepare_merge(recipe_in(folder, **changes), lambda event: None)
+
+
+def jobs_by_name(plan: MergePlan) -> dict[str, TensorJob]:
+    return {job.name: job for job in plan.jobs}
+
+
+def make_both(folder: Path, primary: dict[str, torch.Tensor], secondary: dict[str, torch.Tensor]) -> None:
+    """Two parents of a tiny Llama's tensors with these in addition."""
+    make_checkpoint(folder / "primary", {**llama_tensors(1), **primary})
+    make_checkpoint(folder / "secondary", {**llama_tensors(2), **secondary})
+
+
+def job_of(name: str, dtype: str, *shape: int) -> TensorJob:
+    return TensorJob(name, dtype, shape, "copy", 0.0, ())
+
+
+def random_jobs(seed: int) -> list[TensorJob]:
+    """Tensors of random dtypes and sizes, some empty, some numbers."""
+    chooser = random.Random(seed)
+    shapes = [[chooser.randint(0, 9) for _ in range(chooser.randint(0, 3))] for _ in range(chooser.randint(1, 40))]
+    return [job_of(f"层.{number}.w", chooser.choice(list(DTYPES)), *shape) for number, shape in enumerate(shapes)]
+
+
+def refused(match: str):
+    return pytest.raises(SlerpMergeError, match=match)
+
+
+# ── A rule for each tensor ──
+
+
+@pytest.mark.parametrize("method", ["slerp", "slerp-norm", "lerp"])
+def test_weights_get_the_method_and_both_parents(pair, method):
+    plan = planned(pair, method=method, schedule=Schedule.constant(0.3))
+    assert {job.name for job in plan.jobs} == set(llama_tensors(1))
+    for job in plan.jobs:
+        assert (job.rule, job.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
+        assert job.sources == (plan.primary.tensors[job.name], plan.secondary.tensors[job.name])
+    assert plan.count("slerp") + plan.count("lerp") == len(llama_tensors(1))
+
+
+@pytest.mark.parametrize(("t", "parent"), [(0.0, "primary"), (1.0, "secondary")])
+def test_at_its_ends_a_blend_is_a_copy_of_one_parent(pair, t, parent):
+    plan = planned(pair, schedule=Schedule.constant(t))
+    for job in plan.jobs:
+        assert (job.rule, job.t) == ("copy", t)
+        assert job.sources == (getattr(plan, parent).tensors[job.name],)
+
+
+def test_a_gradient_reaches_its_layers(tmp_path):
+    for name, seed in (("primary", 1), ("secondary", 2)):
+        config = {**LLAMA_CONFIG, "num_hidden_layers": 12}
+        make_checkpoint(tmp_path / name, llama_tensors(seed, layers=12), config)
+    rules = ScheduleRule((0.25,), "lm_head"), ScheduleRule((0.0, 1.0), "mlp"), ScheduleRule((0.5, 0.6))
+    jobs = jobs_by_name(planned(tmp_path, schedule=Schedule(rules)))
+    for layer in range(12):
+        assert jobs[f"model.layers.{layer}.mlp.up_proj.weight"].t == pytest.approx(layer / 11)
+        assert jobs[f"model.layers.{layer}.self_attn.q_proj.weight"].t == pytest.approx(0.5 + 0.1 * layer / 11)
+    assert jobs["model.layers.0.mlp.up_proj.weight"].rule == "copy"
+    assert jobs["model.layers.11.mlp.up_proj.weight"].rule == "copy"
+    assert jobs["model.layers.5.mlp.up_proj.weight"].rule == "slerp"
+    assert (jobs["model.embed_tokens.weight"].t, jobs["lm_head.weight"].t) == (0.5, 0.25)
+
+
+def test_numbers_are_lerped_and_whole_numbers_copied(tmp_path):
+    numbers = {"scale": torch.tensor(2.0), "ids": torch.arange(3), "mask": torch.tensor([True])}
+    make_both(tmp_path, numbers, {**numbers, "scale": torch.tensor(3.0)})
+    plan = planned(tmp_path)
+    jobs = jobs_by_name(plan)
+    assert {name: jobs[name].rule for name in numbers} == {"scale": "lerp", "ids": "copy", "mask": "copy"}
+    for name in ("ids", "mask"):
+        assert jobs[name].sources[0] == plan.primary.tensors[name]
+        assert jobs[name].t == 0
+
+
+def test_whole_numbers_come_from_the_primary_even_where_t_is_one(tmp_path):
+    make_both(tmp_path, {"ids": torch.arange(3)}, {"ids": torch.arange(3)})
+    plan = planned(tmp_path, schedule=Schedule.constant(1.0))
+    assert jobs_by_name(plan)["ids"].sources[0] == plan.primary.tensors["ids"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_tensor_without_elements_reaches_the_child(tmp_path, dtype):
+    make_both(tmp_path, {"nothing": torch.zeros(0, 3, dtype=dtype)}, {"nothing": torch.zeros(0, 3, dtype=dtype)})
+    report = execute_merge(planned(tmp_path), lambda event: None)
+    found = load_tensors(report.child)["nothing"]
+    assert (found.shape, found.dtype) == ((0, 3), dtype)
+
+
+def test_a_buffer_of_one_side_is_kept_from_the_primary_and_dropped_from_the_secondary(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    make_both(tmp_path, {name: torch.ones(4)}, {})
+    plan = planned(tmp_path)
+    job = jobs_by_name(plan)[name]
+    assert (job.rule, job.sources) == ("copy", (plan.primary.tensors[name],))
+    swapped = planned(tmp_path, primary=tmp_path / "secondary", secondary=tmp_path / "primary")
+    assert name not in jobs_by_name(swapped)
+
+
+def test_a_tied_head_is_blended_with_the_embedding_that_serves_as_head(tmp_path):
+    make_checkpoint(tmp_path / "primary", llama_tensors(1))
+    tied = llama_tensors(2)
+    del tied["lm_head.weight"]
+    make_checkpoint(tmp_path / "secondary", tied, {**LLAMA_CONFIG, "tie_word_embeddings": True})
+    plan = planned(tmp_path)
+    embedding = plan.secondary.tensors["model.embed_tokens.weight"]
+    assert jobs_by_name(plan)["lm_head.weight"].sources == (plan.primary.tensors["lm_head.weight"], embedding)
+
+
+def test_a_tensor_that_no_filter_matches_stops_the_plan(pair):
+    with refused(r"no value for the tensor (lm_head|model\.)"):
+        planned(pair, schedule=Schedule((ScheduleRule((0.5,), "mlp"),)))
+
+
+# ── The child's dtype ──
+
+
+def test_auto_keeps_the_primarys_dtypes_tensor_by_tensor(tmp_path):
+    mixed = {name: t.float() if "norm" in name else t for name, t in llama_tensors(1).items()}
+    make_checkpoint(tmp_path / "primary", mixed)
+    make_checkpoint(tmp_path / "secondary", llama_tensors(2, torch.float16))
+    for job in planned(tmp_path).jobs:
+        assert job.dtype == ("F32" if "norm" in job.name else "BF16")
+
+
+@pytest.mark.parametrize(("asked", "stored"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32")])
+@pytest.mark.parametrize("t", [0.0, 0.5])
+def test_a_dtype_that_is_asked_for_is_that_of_every_real_tensor(tmp_path, asked, stored, t):
+    make_both(tmp_path, {"ids": torch.arange(3)}, {"ids": torch.arange(3)})
+    plan = planned(tmp_path, dtype=asked, schedule=Schedule.constant(t))
+    assert {job.dtype for job in plan.jobs if job.name != "ids"} == {stored}
+    assert jobs_by_name(plan)["ids"].dtype == "I64"
+    width = 4 if stored == "F32" else 2
+    assert plan.child_bytes == 24 + width * sum(tensor.numel() for tensor in llama_tensors(1).values())
+
+
+# ── Order and files ──
+
+
+def test_tensors_come_in_layer_order(tmp_path):
+    for name, seed in (("primary", 1), ("secondary", 2)):
+        tensors = llama_tensors(seed, layers=12)
+        shuffled = random.Random(0).sample(list(tensors), len(tensors))
+        config = {**LLAMA_CONFIG, "num_hidden_layers": 12}
+        make_checkpoint(tmp_path / name, {key: tensors[key] for key in shuffled}, config, shards=3)
+    names = [job.name for job in planned(tmp_path, max_shard_bytes=5000).jobs]
+    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layers == sorted(layers)
+    assert set(layers) == set(range(12))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shards_are_filled_in_order_and_to_their_limit(seed):
+    jobs = random_jobs(seed)
+    largest = max(job.byte_count for job in jobs)
+    for limit in (1, largest - 1, largest, 3 * largest, sum(job.byte_count for job in jobs)):
+        groups = cut_shards(jobs, limit)
+        assert [job for group in groups for job in group] == jobs
+        sizes = [sum(job.byte_count for job in group) for group in groups]
+        for group, size in zip(groups, sizes):
+            assert group
+            assert size <= limit or sum(job.byte_count > 0 for job in group) == 1
+        for size, following in zip(sizes, groups[1:]):
+            assert size + following[0].byte_count > limit  # no shard is cut without need
+
+
+def test_a_tensor_larger_than_a_shard_has_one_of_its_own(pair):
+    limit = 800
+    plan = planned(pair, max_shard_bytes=limit)
+    large = {job.name for job in plan.jobs if job.byte_count > limit}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= large
+    for shard in plan.shards:
+        assert len(shard.jobs) == 1 or sum(job.byte_count for job in shard.jobs) <= limit
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_files_are_named_as_loaders_expect(count):
+    shards = plan_shards([job_of(f"t{number}", "U8", 10) for number in range(count)], 10)
+    several = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    assert [shard.file_name for shard in shards] == (several if count > 1 else ["model.safetensors"])
+
+
+def test_a_limit_of_exactly_the_childs_size_is_one_file(pair):
+    size = planned(pair).child_bytes
+    assert len(planned(pair, max_shard_bytes=size).shards) == 1
+    assert len(planned(pair, max_shard_bytes=size - 1).shards) == 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_laid_out_shard_is_a_file_that_the_library_reads(tmp_path, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shard = lay_out_shard("model.safetensors", random_jobs(seed))
+    content = bytearray(shard.byte_count)
+    content[: len(shard.header)] = shard.header
+    expected = {}
+    for job in shard.jobs:
+        tensor = expected[job.name] = torch.randint(0, 2, job.shape, generator=generator).to(DTYPES[job.dtype])
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert len(data) == job.byte_count
+        content[job.offset : job.offset + len(data)] = data
+    file = tmp_path / shard.file_name
+    file.write_bytes(content)
+    found = load_file(file)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_tensor_is_aligned_to_its_own_width(seed):
+    for job in lay_out_shard("model.safetensors", random_jobs(seed)).jobs:
+        assert job.offset % DTYPES[job.dtype].itemsize == 0
+
+
+def test_one_width_keeps_its_order_in_a_shard():
+    jobs = [job_of("a", "BF16", 3), job_of("b", "F32", 3), job_of("c", "F16", 3), job_of("d", "F32", 1)]
+    assert [job.name for job in lay_out_shard("x", jobs).jobs] == ["b", "d", "a", "c"]
+
+
+# ── What it costs ──
+
+
+def sparse_model(folder: Path, rows: int) -> Path:
+    """A model of one tensor of rows x 1024 bfloat16 zeros that take no room on the disk."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG), encoding="utf-8")
+    shard = lay_out_shard("model.safetensors", [job_of("model.layers.0.mlp.weight", "BF16", rows, 1024)])
+    with open(folder / shard.file_name, "wb") as stream:
+        stream.write(shard.header)
+        stream.truncate(shard.byte_count)
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a truncated file takes its whole room there")
+def test_peak_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**60))
+    plans = []
+    for rows in (16, 4_000_000):
+        (tmp_path / str(rows)).mkdir()
+        for name in ("primary", "secondary"):
+            sparse_model(tmp_path / str(rows) / name, rows)
+        tracemalloc.start()
+        plans.append(planned(tmp_path / str(rows)))
+        allocated = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert allocated < 100_000_000
+    small, large = plans
+    assert large.child_bytes > 8_000_000_000
+    assert small.peak_memory_bytes == large.peak_memory_bytes < 1_000_000_000
+    assert large.expected_seconds > 100 * small.expected_seconds
+    assert large.disk_needed_bytes > large.child_bytes
+
+
+def test_peak_memory_grows_with_the_threads(pair):
+    peaks = [planned(pair, threads=threads).peak_memory_bytes for threads in (1, 2, 8)]
+    assert peaks[0] < peaks[1] < peaks[2]
+
+
+def test_the_thread_count_is_as_asked_or_sensible(pair):
+    assert planned(pair, threads=3).threads == 3
+    assert 1 <= planned(pair, threads=0).threads <= (os.cpu_count() or 1)
+
+
+def test_the_disk_need_covers_all_that_the_child_takes(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    add_tokenizer(secondary)
+    (primary / "generation_config.json").write_text("{}")
+    (primary / "modeling_own.py").write_text("#" * 100_000)
+    plan = planned(tmp_path, max_shard_bytes=2000)
+    child = execute_merge(plan, lambda event: None).child
+    taken = sum(file.stat().st_size for file in child.rglob("*") if file.is_file())
+    assert taken <= plan.disk_needed_bytes <= taken + 500_000
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """The disk as the program sees it: set `disk.free`; `disk.asked` are the folders it was asked for."""
+    seen = SimpleNamespace(free=0, asked=[])
+
+    def disk_usage(path):
+        seen.asked.append(Path(path))
+        return SimpleNamespace(total=10**12, used=10**12 - seen.free, free=seen.free)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    return seen
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(pair, disk):
+    disk.free = 10_000
+    place = pair / "new" / "deeper" / "child"
+    with refused(r"needs .* only 10\.0 KB are free at") as caught:
+        planned(pair, save_directory=place)
+    assert str(pair) in caught.value.message
+    assert "--dtype" in caught.value.hint
+    assert not (pair / "new").exists()
+    assert set(disk.asked) == {pair.resolve()}  # where the child would come to lie
+
+
+def test_a_disk_with_just_enough_room_is_accepted(pair, disk):
+    disk.free = 10**9
+    needed = planned(pair).disk_needed_bytes
+    disk.free = needed
+    assert planned(pair).disk_free_bytes == needed
+    disk.free = needed - 1
+    with refused("needs"):
+        planned(pair)
+
+
+# ── Recipes that cannot be ──
+
+
+def t_of(*values: float) -> Schedule:
+    return Schedule((ScheduleRule((0.5,), "mlp"), ScheduleRule(values)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"method": "average"}, "method cannot be 'average'"),
+        ({"dtype": "int8"}, "dtype cannot be 'int8'"),
+        ({"tokenizer": "both"}, "tokenizer cannot be 'both'"),
+        ({"device": "tpu"}, "device cannot be 'tpu'"),
+        ({"schedule": t_of(-0.1)}, "t = -0.1 lies outside 0 to 1"),
+        ({"schedule": t_of(0, 0.5, 1.5)}, "t = 1.5 lies outside 0 to 1"),
+        ({"schedule": t_of(math.nan)}, "t = nan"),
+        ({"schedule": t_of(math.inf)}, "t = inf"),
+        ({"dot_threshold": 0.0}, "dot threshold 0"),
+        ({"dot_threshold": -0.5}, "dot threshold -0.5"),
+        ({"dot_threshold": 1.01}, "dot threshold 1.01"),
+        ({"dot_threshold": math.nan}, "dot threshold nan"),
+        ({"epsilon": -1e-9}, "Epsilon cannot be -1e-09"),
+        ({"epsilon": math.nan}, "Epsilon cannot be nan"),
+        ({"epsilon": math.inf}, "Epsilon cannot be inf"),
+        ({"max_shard_bytes": 0}, "Shard size"),
+        ({"max_shard_bytes": -5}, "Shard size"),
+        ({"threads": -1}, "threads"),
+    ],
+)
+def test_a_recipe_that_asks_for_the_impossible(pair, changes, match):
+    with refused(match) as caught:
+        planned(pair, **changes)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("rules", [(), (ScheduleRule(()),)], ids=["no-rule", "no-value"])
+def test_a_schedule_without_a_value(pair, rules):
+    with refused("schedule of t"):
+        planned(pair, schedule=Schedule(rules))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dot_threshold": 1.0}, {"epsilon": 0.0}, {"max_shard_bytes": 1}, {"schedule": t_of(0, 1)}]
+)
+def test_a_recipe_at_the_edge_of_the_possible(pair, changes):
+    assert planned(pair, **changes).child_bytes > 0
+
+
+# ── Where the child may stand ──
+
+
+def save_at(pair: Path, place: Path, overwrite: bool = False) -> None:
+    check_save_directory(place, (pair / "primary", pair / "secondary"), overwrite)
+
+
+@pytest.mark.parametrize("parent", ["primary", "secondary"])
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("{parent}", "is a parent's folder"),
+        ("{parent}/../{parent}", "is a parent's folder"),
+        ("{parent}/child", "overlaps a parent's folder"),
+        ("{parent}/deep/deeper/child", "overlaps a parent's folder"),
+        (".", "overlaps a parent's folder"),
+        ("..", "overlaps a parent's folder"),
+    ],
+)
+def test_a_child_may_not_touch_a_parent(pair, parent, overwrite, place, why):
+    with refused(why) as caught:
+        save_at(pair, pair / place.format(parent=parent), overwrite)
+    assert "never written to" in caught.value.hint
+
+
+def test_a_link_to_a_parent_is_seen_through(pair):
+    try:
+        (pair / "link").symlink_to(pair / "primary", target_is_directory=True)
+    except OSError:
+        pytest.skip("this system lets nobody make links")
+    with refused("is a parent's folder"):
+        save_at(pair, pair / "link", overwrite=True)
+    with refused("overlaps a parent's folder"):
+        save_at(pair, pair / "link" / "child")
+
+
+def test_a_name_that_begins_like_a_parents_is_no_parent(pair):
+    save_at(pair, pair / "primary-slerp")
+    save_at(pair, pair / "prim")
+
+
+@pytest.mark.parametrize("place", ["child", "new/deeper/child", "empty"])
+def test_a_new_or_empty_folder_is_welcome_and_not_made_yet(pair, place):
+    (pair / "empty").mkdir()
+    save_at(pair, pair / place)
+    assert not (pair / "child").exists()
+    assert not (pair / "new").exists()
+
+
+def test_a_folder_that_is_not_empty_needs_permission(pair):
+    model = make_checkpoint(pair / "older", llama_tensors(3))
+    with refused(f"{model} is not empty") as caught:
+        save_at(pair, model)
+    assert "--overwrite" in caught.value.hint
+    save_at(pair, model, overwrite=True)
+
+
+def test_a_folder_that_is_no_model_is_not_overwritten_even_with_permission(pair):
+    (pair / "thesis").mkdir()
+    (pair / "thesis" / "chapter-1.txt").write_text("years of work")
+    with refused("not a model's; nothing was overwritten"):
+        save_at(pair, pair / "thesis", overwrite=True)
+
+
+@pytest.mark.parametrize("place", ["file", "file/child", "file/deeper/child"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_in_the_way(pair, place, overwrite):
+    (pair / "file").write_text("mine")
+    with refused("is a file|cannot be made"):
+        save_at(pair, pair / place, overwrite)
+    assert (pair / "file").read_text() == "mine"
+
+
+def test_a_place_that_may_not_be_written(pair, monkeypatch):
+    """Told by the system's answer, for a root user may write anywhere."""
+    denied, answer = pair.resolve(), os.access
+
+    def access(path, mode, **how):
+        return answer(path, mode, **how) and not (Path(path) == denied and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", access)
+    for place in ("child", "new/deeper/child"):
+        with refused("is not writable") as caught:
+            save_at(pair, pair / place)
+        assert str(denied) in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0byte"])
+def test_a_name_that_no_system_can_have(pair, name):
+    with refused("no usable path"):
+        save_at(pair, pair / name)
+
+
+def test_the_plan_checks_the_save_directory(pair):
+    with refused("overlaps a parent's folder"):
+        planned(pair, save_directory=pair / "primary" / "child")
+
+
+# ── Whose tokenizer ──
+
+NOTHING: tuple[str, ...] = ()
+SLOW = ("tokenizer.model", "tokenizer_config.json")
+FAST = ("tokenizer.json", "tokenizer_config.json")
+MAPPED = (*FAST, "special_tokens_map.json")
+
+
+def choose(folder: Path, primary: tuple[str, ...], secondary: tuple[str, ...], asked: str = "auto"):
+    """(role, reason) where the parents' folders hold just these files."""
+    for role, names in (("primary", primary), ("secondary", secondary)):
+        (folder / role).mkdir()
+        for name in names:
+            (folder / role / name).write_text("{}")
+    return choose_tokenizer(recipe_in(folder, tokenizer=asked), folder / "primary", folder / "secondary")
+
+
+@pytest.mark.parametrize(
+    ("primary", "secondary", "role", "reason"),
+    [
+        (MAPPED, FAST, "primary", "it alone has special_tokens_map.json"),
+        (FAST, MAPPED, "secondary", "it alone has special_tokens_map.json"),
+        (SLOW, MAPPED, "secondary", "it alone has special_tokens_map.json"),
+        (MAPPED, MAPPED, "primary", "both have special_tokens_map.json"),
+        (FAST, FAST, "primary", "neither has special_tokens_map.json"),
+        (SLOW, FAST, "primary", "neither has special_tokens_map.json"),
+        (NOTHING, FAST, "secondary", "only it has a tokenizer"),
+        (NOTHING, MAPPED, "secondary", "only it has a tokenizer"),
+        (SLOW, NOTHING, "primary", "only it has a tokenizer"),
+        (FAST, ("special_tokens_map.json",), "primary", "only it has a tokenizer"),
+        (("qwen.tiktoken",), NOTHING, "primary", "only it has a tokenizer"),
+        (NOTHING, NOTHING, None, "neither parent has a tokenizer"),
+    ],
+)
+def test_the_tokenizer_is_that_of_the_parent_with_a_special_tokens_map(tmp_path, primary, secondary, role, reason):
+    assert choose(tmp_path, primary, secondary) == (role, reason)
+
+
+@pytest.mark.parametrize("asked", ["primary", "secondary"])
+def test_a_tokenizer_that_is_asked_for_wins_over_the_rule(tmp_path, asked):
+    has_map = {"primary": "secondary", "secondary": "primary"}[asked]
+    files = {asked: FAST, has_map: MAPPED}
+    assert choose(tmp_path, files["primary"], files["secondary"], asked) == (asked, "as asked")
+
+
+@pytest.mark.parametrize("asked", ["primary", "secondary"])
+def test_a_tokenizer_that_is_asked_for_and_not_there(tmp_path, asked):
+    files = {"primary": FAST, "secondary": FAST, asked: NOTHING}
+    with refused(f"The {asked} model has no tokenizer") as caught:
+        choose(tmp_path, files["primary"], files["secondary"], asked)
+    assert caught.value.hint
+
+
+def test_the_plan_names_the_donor(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    add_tokenizer(secondary)
+    plan = planned(tmp_path)
+    assert plan.tokenizer_role == "secondary"
+    assert plan.tokenizer_donor == plan.secondary
+    assert planned(tmp_path, primary=secondary, secondary=primary).tokenizer_role == "primary"
+
+
+# ── A plan is only a plan ──
+
+
+def test_events_come_in_the_order_of_the_story(pair):
+    events = []
+    plan = prepare_merge(recipe_in(pair), events.append)
+    assert [type(event) for event in events] == [ParentOpened, ParentOpened, ParityChecked, PlanReady]
+    assert [event.role for event in events[:2]] == ["primary", "secondary"]
+    assert events[1].checkpoint == plan.secondary
+    assert events[2].report == plan.parity
+    assert events[3].plan == plan
+
+
+def test_planning_writes_nothing(pair):
+    before = sorted(pair.rglob("*"))
+    planned(pair, save_directory=pair / "new" / "child", max_shard_bytes=1000)
+    assert sorted(pair.rglob("*")) == before
+
+
+PLAN_AND_TELL = """
+import sys
+from pathlib import Path
+from slerpmerge import MergeRecipe, prepare_merge
+
+folder = Path(sys.argv[1])
+plan = prepare_merge(MergeRecipe(folder / "primary", folder / "secondary", folder / "child"), lambda event: None)
+print(len(list(plan.jobs)), sorted({"torch", "transformers", "rich", "questionary"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("storage", ["safetensors", "bin"])
+def test_planning_loads_no_torch(tmp_path, storage):
+    make_pair(tmp_path, storage=storage)
+    command = [sys.executable, "-B", "-c", PLAN_AND_TELL, str(tmp_path)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.split(maxsplit=1) == [str(len(llama_tensors(1))), "[]\n"]
+
+
+def test_a_plan_cannot_be_changed_behind_ones_back(pair):
+    plan = planned(pair)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.threads = 64
+
+
+@pytest.mark.parametrize("name", ["a\ud83d.weight", "__metadata__"], ids=["half-a-character", "metadata"])
+def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
+    """A pickle can hold half of a surrogate pair, and the name that the format keeps for itself."""
+    for role, seed in (("primary", 1), ("secondary", 2)):
+        make_checkpoint(tmp_path / role, {**llama_tensors(seed), name: torch.ones(2)}, storage="bin")
+    with refused("is no name that a safetensors file can hold"):
+        planned(tmp_path)

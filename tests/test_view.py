@@ -1,0 +1,329 @@
+"""The screens: events of a real merge in, pictures out, at several widths and on lesser terminals."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+import slerpmerge
+from slerpmerge import MergeView, Mismatch, ParityReport, SlerpMergeError
+from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
+
+WIDTHS = (60, 100, 160)
+COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9\d|10[0-7])[;\dm]")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+def plain_console(width: int = 100, encoding: str = "utf-8", **settings) -> Console:
+    """A stream that is no terminal, and takes only what its encoding can hold."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    return Console(file=stream, width=width, highlight=False, legacy_windows=False, **settings)
+
+
+def written(console: Console) -> str:
+    return console.file.buffer.getvalue().decode(console.file.encoding)
+
+
+def screens(console: Console, scene: Scene) -> Iterator[str]:
+    """Every picture of the view, one after another, as drawn on this console."""
+    error = SlerpMergeError("model.safetensors is damaged or incomplete: it ends early.", "Download it again.")
+    for picture in (
+        slerpmerge.render_parity(console, scene.plan.parity),
+        slerpmerge.render_plan(console, scene.plan),
+        slerpmerge.render_report(console, scene.report),
+        slerpmerge.render_error(console, error),
+    ):
+        with console.capture() as capture:
+            console.print(picture)
+        yield capture.get()
+
+
+def words(text: str) -> str:
+    """The text without frames and line breaks, as one line."""
+    return " ".join(re.sub(r"[│|╭╮╰╯─]", " ", text).split())
+
+
+def shown(picture, width: int) -> str:
+    console = RecordingConsole(width)
+    console.print(picture(console))
+    return console.export_text()
+
+
+def parity_of(*mismatches: Mismatch) -> ParityReport:
+    return ParityReport(mismatches, ())
+
+
+def long_named(scene: Scene) -> slerpmerge.TensorMerged:
+    """A tensor whose name no terminal is wide enough for."""
+    merged = scene.report.result.tensors[0]
+    return dataclasses.replace(merged, job=dataclasses.replace(merged.job, name="model.layers.0." + "expert." * 40))
+
+
+DTYPE = Mismatch("mended", "dtype of 3 tensors", "bfloat16", "float16", "Saved in the primary's.")
+LICENCE = Mismatch("notice", "licence", "apache-2.0", "mit", "A child is bound by both.")
+ROPE = Mismatch("blocking", "rope_theta", "10000", "500000", "Equal shapes hide this.")
+
+
+class TestPlainLines:
+    def percents(self, scene: Scene, console: Console) -> list[int]:
+        with MergeView(console) as view:
+            for event in (*scene.prepared, *scene.executed):
+                view.observe(event)
+        return [int(percent) for percent in re.findall(r"^ *(\d+) %", written(console), re.MULTILINE)]
+
+    def test_percents_rise_by_about_ten_and_end_at_100(self, scene):
+        percents = self.percents(scene, plain_console())
+        assert percents == sorted(set(percents))
+        assert len(percents) == 10
+        assert percents[-1] == 100
+
+    def test_each_line_says_how_much_of_how_much(self, scene):
+        console = plain_console()
+        self.percents(scene, console)
+        assert written(console).splitlines()[-1] == "100 %  14.5 GB of 14.5 GB"
+
+    def test_one_large_tensor_gives_one_line(self, scene):
+        console = plain_console()
+        view = MergeView(console)
+        view.observe(slerpmerge.PlanReady(scene.plan))
+        view.observe(slerpmerge.BytesMerged(scene.plan.child_bytes))
+        assert written(console).split() == ["100", "%", "14.5", "GB", "of", "14.5", "GB"]
+
+    def test_a_stream_that_is_no_terminal_gets_no_escape_code(self, scene):
+        console = plain_console()
+        self.percents(scene, console)
+        assert "\x1b" not in written(console) + "".join(screens(console, scene))
+
+    def test_a_quiet_view_says_nothing(self, scene):
+        console = plain_console()
+        with MergeView(console, quiet=True) as view:
+            for event in (*scene.prepared, *scene.executed):
+                view.observe(event)
+        assert written(console) == ""
+
+
+class TestWidths:
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_no_line_of_a_screen_is_wider_than_the_terminal(self, scene, width):
+        for screen in screens(plain_console(width), scene):
+            assert max(cell_len(line) for line in screen.splitlines()) <= width
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_nor_is_the_progress(self, scene, width):
+        console = RecordingConsole(width, get_time=(clock := Clock()))
+        view = MergeView(console)
+        view.observe(slerpmerge.PlanReady(scene.plan))
+        draw_progress(view, clock, scene, stop_at=0.5)
+        text = console.export_text()
+        assert max(cell_len(line) for line in text.splitlines()) <= width
+        assert "50%" in text
+        assert "1.3 GB/s" in text
+        assert re.search(r"\b00:0[56]\b", text), "the time left"
+        assert re.search(r"model\.layers\.1\d\.\S+ +slerp, \d+\.\d\d°", text), "the tensor at hand and its angle"
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_a_long_tensor_name_stays_on_its_line(self, scene, width):
+        console = RecordingConsole(width, get_time=Clock())
+        view = MergeView(console)
+        view.observe(slerpmerge.PlanReady(scene.plan))
+        view.observe(slerpmerge.DeviceChosen("cpu", "as asked"))
+        view.observe(long_named(scene))
+        view.stop()
+        console.export_text()  # forgets what the live display drew
+        console.print(view.render())
+        lines = console.export_text().splitlines()
+        assert len(lines) == 2
+        assert max(map(cell_len, lines)) <= width
+
+
+class TestParityPanel:
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_both_values_and_what_follows_are_shown(self, width):
+        text = words(shown(lambda console: slerpmerge.render_parity(console, parity_of(DTYPE, LICENCE)), width))
+        for value in ("dtype of 3 tensors", "bfloat16", "float16", "Saved in", "licence", "apache-2.0", "mit"):
+            assert value in text
+        assert "1 mended, 1 to know" in text
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_common_names_are_not_cut_in_two(self, width):
+        names = ("max_position_embeddings", "generation_config.json")
+        report = parity_of(*(dataclasses.replace(LICENCE, subject=name) for name in names))
+        text = shown(lambda console: slerpmerge.render_parity(console, report), width)
+        for name in names:
+            assert name in text
+
+    def test_what_blocks_is_counted(self):
+        text = shown(lambda console: slerpmerge.render_parity(console, parity_of(ROPE, LICENCE)), 100)
+        assert "1 blocking" in text
+        assert "10000" in text
+        assert "500000" in text
+
+    def test_equal_parents_are_said_to_be_equal(self):
+        assert "match" in shown(lambda console: slerpmerge.render_parity(console, parity_of()), 100)
+
+    def test_no_mismatch_is_left_out_in_silence(self):
+        many = [dataclasses.replace(LICENCE, subject=f"key_{number}") for number in range(30)]
+        text = shown(lambda console: slerpmerge.render_parity(console, parity_of(*many)), 100)
+        listed = sum(f"key_{number} " in text for number in range(30))
+        assert listed == 30 or f"{30 - listed} more" in text
+
+    def test_markup_and_control_characters_are_shown_not_obeyed(self):
+        odd = dataclasses.replace(LICENCE, subject="[red]key[/]", primary="a\x1b[31mb", secondary="c\x9b\u202ed")
+        for width in WIDTHS:
+            text = shown(lambda console: slerpmerge.render_parity(console, parity_of(odd)), width)
+            assert "[red]key[/]" in text
+            assert r"a\x1b[31mb" in text
+            assert not {"\x1b", "\x9b", "\u202e"} & set(text)
+
+
+class TestPlanPanel:
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_parents_child_and_cost_are_named(self, scene, width):
+        text = words(shown(lambda console: slerpmerge.render_plan(console, scene.plan), width))
+        for value in (
+            "meadow/finch-7b-chat: LlamaForCausalLM, 7.2B parameters, 14.5 GB, bfloat16",
+            "meadow/finch-7b-code: LlamaForCausalLM, 7.2B parameters, 14.5 GB, float16",
+            "child finch-7b-chat-finch-7b-code-slerp",
+            "blend slerp, t = 0.5",
+            "tensors 291 (291 to slerp)",
+            "files 3 files, 14.5 GB",
+            "tokenizer from the primary",
+            "14.5 GB needed, 412 GB free",
+        ):
+            assert value in text
+
+
+class TestReportPanel:
+    def report_with(self, scene: Scene, *warnings: str) -> slerpmerge.MergeReport:
+        """The scene's report cut down to four tensors: two slerped, one lerped, one copied."""
+        slerped = [merged for merged in scene.report.result.tensors if merged.blend.rule == "slerp"][:2]
+        lerped, copied = (
+            dataclasses.replace(slerped[0], blend=slerpmerge.Blend(0.5, 0.5, rule, reason, 1.0))
+            for rule, reason in (("lerp", "parallel"), ("copy", "identical"))
+        )
+        result = dataclasses.replace(scene.report.result, tensors=(*slerped, lerped, copied))
+        return dataclasses.replace(scene.report, result=result, warnings=warnings)
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_counts_place_speed_and_checks_are_shown(self, scene, width):
+        report = self.report_with(scene)
+        text = words(shown(lambda console: slerpmerge.render_report(console, report), width))
+        assert "/home/ada/models/finch-7b-chat-finch-7b-code-slerp" in text.replace(" ", ""), "folded where it must be"
+        assert "2 slerped, 1 lerped, 1 copied" in text
+        assert "1 parallel" in text
+        assert "11 s to merge (1.3 GB/s), 15 s in all" in text
+        assert "291 tensors stand under the primary's names and shapes" in text
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_warnings_are_shown(self, scene, width):
+        report = self.report_with(scene, "lm_head.weight: 3 values are infinite or not a number")
+        text = words(shown(lambda console: slerpmerge.render_report(console, report), width))
+        assert "• lm_head.weight: 3 values are infinite or not a number" in text
+
+    def test_thousands_of_warnings_do_not_bury_the_summary(self, scene):
+        report = self.report_with(scene, *(f"tensor_{number}: 1 value is infinite" for number in range(3000)))
+        text = shown(lambda console: slerpmerge.render_report(console, report), 100)
+        assert len(text.splitlines()) < 100
+
+
+class TestError:
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_cause_comes_before_remedy(self, width):
+        error = SlerpMergeError("The folder [red]x does not exist.", "Give another folder.")
+        lines = shown(lambda console: slerpmerge.render_error(console, error), width).splitlines()
+        assert lines == ["✗ The folder [red]x does not exist.", "→ Give another folder."]
+
+
+class TestLesserTerminals:
+    def test_an_ascii_terminal_gets_ascii_only(self, scene):
+        for screen in screens(plain_console(60, "ascii"), scene):
+            assert screen.isascii()
+
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_so_does_its_progress(self, scene, width):
+        console = plain_console(width, "ascii", force_terminal=True, get_time=(clock := Clock()))
+        view = MergeView(console)
+        view.observe(slerpmerge.PlanReady(scene.plan))
+        draw_progress(view, clock, scene, stop_at=0.5)
+        assert "50%" in written(console)
+
+    def test_so_does_the_name_of_a_tensor_that_is_too_long(self, scene):
+        console = plain_console(60, "ascii", force_terminal=True)
+        with MergeView(console) as view:
+            view.observe(slerpmerge.PlanReady(scene.plan))
+            view.observe(slerpmerge.DeviceChosen("cpu", "as asked"))
+            view.observe(long_named(scene))
+            console.print(view.render())
+        assert "model.layers.0.expert." in written(console)
+
+    def test_no_color_takes_every_colour_away(self, scene):
+        coloured, without = (
+            RecordingConsole(_environ=environment) for environment in ({}, {"NO_COLOR": "1", "TERM": "xterm"})
+        )
+        assert COLOUR.search("".join(screens(coloured, scene)))
+        assert not COLOUR.search("".join(screens(without, scene)))
+
+
+class TestLiveDisplay:
+    def live_events(self, scene: Scene) -> list[slerpmerge.Event]:
+        return [slerpmerge.PlanReady(scene.plan), *scene.executed[:3]]
+
+    def end_of(self, threads: set[threading.Thread]) -> bool:
+        """Whether these threads end by themselves; one that was told to may need a moment."""
+        for thread in threads:
+            thread.join(timeout=2)
+        return not any(thread.is_alive() for thread in threads)
+
+    def test_it_stops_when_an_exception_passes(self, scene):
+        console = plain_console(force_terminal=True)
+        threads = set(threading.enumerate())
+        with pytest.raises(KeyboardInterrupt), MergeView(console) as view:
+            for event in self.live_events(scene):
+                view.observe(event)
+            refreshing = set(threading.enumerate()) - threads
+            assert refreshing, "the display is live"
+            raise KeyboardInterrupt
+        assert self.end_of(refreshing)
+        assert written(console).rfind("\x1b[?25h") > written(console).rfind("\x1b[?25l"), "the cursor is shown again"
+
+    def test_it_stops_before_the_summary(self, scene):
+        console = plain_console(force_terminal=True)
+        threads = set(threading.enumerate())
+        view = MergeView(console)
+        for event in (*scene.prepared, *scene.executed):
+            view.observe(event)
+        assert self.end_of(set(threading.enumerate()) - threads)
+        assert written(console).count("\x1b[?25h") == 1, "the cursor is shown again"
+
+    def test_the_bar_leaves_nothing_behind(self, scene):
+        console = plain_console(force_terminal=True)
+        with MergeView(console) as view:
+            for event in self.live_events(scene):
+                view.observe(event)
+        drawn = written(console).rindex("━")
+        assert written(console)[drawn:].count("\x1b[2K") >= 2, "both lines of the display are erased"
+
+
+def test_the_pictures_show_the_whole_session(scene):
+    pictures = {name: console.export_text() for name, console in draw_pictures(scene)}
+    places = [
+        pictures["merge"].index(part)
+        for part in (
+            "slerpmerge 0.", "? Primary model", "? Secondary model", "? Save directory", "? Blend", "Parity", "Plan",
+            "? Start the merge?", "62%", "Done", "Try it:",
+        )  # fmt: skip
+    ]
+    assert places == sorted(places)
+    assert str(Path.cwd()) not in "".join(pictures.values())
