@@ -60,6 +60,7 @@ import importlib
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import pickletools
@@ -1953,6 +1954,7 @@ def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
 
 
 def stated_depth(config: Mapping[str, Any]) -> int | None:
+    """The number of layers a config states, its own or its language model's; None where it states none."""
     for scope in (config, config.get("text_config")):
         for key, value in (scope or {}).items():
             if DEPTH_KEY.search(key) and isinstance(value, int):
@@ -2252,6 +2254,7 @@ WRITE_BYTES_PER_SECOND = 1.5e9
 
 
 def check_t(t: float, recipe: MergeRecipe, tensor_name: str = "") -> None:
+    """Raises SlerpMergeError where t lies outside 0 to 1 and the recipe does not allow it."""
     if not (0 <= t <= 1 or (recipe.extrapolate and math.isfinite(t))):
         raise SlerpMergeError(
             f"t = {t:g}{' for ' + tensor_name if tensor_name else ''} lies outside 0 to 1.",
@@ -2460,7 +2463,7 @@ def existing_folder(path: Path) -> Path:
 
 def estimate_memory(threads: int) -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
-    per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers in two bytes a value, three in float32
+    per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers of two bytes a value, three in float32
     return PROCESS_BYTES + threads * per_worker
 
 
@@ -2735,12 +2738,10 @@ class ChunkBuffer:
     """Room for one chunk of any dtype, as bytes for files and as flat tensors for torch."""
 
     def __init__(self) -> None:
-        byte_count = CHUNK_ELEMENTS * max(DTYPE_BYTES.values())
-        backing = bytearray(byte_count + 64)
-        whole = torch.frombuffer(backing, dtype=torch.uint8)
-        start = -whole.data_ptr() % 64  # vector units like this boundary
-        self.memory = memoryview(backing)[start : start + byte_count]
-        self._bytes = whole[start : start + byte_count]
+        # Mapped memory is aligned as vector units like it, and takes no room until it is used.
+        backing = mmap.mmap(-1, CHUNK_ELEMENTS * max(DTYPE_BYTES.values()))
+        self.memory = memoryview(backing)
+        self._bytes = torch.frombuffer(backing, dtype=torch.uint8)
         self._typed: dict[str, torch.Tensor] = {}
 
     def typed(self, dtype: str) -> torch.Tensor:
@@ -3503,7 +3504,8 @@ def card_table(result: MergeResult) -> list[str]:
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 RECOMPUTED_TENSORS = 4  # recomputed whole, in float64, straight from the parents
-RECOMPUTED_ELEMENTS = 1 << 20  # none larger than this, so that the check stays cheap and flat
+RECOMPUTED_ELEMENTS = 1 << 20  # none larger than this, so that the check stays cheap
+STRETCH_ELEMENTS = 1 << 16  # held in float64 at once, a dozen times over
 SPOT_CHECKS = 256  # tensors of which a stretch is recomputed
 SPOT_ELEMENTS = 512  # elements of such a stretch
 
@@ -3576,9 +3578,11 @@ def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[i
     spots = spots[:: max(1, -(-len(spots) // SPOT_CHECKS))]
     try:
         for merged in whole:
-            sources = read_sources(merged.job, range(merged.job.element_count), reader, plan.recipe)
-            weights = recompute_weights(plan.recipe, merged, sources)
-            verify_stretch(merged, weights, sources, 0, places[merged.job.name], reader, plan.recipe)
+            weights = recompute_weights(plan.recipe, merged, reader)
+            for stretch in cut_stretches(merged.job):
+                sources = read_sources(merged.job, stretch, reader, plan.recipe)
+                here = [w[stretch.start : stretch.stop] if torch.is_tensor(w) else w for w in weights]
+                verify_stretch(merged, here, sources, stretch.start, places[merged.job.name], reader, plan.recipe)
         for merged in spots:
             length = min(SPOT_ELEMENTS, merged.job.element_count)
             start = (merged.job.element_count - length) // 2
@@ -3610,29 +3614,32 @@ def read_sources(
     return parts, torch.zeros_like(parts[0])
 
 
-def recompute_weights(
-    recipe: MergeRecipe, merged: TensorMerged, sources: tuple[list[torch.Tensor], torch.Tensor]
-) -> tuple[Any, Any]:
-    """A tensor's weights again, or those of each of its vectors, from float64 sums over the whole of both parents."""
-    v0, v1 = sources[0]
+def cut_stretches(job: TensorJob) -> Iterator[range]:
+    """All of a tensor, piece by piece."""
+    for start in range(0, job.element_count, STRETCH_ELEMENTS):
+        yield range(start, min(start + STRETCH_ELEMENTS, job.element_count))
+
+
+def recompute_weights(recipe: MergeRecipe, merged: TensorMerged, reader: TensorReader) -> tuple[Any, Any]:
+    """A tensor's weights again, from float64 sums over all of both parents; or each element's, from its vector."""
     job = merged.job
     if job.weights is not None:
         return job.weights
     if job.granularity != "tensor":
+        v0, v1 = read_sources(job, range(job.element_count), reader, recipe)[0]
         rows, columns = (part.view(-1, matrix_width(job)) for part in (v0, v1))
         axis = 0 if job.granularity == "row" else 1
         sums = torch.stack([(a * b).sum(axis) for a, b in ((rows, rows), (columns, columns), (rows, columns))])
-        spread = (part.unsqueeze(axis).expand_as(rows).reshape(-1) for part in vector_weights(sums, job.t))
-        return next(spread), next(spread)
-    blend = slerp_coefficients(
-        float(torch.sum(v0 * v1)),
-        float(v0.norm()),
-        float(v1.norm()),
-        job.t,
-        "lerp" if job.rule == "lerp" else recipe.method,
-        recipe.dot_threshold,
-        recipe.epsilon,
-    )
+        first, second = (part.unsqueeze(axis).expand_as(rows).reshape(-1) for part in vector_weights(sums, job.t))
+        return first, second
+    totals = [0.0, 0.0, 0.0]
+    for stretch in cut_stretches(job):
+        v0, v1 = read_sources(job, stretch, reader, recipe)[0]
+        for place, (a, b) in enumerate(((v0, v0), (v1, v1), (v0, v1))):
+            totals[place] += float(torch.dot(a, b))
+    method = "lerp" if job.rule == "lerp" else recipe.method
+    norms = math.sqrt(totals[0]), math.sqrt(totals[1])
+    blend = slerp_coefficients(totals[2], *norms, job.t, method, recipe.dot_threshold, recipe.epsilon)
     # At the very threshold float32 sums may fall on the other side than float64 ones; both are right.
     used = blend if blend.rule == merged.blend.rule else merged.blend
     return used.primary_weight, used.secondary_weight
@@ -3640,7 +3647,7 @@ def recompute_weights(
 
 def verify_stretch(
     merged: TensorMerged,
-    weights: tuple[Any, Any],
+    weights: Sequence[Any],
     sources: tuple[list[torch.Tensor], torch.Tensor],
     start: int,
     path: Path,
@@ -4024,6 +4031,7 @@ def describe_rules(plan: MergePlan) -> str:
 
 
 def describe_method(recipe: MergeRecipe) -> str:
+    """The method, with what is taken as one vector, and of what."""
     granularity = f" by {recipe.granularity}" if recipe.granularity != "tensor" else ""
     vectors = " of task vectors" if recipe.base is not None else ""
     extrapolated = ", beyond the parents" if recipe.extrapolate else ""
