@@ -76,7 +76,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1416,7 +1416,7 @@ RECIPE_PARAMETERS = {
     "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
     "linear": ("weight", "normalize"),
 }
-OWN_SETTINGS = ("version", "method", "t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base")
+OWN_SETTINGS = ("version", "method", "t", "slices_t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base")
 
 
 class RecipeFile:
@@ -1490,7 +1490,8 @@ class RecipeFile:
                 if "value" not in parts:
                     hint = "Write `value:` with a number or a list."
                     raise self.fault(entry, f"an entry of {what} has no value", hint)
-                name_filter = self.text(parts["filter"], "filter") if "filter" in parts else "*"
+                silent = "filter" not in parts or parts["filter"].tag == "tag:yaml.org,2002:null"
+                name_filter = "*" if silent else self.text(parts["filter"], "filter")
                 found.append(ScheduleRule(self.gradient(parts["value"], what), name_filter))
             return tuple(found)
         return (ScheduleRule(self.gradient(node, what)),)
@@ -1573,6 +1574,9 @@ class RecipeReader:
         if base is not None:
             fields["base"] = base
         cuts = [self.slice(scope, sources, sides, base) for scope, sources in models]
+        if "slices_t" in own:
+            exact = own.pop("slices_t")
+            cuts = [dataclasses.replace(cut, schedule=t, weights=None) for cut, t in zip(cuts, exact)]
         if "slices" in self.body:
             fields["slices"] = tuple(cuts)
         fields["schedule"], fields["weights"] = cuts[0].schedule, cuts[0].weights
@@ -1636,10 +1640,12 @@ class RecipeReader:
         for folder, node, _ in sources:
             if folder not in (*sides, base):
                 raise self.file.fault(node, f"a third model, {folder}", "Only two models are blended here.")
-        ranges = [self.layer_range(*by_folder[folder]) for folder in sides]
-        if len(ranges[0]) != len(ranges[1]):
-            what = f"layer ranges of different length: {len(ranges[0])} and {len(ranges[1])}"
-            raise self.file.fault(by_folder[sides[1]][0], what, "Each layer needs its counterpart.")
+        listed = [folder for folder in (*sides, base) if folder in by_folder]
+        ranges = [self.layer_range(*by_folder[folder]) for folder in listed]
+        for folder, layers in zip(listed, ranges):
+            if len(layers) != len(ranges[0]):
+                what = f"layer ranges of different length: {len(ranges[0])} and {len(layers)}"
+                raise self.file.fault(by_folder[folder][0], what, "Each layer needs its counterpart.")
         weights = None
         schedule = Schedule.constant(0.5)
         if self.method == "slerp":
@@ -1649,7 +1655,7 @@ class RecipeReader:
             own_scopes = [[self.parameters(node)] if node is not None else [] for node in own]
             first, second = (self.schedule("weight", [*extra, *scopes], sources[0][1]) for extra in own_scopes)
             weights = first, second
-        base_start = self.layer_range(*by_folder[base]).start if base in by_folder else None
+        base_start = ranges[2].start if len(ranges) > 2 else None
         return LayerSlice(ranges[0].start, ranges[1].start, len(ranges[0]), schedule, weights, base_start)
 
     def layer_range(self, node: Any, keys: Mapping[str, Any]) -> range:
@@ -1716,6 +1722,9 @@ class RecipeReader:
             found["extrapolate"] = self.file.truth(keys["extrapolate"], "extrapolate")
         if "t" in keys:  # t as it was given, which weights would only reproduce up to a rounding
             found["schedule"], found["weights"] = Schedule(self.file.rules(keys["t"], "t")), None
+        if "slices_t" in keys:
+            nodes = self.file.items(keys["slices_t"], "slices_t")
+            found["slices_t"] = [Schedule(self.file.rules(node, "slices_t")) for node in nodes]
         return found
 
 
@@ -3363,7 +3372,9 @@ def recipe_text(plan: MergePlan, child: Path) -> str:
         "epsilon": recipe.epsilon,
         "extrapolate": recipe.extrapolate,
     }
-    if method != "slerp" and recipe.weights is None:
+    if method != "slerp" and recipe.slices and recipe.slices[0].weights is None:
+        own["slices_t"] = [recipe_rules(part.schedule) for part in recipe.slices]
+    elif method != "slerp" and recipe.weights is None:
         own["t"] = recipe_rules(recipe.schedule)
     for role, parent in parents.items():
         if parent is not None:
@@ -3424,6 +3435,8 @@ def with_depth(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     for key, value in config.items():
         if DEPTH_KEY.search(key) and value == depth:
             changed[key] = len(layers)
+        elif isinstance(value, list) and key.endswith("_only_layers"):  # numbers of layers, not an entry for each
+            changed[key] = [number for number, layer in enumerate(layers) if layer in value]
         elif isinstance(value, list) and len(value) == depth and "layer" in key:
             changed[key] = [value[layer] for layer in layers]
         elif isinstance(value, dict) and key == "text_config":
@@ -4069,28 +4082,42 @@ def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> l
     return rows if len({curve for _, curve in rows}) > 1 else [("all", rows[0][1])]
 
 
+def t_by_component(plan: MergePlan) -> list[tuple[str, str, list[float]]]:
+    """(stack, component, t over its layers); a component whose tensors differ stands once for each difference."""
+    by_tensor: dict[tuple[str, str], dict[int, float]] = {}
+    for job in plan.jobs:
+        if (place := find_layer(job.name)) is not None:
+            rest = job.name[len(place[0]) :].lstrip(".").partition(".")[2]
+            by_tensor.setdefault((place[0], rest), {})[place[1]] = job.t
+    groups: dict[tuple[str, str, tuple[float, ...]], list[str]] = {}
+    for (stack, rest), by_layer in by_tensor.items():
+        values = tuple(by_layer[layer] for layer in sorted(by_layer))
+        groups.setdefault((stack, component_of(rest), values), []).append(rest)
+    alone = Counter((stack, component) for stack, component, _ in groups)
+    return [
+        (stack, component if alone[stack, component] == 1 else format_names(names, 2), list(values))
+        for (stack, component, values), names in groups.items()
+    ]
+
+
 def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     """t over the layers, for each component of each stack, as it will be used; then the tensors outside layers."""
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    for heading in ("layers", "component", "t over the layers", "first", "last"):
-        table.add_column(heading, overflow="fold")
-    curves: dict[tuple[str, str], dict[int, float]] = {}
+    lines: list[RenderableType] = []
+    for stack, component, values in t_by_component(plan):
+        name = displayable(console, f"{stack}  {component:<10}")
+        curve = f"{draw_curve(console, values)}  {values[0]:.4g}  {values[-1]:.4g}"
+        narrow = console.width < NARROW_COLUMNS or len(name) > 50
+        lines.append(Text(f"{name}\n  {curve}" if narrow else f"{name:<26}  {curve}"))
     outside: dict[float, list[str]] = {}
     for job in plan.jobs:
-        if (place := find_layer(job.name)) is None:
+        if find_layer(job.name) is None:
             outside.setdefault(job.t, []).append(job.name)
-        else:
-            curves.setdefault((place[0], component_of(job.name)), {})[place[1]] = job.t
-    for (stack, component), by_layer in curves.items():
-        values = [by_layer[layer] for layer in sorted(by_layer)]
-        cells = (stack, component, draw_curve(console, values), f"{values[0]:.4g}", f"{values[-1]:.4g}")
-        table.add_row(*(Text(displayable(console, cell)) for cell in cells))
     for t, names in outside.items():
-        table.add_row(Text(displayable(console, format_names(names, 3))), "", "", f"{t:.4g}", "")
-    return panel(console, table, "t of every tensor")
+        lines.append(Text(displayable(console, f"{t:.4g} for {format_names(names, 3)}")))
+    return panel(console, Group(*lines), "t of every tensor")
 
 
 def render_plan(console: Console, plan: MergePlan) -> RenderableType:
@@ -4325,7 +4352,7 @@ OTHER_BLENDS = (
     ("task vectors", "blend what each parent learned since a common base"),
     ("a recipe file", "its path, ending in .yaml or .yml"),
 )
-BLEND_HELP = "Say even, lean to primary or lean to secondary; or 0 for the primary alone to 1 for the secondary alone"
+BLEND_HELP = "Say a name from the list, such as even, or a number: 0 is the primary alone, 1 the secondary alone"
 
 
 def parse_number(text: str) -> float:
@@ -4348,7 +4375,10 @@ def parse_rule(text: str) -> ScheduleRule:
 
 
 def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
-    """Filters as they were given, then the bare values, which are for the rest."""
+    """Filters as they were given, then the bare value, which is for the rest."""
+    rules = list(rules)
+    if sum(rule.name_filter == "*" for rule in rules) > 1:
+        raise SlerpMergeError("There are two values for the rest of the tensors.", "A gradient has commas: 0.5,0.6.")
     return Schedule(tuple(sorted(rules, key=lambda rule: rule.name_filter == "*")))
 
 
@@ -4401,6 +4431,17 @@ def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
         )
 
 
+def check_recipe_parents(fields: dict[str, Any], parents: tuple[Path, Path]) -> dict[str, Any]:
+    """A recipe's fields, where it merges the parents that were answered. Raises SlerpMergeError where it does not."""
+    named = fields["primary"], fields["secondary"]
+    if [folder.resolve() for folder in named] != [folder.resolve() for folder in parents]:
+        raise SlerpMergeError(
+            f"The recipe has {named[0]} at t = 0 and {named[1]} at t = 1, not the models you gave.",
+            "Run it as it is with --recipe, or answer with another blend.",
+        )
+    return fields
+
+
 class Wizard:
     """Asks what no flag has answered. Merges nothing."""
 
@@ -4450,7 +4491,7 @@ class Wizard:
         )
         return parse(self.ask(question))
 
-    def ask_blend(self) -> dict[str, Any]:
+    def ask_blend(self, parents: tuple[Path, Path]) -> dict[str, Any]:
         """The fields of MergeRecipe that a blend decides. What is drawn before it is taken."""
         import questionary
         from prompt_toolkit.completion import WordCompleter
@@ -4464,7 +4505,7 @@ class Wizard:
             if text.lower() == "task vectors":
                 return {"method": "slerp"}
             if text.strip("'\"").lower().endswith((".yaml", ".yml")):
-                return read_recipe(clean_path(text))
+                return check_recipe_parents(read_recipe(clean_path(text)), parents)
             return {"schedule": parse_blend(text)}
 
         while True:
@@ -4487,13 +4528,16 @@ class Wizard:
 
     def show_blends(self) -> None:
         """Every blend with its curve over the layers, so that none is taken unseen."""
+        from rich.padding import Padding
+        from rich.text import Text
+
+        rows = []
         for name, text, meaning in BLENDS:
             curves = schedule_curves(self.console, order_rules(map(parse_rule, text.split())), layers=8)
             drawn = curves[0][1] if len(curves) == 1 else "  ".join(f"{part} {curve}" for part, curve in curves)
-            self.say(f"    {name:<22}{drawn}")
-            self.say(f"    {'':<22}{meaning}")
-        for name, meaning in OTHER_BLENDS:
-            self.say(f"    {name:<22}{meaning}")
+            rows.append((f"{name:<22}{drawn}", meaning))
+        for line, meaning in [*rows, *OTHER_BLENDS]:
+            self.console.print(Padding(Text(line, style="bold"), (0, 0, 0, 2)), Padding(Text(meaning), (0, 0, 0, 6)))
 
     def accept_curves(self, schedule: Schedule) -> bool:
         for component, curve in schedule_curves(self.console, schedule):
@@ -4525,7 +4569,7 @@ def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
             proposed_save_directory(*parents),
         )
     if "schedule" not in answers:
-        answers |= {name: value for name, value in wizard.ask_blend().items() if name not in ("primary", "secondary")}
+        answers = {**wizard.ask_blend(parents), **answers}  # what was answered or given by a flag goes first
     return MergeRecipe(**answers)
 
 

@@ -47,7 +47,7 @@ def write_examples(folder: Path, names: tuple[str, ...]) -> None:
 def merged_files(child: Path) -> dict[str, str]:
     """Which parent each file of a child is from, for the files that tell."""
     texts = {path.relative_to(child).as_posix(): path.read_bytes() for path in child.rglob("*") if path.is_file()}
-    made = ("config.json", "README.md", "model.safetensors")
+    made = ("config.json", "README.md", "merge_recipe.yaml", "model.safetensors")
     return {name: json.loads(text)["from"] for name, text in texts.items() if name not in made}
 
 
@@ -129,7 +129,8 @@ def test_every_kind_of_companion_goes_where_it_belongs(tmp_path, parents):
     assert {"*.py", *PRIMARY_EXAMPLES} >= set(COMPANION_FILES)
     told = {event.file_name: event.source for event in events if isinstance(event, CompanionCopied)}
     folders = {name.split("/")[0]: source for name, source in expected.items()}
-    assert told == {**folders, "config.json": "made", "README.md": "made"}
+    assert told == {**folders, "config.json": "made", "merge_recipe.yaml": "made", "README.md": "made"}
+    assert list(told)[-2:] == ["merge_recipe.yaml", "README.md"]
 
 
 def test_generation_settings_are_the_primarys_though_the_tokenizer_is_not(tmp_path):
@@ -288,7 +289,7 @@ def test_a_cards_recipe_is_the_one_that_was_followed(tmp_path):
     assert settings["primary (t = 0)"] == "primary"
     assert settings["secondary (t = 1)"] == "secondary"
     assert settings["method"] == "slerp-norm"
-    assert settings["t"] == "t = 0.35"
+    assert settings["blend"] == "t = 0.35"
     assert settings["dtype"] == "float16"
     assert settings["dot threshold"] == "0.99"
     assert settings["tokenizer from"] == "secondary"

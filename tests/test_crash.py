@@ -38,7 +38,8 @@ SCRIPT = Path(slerpmerge.__file__)
 MOMENTS = [
     (ParentOpened, 1), (ParentOpened, 2), (ParityChecked, 1), (PlanReady, 1), (DeviceChosen, 1), (BytesMerged, 1),
     (TensorMerged, 1), (TensorMerged, 11), (TensorMerged, 21), (ShardWritten, 1), (ShardWritten, 2),
-    (CompanionCopied, 1), (CompanionCopied, 2), (CompanionCopied, 3), (ChildVerified, 1),
+    (CompanionCopied, 1), (CompanionCopied, 2), (CompanionCopied, 3), (CompanionCopied, 4),
+    (ChildVerified, 1),
 ]  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(t
     assert fingerprint(child) == before
     assert names(tmp_path) == ["child", "primary", "secondary"]
     merge(primary, secondary, child, 0.7, overwrite=True)
-    assert names(child) == ["README.md", "config.json", "model.safetensors"]
+    assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
     assert names(tmp_path) == ["child", "primary", "secondary"]
     assert_same_bits(load_tensors(child), load_tensors(merge(primary, secondary, tmp_path / "other", 0.7).child))
 
@@ -352,7 +353,7 @@ def test_a_killed_merge_leaves_nothing_under_the_asked_name_and_the_next_succeed
     assert not child.exists()
     report = merge(primary, secondary, child, 0.3)
     assert names(child.parent) == ["child"]
-    assert names(child) == ["README.md", "config.json", "model.safetensors"]
+    assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
     assert report.warnings == ()
 
 
@@ -384,5 +385,5 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
     (tmp_path / "kept" / "model-00001-of-00099.safetensors").write_bytes(b"from another recipe")
     (tmp_path / "kept").rename(staged[0])
     child = merge(primary, secondary, tmp_path / "child").child
-    assert names(child) == ["README.md", "config.json", "model.safetensors"]
+    assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
     assert names(tmp_path) == ["child", "primary", "secondary"]

@@ -471,7 +471,8 @@ def test_an_asked_dtype_is_what_every_real_tensor_and_the_config_have(tmp_path, 
 
 def test_a_child_is_one_file_with_its_header_as_transformers_writes_it(tmp_path):
     child = merge(*make_pair(tmp_path), tmp_path / "child").child
-    assert sorted(path.name for path in child.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    files = ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
+    assert sorted(path.name for path in child.iterdir()) == files
     data = (child / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     assert length % 8 == 0
@@ -529,8 +530,10 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     kinds = [type(event) for event in events if not isinstance(event, BytesMerged | TensorMerged | ShardWritten)]
     assert kinds == [
         ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, CompanionCopied, CompanionCopied,
-        ChildVerified,
+        CompanionCopied, ChildVerified,
     ]  # fmt: skip
+    made = [event.file_name for event in events if isinstance(event, CompanionCopied)]
+    assert made == ["config.json", "merge_recipe.yaml", "README.md"]
     assert [event.role for event in events[:2]] == ["primary", "secondary"]
 
     merged = [event for event in events if isinstance(event, TensorMerged)]

@@ -18,6 +18,7 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"# (?:── )?§(\d+)[a-z]?  ?\S")
 SCREEN_LIBRARIES = {"rich", "questionary", "prompt_toolkit", "colorama"}
+DISTRIBUTIONS = {"yaml": "pyyaml"}  # import names that are not the name to install
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
@@ -142,8 +143,9 @@ def test_the_check_of_names_sees_into_methods_and_past_local_variables():
 
 
 def test_the_view_calls_nothing_of_the_work():
+    """A name can be asked for its layer: that reads no file and changes nothing."""
     used = {name for node in statements(11, 11) for name in uses_of_sections(node, 4, 10)}
-    assert used == set()
+    assert used <= {"find_layer"}
 
 
 def test_the_wizard_may_open_parents_but_never_merges():
@@ -244,7 +246,8 @@ def test_the_script_block_states_the_requirements():
 
 def test_every_library_that_is_imported_is_required():
     required = {re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text("utf-8").split()}
-    assert imported_roots(TREE) - set(sys.stdlib_module_names) <= required
+    distributions = {DISTRIBUTIONS.get(root, root) for root in imported_roots(TREE) - set(sys.stdlib_module_names)}
+    assert distributions <= required
 
 
 def test_the_top_level_holds_the_five_and_dot_files():

@@ -327,3 +327,78 @@ def test_the_pictures_show_the_whole_session(scene):
     ]
     assert places == sorted(places)
     assert str(Path.cwd()) not in "".join(pictures.values())
+
+
+def scheduled(plan: slerpmerge.MergePlan, blend: str) -> slerpmerge.MergePlan:
+    """The plan with each tensor's t as this answer to `Blend` gives it."""
+    schedule = slerpmerge.parse_blend(blend)
+    positions = slerpmerge.layer_positions([job.name for job in plan.jobs])
+    shards = []
+    for shard in plan.shards:
+        ts = [schedule.t_for(job.name, positions.get(job.name, 0)) for job in shard.jobs]
+        jobs = tuple(dataclasses.replace(job, t=t) for job, t in zip(shard.jobs, ts))
+        shards.append(dataclasses.replace(shard, jobs=jobs))
+    return dataclasses.replace(plan, shards=tuple(shards))
+
+
+class TestCurves:
+    @pytest.mark.parametrize(
+        ("values", "bars", "digits"),
+        [
+            ([0, 1], "▁█", "09"),
+            ([0, 0.25, 0.5, 0.75, 1], "▁▃▅▆█", "02479"),
+            ([1, 0.5, 0], "█▅▁", "940"),
+            ([0.3], "▃", "3"),
+            ([-0.5, 1.5], "▁█", "09"),
+            ([], "", ""),
+        ],
+    )
+    def test_a_curve_is_bars_or_digits(self, values, bars, digits):
+        assert slerpmerge.draw_curve(plain_console(), values) == bars
+        assert slerpmerge.draw_curve(plain_console(encoding="ascii"), values) == digits
+
+    def test_a_long_curve_is_thinned_and_keeps_its_ends(self):
+        curve = slerpmerge.draw_curve(plain_console(), [layer / 99 for layer in range(100)])
+        assert len(curve) == 24
+        assert curve == "".join(sorted(curve))
+        assert (curve[0], curve[-1]) == ("▁", "█")
+
+    @pytest.fixture
+    def plan(self, scene) -> slerpmerge.MergePlan:
+        """The scene's plan with attention from 0 to 1, MLP from 1 to 0, and 0.25 for the rest."""
+        return scheduled(scene.plan, "self_attn=0,1 mlp=1,0 0.25")
+
+    @pytest.mark.parametrize("width", [60, 100])
+    def test_a_table_has_a_row_for_each_component(self, plan, width):
+        text = shown(lambda console: slerpmerge.render_curves(console, plan), width)
+        assert max(map(cell_len, text.splitlines())) <= width
+        assert "t of every tensor" in text
+        whole = words(text)
+        for component in ("attention", "mlp", "other"):
+            assert component in whole
+        for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+            assert name in "".join(whole.replace("0.25", "").split()), "names may be folded, but not cut"
+        assert "0.25" in whole
+
+    def test_at_100_columns_curves_and_ends_stand_in_one_line(self, plan):
+        lines = shown(lambda console: slerpmerge.render_curves(console, plan), 100).splitlines()
+        rows = [line.strip("│ ").split() for line in lines]
+        found = {row[1]: row[2:] for row in rows if row[:1] == ["model.layers"]}
+        assert found.keys() == {"attention", "mlp", "other"}
+        assert len(found["attention"][0]) == 24
+        assert found["attention"][0] == "".join(sorted(found["attention"][0]))
+        assert found["attention"][1:] == ["0", "1"]
+        assert found["mlp"][0] == "".join(sorted(found["mlp"][0], reverse=True))
+        assert found["mlp"][1:] == ["1", "0"]
+        assert found["other"][1:] == ["0.25", "0.25"]
+
+    def test_at_60_columns_no_curve_is_broken(self, plan):
+        text = shown(lambda console: slerpmerge.render_curves(console, plan), 60)
+        curves = re.findall(r"[▁▂▃▄▅▆▇█]+", text)
+        assert [len(curve) for curve in curves] == [24, 24, 24]
+
+    def test_a_component_whose_tensors_differ_is_not_drawn_as_if_they_did_not(self, scene):
+        """q_proj at 0 among attention at 1 shows in the table, as t of every tensor."""
+        plans = [scheduled(scene.plan, blend) for blend in ("q_proj=0 self_attn=1 0.5", "self_attn=1 0.5")]
+        tables = [shown(lambda console, plan=plan: slerpmerge.render_curves(console, plan), 100) for plan in plans]
+        assert tables[0] != tables[1]

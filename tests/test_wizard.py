@@ -11,7 +11,15 @@ import pytest
 import torch
 
 import slerpmerge
-from slerpmerge import SlerpMergeError, clean_path, parse_blend, parse_t, proposed_save_directory
+from slerpmerge import (
+    ScheduleRule,
+    SlerpMergeError,
+    clean_path,
+    order_rules,
+    parse_blend,
+    parse_rule,
+    proposed_save_directory,
+)
 from tests.builders import (
     LLAMA_CONFIG,
     edit_json,
@@ -102,18 +110,65 @@ class TestParseBlend:
     def test_names_their_beginnings_and_numbers(self, text, t):
         assert parse_blend(text) == slerpmerge.Schedule.constant(t)
 
-    def test_a_comma_list_is_a_gradient(self):
-        assert parse_blend("0, 0.5, 1").rules == (slerpmerge.ScheduleRule((0.0, 0.5, 1.0)),)
+    @pytest.mark.parametrize(
+        ("text", "gradient"),
+        [
+            ("primary at the ends", (0, 0.5, 1, 0.5, 0)),
+            ("p", (0, 0.5, 1, 0.5, 0)),
+            ("Secondary  at", (1, 0.5, 0, 0.5, 1)),
+            ("ramp", (0, 0.1, 0.5, 0.9, 1)),
+            ("R", (0, 0.1, 0.5, 0.9, 1)),
+            ("0,0.5,1", (0, 0.5, 1)),
+        ],
+    )
+    def test_a_gradient_by_name_or_as_a_comma_list(self, text, gradient):
+        assert parse_blend(text).rules == (ScheduleRule(gradient),)
+
+    @pytest.mark.parametrize("text", ["attention and mlp", "a", " ATTENTION  and "])
+    def test_attention_and_mlp_run_against_each_other(self, text):
+        assert parse_blend(text).rules == (
+            ScheduleRule((0, 0.5, 0.3, 0.7, 1), "self_attn"),
+            ScheduleRule((1, 0.5, 0.7, 0.3, 0), "mlp"),
+            ScheduleRule((0.5,)),
+        )
+
+    @pytest.mark.parametrize(
+        "text", ["self_attn=0,1 mlp=1,0 0.5", "0.5 self_attn=0,1  mlp=1,0", "self_attn=0,1 *=0.5 mlp=1,0"]
+    )
+    def test_filters_stand_as_they_were_given_before_the_value_for_the_rest(self, text):
+        rules = (ScheduleRule((0, 1), "self_attn"), ScheduleRule((1, 0), "mlp"), ScheduleRule((0.5,)))
+        assert parse_blend(text).rules == rules
+
+    @pytest.mark.parametrize("text", ["self_attn=0,1", "self_attn=0,1 mlp=1,0", " "])
+    def test_nothing_for_the_other_tensors_is_refused(self, text):
+        with pytest.raises(SlerpMergeError, match="leaves out the other tensors"):
+            parse_blend(text)
 
     @pytest.mark.parametrize("text", ["l", "le", "lean", "lean t", "lean to", "lean to "])
     def test_a_beginning_of_two_names_is_refused(self, text):
-        with pytest.raises(SlerpMergeError):
+        with pytest.raises(SlerpMergeError, match="'lean' is not a number|'le?' is not a number"):
             parse_blend(text)
 
-    @pytest.mark.parametrize("text", ["odd", "evenly", "primary", "1.1", "-0.5", "nan", "50%", "0.5 0.6", " "])
-    def test_anything_else_is_refused(self, text):
+    @pytest.mark.parametrize(
+        "text", ["odd", "evenly", "primarily", "nan", "inf", "50%", "0.5,", "0.5,,0.6", "mlp=x 0.5", "mlp= 0.5"]
+    )
+    def test_what_is_no_number_is_refused(self, text):
+        with pytest.raises(SlerpMergeError, match="is not a number"):
+            parse_blend(text)
+
+    @pytest.mark.parametrize("text", ["1.1", "-0.5", "0.5,2", "mlp=0,1.01 0.5"])
+    def test_what_lies_outside_0_to_1_is_refused(self, text):
         with pytest.raises(SlerpMergeError, match="is not a number from 0 to 1"):
             parse_blend(text)
+
+    def test_two_values_for_the_rest_are_refused(self):
+        """Only the first would be used."""
+        with pytest.raises(SlerpMergeError):
+            parse_blend("0.5 0.6")
+
+    def test_a_filter_without_a_name_is_refused(self):
+        with pytest.raises(SlerpMergeError, match="has no name before the ="):
+            parse_blend("=0.5")
 
     def test_a_refusal_names_the_choices(self):
         with pytest.raises(SlerpMergeError) as refusal:
@@ -121,18 +176,32 @@ class TestParseBlend:
         assert "even" in f"{refusal.value.message} {refusal.value.hint}"
 
 
-class TestParseT:
-    def test_one_number(self):
-        assert parse_t("0.3") == slerpmerge.Schedule.constant(0.3)
+class TestParseRule:
+    @pytest.mark.parametrize(
+        ("text", "rule"),
+        [
+            ("0.3", ScheduleRule((0.3,))),
+            ("0,0.5 , 1", ScheduleRule((0, 0.5, 1))),
+            ("self_attn=0,1", ScheduleRule((0, 1), "self_attn")),
+            ("a=b=0.2", ScheduleRule((0.2,), "a=b")),
+            ("1.5", ScheduleRule((1.5,))),
+        ],
+    )
+    def test_a_value_a_gradient_or_either_with_a_filter(self, text, rule):
+        assert parse_rule(text) == rule
 
     def test_a_list_runs_over_the_layers(self):
-        schedule = parse_t("0,0.5 , 1")
+        schedule = order_rules([parse_rule("0,0.5 , 1")])
         assert [schedule.t_for("any", position) for position in (0, 0.25, 0.5, 1)] == [0, 0.25, 0.5, 1]
 
-    @pytest.mark.parametrize("text", ["", "even", "1.01", "-0.01", "nan", "inf", "0.5,", "0.5,,0.6", "0.5,2"])
+    @pytest.mark.parametrize("text", ["", "even", "nan", "inf", "0.5,", "0.5,,0.6", "mlp=", "mlp=x"])
     def test_wrong_ones_are_refused(self, text):
-        with pytest.raises(SlerpMergeError, match="is not a number from 0 to 1"):
-            parse_t(text)
+        with pytest.raises(SlerpMergeError, match="is not a number"):
+            parse_rule(text)
+
+    def test_filters_go_before_the_value_for_the_rest(self):
+        rules = [ScheduleRule((0.5,)), ScheduleRule((0.1,), "q_proj"), ScheduleRule((0.2,), "self_attn")]
+        assert order_rules(rules).rules == (rules[1], rules[2], rules[0])
 
 
 class TestProposedSaveDirectory:
@@ -171,6 +240,11 @@ def names_below(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def words(text: str) -> str:
+    """The text without frames and line breaks, as one line."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
 FOLDERS = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "child")
 
 
@@ -193,7 +267,7 @@ class TestSession:
             terminal.wait_for("is a parent's folder")
             terminal.send("\x15below/child\r")
             terminal.answer("? Blend", "a lot")
-            terminal.wait_for("'a lot' is not a number from 0 to 1.")
+            terminal.wait_for("'a' is not a number.")
             terminal.send("\x150.25\r")
             terminal.answer("Start the merge?", "y")
             terminal.answer("Load the child with transformers", "n")
@@ -240,6 +314,91 @@ class TestSession:
                 assert question not in terminal.text
             assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;m]", terminal.output), "NO_COLOR leaves no colour"
         assert names_below(tmp_path) == {"primary", "secondary"}
+
+    def test_a_blend_by_its_name_gives_attention_and_mlp_their_own_t(self, tmp_path, parents):
+        folders = make_pair(tmp_path)
+        parents.watch(*folders)
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "attention and mlp")
+            terminal.answer("Start the merge?", "y")
+            assert "Take it?" not in terminal.text, "its curves were shown in the list"
+            assert "self_attn: t = 0, 0.5, 0.3, 0.7, 1; mlp: t = 1, 0.5, 0.7, 0.3, 0; t = 0.5" in words(terminal.text)
+            terminal.answer("Load the child with transformers", "n")
+            assert terminal.exit_status() == 0
+        child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
+        for layer, attention, mlp in ((0, primary, secondary), (1, secondary, primary)):
+            q, up = (f"model.layers.{layer}.{part}.weight" for part in ("self_attn.q_proj", "mlp.up_proj"))
+            assert torch.equal(child[q], attention[q])
+            assert torch.equal(child[up], mlp[up])
+
+    def test_a_gradient_is_drawn_before_it_is_taken(self, tmp_path, parents):
+        folders = make_pair(tmp_path)
+        parents.watch(*folders)
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "1,0")
+            terminal.answer("Take it?", "n")
+            terminal.wait_for("Take it? No")
+            terminal.answer("Take it? No\n? Blend", "0,0.5,1")
+            terminal.wait_for("all ▁▁▂▂▃▃▄▄▅▅▆▆▇▇██")
+            terminal.answer("? Take it? (Y/n)")
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("Load the child with transformers", "n")
+            assert terminal.exit_status() == 0
+            assert "t = 0, 0.5, 1" in terminal.text
+        child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
+        first, last = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+        assert torch.equal(child[first], primary[first])
+        assert torch.equal(child[last], secondary[last])
+
+    def test_a_recipe_file_answers_blend(self, tmp_path, parents):
+        folders = make_pair(tmp_path)
+        parents.watch(*folders)
+        (tmp_path / "mine.yaml").write_text(
+            "merge_method: slerp\nbase_model: primary\nmodels:\n- model: primary\n- model: secondary\n"
+            "parameters:\n  t:\n  - filter: mlp\n    value: 1\n  - value: 0\n"
+        )
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "absent.yaml")
+            terminal.wait_for("absent.yaml")
+            terminal.send("\x15mine.yaml\r")
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("Load the child with transformers", "n")
+            assert terminal.exit_status() == 0
+            assert "mlp: t = 1; t = 0" in terminal.text
+        child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
+        for name, tensor in child.items():
+            assert torch.equal(tensor, (secondary if "mlp" in name else primary)[name]), name
+
+    def test_a_flag_goes_before_a_recipe_file_that_answers_blend(self, tmp_path):
+        make_pair(tmp_path)
+        (tmp_path / "mine.yaml").write_text(
+            "merge_method: slerp\nbase_model: primary\nmodels:\n- model: primary\n- model: secondary\n"
+            "parameters:\n  t: 0.5\ndtype: bfloat16\n"
+        )
+        with Terminal.start([*FOLDERS, "--dtype", "float32"], folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "mine.yaml")
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("Load the child with transformers", "n")
+            assert terminal.exit_status() == 0
+        assert {tensor.dtype for tensor in load_tensors(tmp_path / "child").values()} == {torch.float32}
+
+    def test_task_vectors_ask_for_the_base(self, tmp_path, parents):
+        folders = *make_pair(tmp_path), make_checkpoint(tmp_path / "origin", llama_tensors(3))
+        parents.watch(*folders)
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "task vectors")
+            terminal.answer("Base model", "nowhere")
+            terminal.wait_for("The folder nowhere does not exist.")
+            terminal.send("\x15origin\r")
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("Load the child with transformers", "n")
+            assert terminal.exit_status() == 0
+            assert "slerp of task vectors, t = 0.5" in terminal.text
+        child, primary, secondary, base = (load_tensors(folder) for folder in (tmp_path / "child", *folders))
+        for name, tensor in child.items():
+            ground = base[name].double()
+            exact = ground + reference_slerp(primary[name].double() - ground, secondary[name].double() - ground, 0.5)
+            assert torch.allclose(tensor.double(), exact, rtol=2**-8, atol=1e-6), name
 
     def test_a_second_parent_that_cannot_match_is_refused_in_place(self, tmp_path):
         edit_json(make_pair(tmp_path)[1] / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
@@ -332,6 +491,19 @@ class TestSixtyColumns:
         marks = "primary bfloat16", "secondary float16", "max_position_embeddings", "primary 64", "secondary 128"
         for part in (*marks, "LlamaForCausalLM", "21 slerped"):
             assert part in text
+
+    def test_the_list_of_blends_with_their_curves_fits(self, tmp_path):
+        make_pair(tmp_path)
+        with Terminal.start(FOLDERS, columns=60, folder=tmp_path) as terminal:
+            terminal.wait_for("? Blend")
+            assert terminal.screen.overrun_lines == []
+            lines = terminal.text.partition("? Blend")[0].splitlines()
+            assert max(map(len, lines)) <= 60
+            listed = [line.strip() for line in lines]
+        for name, _, _ in slerpmerge.BLENDS:
+            assert any(re.match(rf"{name} .*[▁▂▃▄▅▆▇█]{{8}}", line) for line in listed), name
+        for name, _ in slerpmerge.OTHER_BLENDS:
+            assert any(line.startswith(name) for line in listed), name
 
     def test_a_refusal_is_readable_to_its_end(self, tmp_path):
         with Terminal.start(columns=60, folder=tmp_path) as terminal:
