@@ -1416,7 +1416,9 @@ RECIPE_PARAMETERS = {
     "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
     "linear": ("weight", "normalize"),
 }
-OWN_SETTINGS = ("version", "method", "t", "slices_t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base")
+OWN_SETTINGS = (
+    "version", "method", "t", "slices_t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base",
+)  # fmt: skip
 
 
 class RecipeFile:
@@ -4066,7 +4068,9 @@ def draw_curve(console: Console, values: Sequence[float]) -> str:
 
 
 def component_of(tensor_name: str) -> str:
-    """attention, mlp or other: what people give a gradient of its own."""
+    """attention, mlp or other (norms among them): what people give a gradient of its own."""
+    if "norm" in tensor_name:
+        return "other"
     found = (name for name, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
     return next(found, "other")
 
