@@ -11,11 +11,14 @@ import symtable
 import sys
 from pathlib import Path
 
+import slerpmerge
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "slerpmerge.py"
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BANNER = re.compile(r"# (?:── )?§(\d+)[a-z]?  ?\S")
 SCREEN_LIBRARIES = {"rich", "questionary", "prompt_toolkit", "colorama"}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # import names that are not the name to install
@@ -261,3 +264,24 @@ def test_no_file_tells_of_the_machine_it_was_made_on():
     own = {str(path) for path in own if len(path.parts) > 2 and path.parts[1] not in ("usr", "Library")}
     texts = {file: file.read_bytes().decode("utf-8", "replace") for file in repository_files()}
     assert {str(file.relative_to(ROOT)): path for file, text in texts.items() for path in own if path in text} == {}
+
+
+# ── README ──
+
+
+def test_the_readme_names_every_flag_and_no_other():
+    stated = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    known = {flag for action in slerpmerge.build_parser()._actions for flag in action.option_strings}
+    bench = {"--peer", "--layers", "--runs"}  # of tests/bench_merge.py
+    assert known - {"-h", "--help"} <= stated
+    assert stated <= known | bench
+
+
+def test_every_command_of_the_readme_is_run_by_ci():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    commands = [line for block in blocks for line in block.strip().splitlines()]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    typed = {"python slerpmerge.py"}  # the wizard: tests/test_wizard.py answers it on a real pseudo-terminal
+    for command in commands:
+        parts = [part.strip() for part in command.split("&&")]
+        assert command in typed or all(part.split(" -r ")[0] in ci for part in parts), command
