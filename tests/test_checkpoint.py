@@ -516,7 +516,7 @@ LYING_HEADERS = {
     "dtype-is-a-list": ({"a": entry(dtype=["F32"])}, 16, "entry for 'a' is not understood"),
     "entry-is-a-list": ({"a": [1, 2]}, 16, "entry for 'a' is not understood"),
     "entry-is-null": ({"a": None}, 16, "entry for 'a' is not understood"),
-    "unknown-dtype": ({"a": entry(dtype="F31")}, 16, "safetensors library says"),  # which of its words depends on its age
+    "unknown-dtype": ({"a": entry(dtype="F31")}, 16, "safetensors library says"),
     "metadata-is-no-text": ({"__metadata__": {"format": 1}, "a": entry()}, 16, "safetensors library says"),
     "name-twice": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
                    b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1, "'a' stands there twice"),
