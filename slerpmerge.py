@@ -428,8 +428,7 @@ class Mismatch:
 class LayerPlace:
     """Where a tensor of the child comes from, and where it stands among the layers."""
 
-    primary: int  # the number of its layer; -1 where it has the same name everywhere
-    secondary: int
+    secondary: int  # the number of its layer there; -1 where it has the same name everywhere
     base: int
     position: float  # 0 first, 1 last in its slice or stack, 1 in one of a single layer, 0 outside layers
     slice_number: int  # -1 outside the recipe's slices
@@ -443,7 +442,7 @@ class TensorPair:
     primary: TensorInfo
     secondary: TensorInfo | None  # None: the primary's stands alone
     base: TensorInfo | None = None
-    place: LayerPlace = LayerPlace(-1, -1, -1, 0.0, -1)
+    place: LayerPlace = LayerPlace(-1, -1, 0.0, -1)
 
 
 @dataclass(frozen=True)
@@ -2008,13 +2007,12 @@ def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[
         if found is not None and found[0] == stack:
             layers.setdefault(found[1], []).append(info)
         else:
-            yield name, info, LayerPlace(-1, -1, -1, positions[name], -1)
+            yield name, info, LayerPlace(-1, -1, positions[name], -1)
     child_index = 0
     for number, cut in enumerate(slices):
         for step in range(cut.length):
             source = cut.primary_start + step
             place = LayerPlace(
-                primary=source,
                 secondary=cut.secondary_start + step,
                 base=source if cut.base_start is None else cut.base_start + step,
                 position=step / (cut.length - 1) if cut.length > 1 else 1.0,
@@ -3673,8 +3671,6 @@ def verify_stretch(
     job = merged.job
     parts, base = sources
     terms = [parts[0], base] if merged.blend.rule == "copy" else [weights[0] * parts[0], weights[1] * parts[1], base]
-    if merged.blend.rule == "copy" and len(job.sources) == 1:
-        terms = [parts[0]]
     stretch = range(start, start + len(base))
     stored = read_stretch(reader, TensorInfo(job.name, job.dtype, job.shape, path, job.offset, job.byte_count), stretch)
     if not job.sources[0].is_float:
