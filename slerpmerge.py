@@ -57,6 +57,7 @@ import difflib
 import errno
 import functools
 import gc
+import heapq
 import importlib
 import io
 import json
@@ -3022,17 +3023,20 @@ def count_non_finite(tensor: torch.Tensor) -> int:
 
 
 class WorkerTeam:
-    """Threads that take tasks by rank from one queue and answer into another.
+    """Threads that take tasks from two queues, measuring and blending, and answer into a third.
 
-    A lower rank goes first: blending the tensor at hand comes before measuring the next, which only
-    fills the gaps.
+    At most half of them blend while there is something to measure. A system lets one thread at a time
+    write to a file, and others that want to only wait; reading and arithmetic fill that time (measured: a sixth).
     """
 
     def __init__(self, device: str, threads: int, cast_dtype: str | None) -> None:
-        self._tasks: queue.PriorityQueue[tuple[int, int, Any]] = queue.PriorityQueue()
-        self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        self._sequence = 0
+        self._ready = threading.Condition()  # guards the four below
+        self._to_measure: deque[Any] = deque()
+        self._to_blend: list[tuple[int, int, Any]] = []  # a heap: the first tensor's first span goes first
+        self._blending = 0
         self._stopping = False
+        self._most_blending = max(1, threads // 2)
+        self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         workers = [MergeWorker(device, cast_dtype) for _ in range(threads)]
         self._threads = [
             threading.Thread(target=self._work, args=(worker,), name=f"merge-{number}", daemon=True)
@@ -3045,16 +3049,38 @@ class WorkerTeam:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping = True
-        for _ in self._threads:
-            self.submit(-1, None)  # wakes a thread that waits
+        with self._ready:
+            self._stopping = True
+            self._ready.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def submit(self, rank: int, task: Any) -> None:
-        """task: (method of MergeWorker, progress, span number), or None to stop one thread."""
-        self._sequence += 1
-        self._tasks.put((rank, self._sequence, task))
+    def submit(self, method: str, progress: TensorProgress, number: int) -> None:
+        """Asks for a pass, "measure" or "blend", over one span of a tensor."""
+        task = method, progress, number
+        with self._ready:
+            if method == "blend":
+                heapq.heappush(self._to_blend, (progress.number, number, task))
+            else:
+                self._to_measure.append(task)
+            self._ready.notify()
+
+    def _take(self) -> tuple[str, TensorProgress, int] | None:
+        """The next task for a free thread; None when it shall go home."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._stopping or self._to_measure or self._to_blend)
+            if self._stopping:
+                return None
+            if self._to_blend and (self._blending < self._most_blending or not self._to_measure):
+                self._blending += 1
+                return heapq.heappop(self._to_blend)[-1]
+            return self._to_measure.popleft()
+
+    def _finish(self, task: tuple[str, TensorProgress, int], answer: Any) -> None:
+        if task[0] == "blend":
+            with self._ready:
+                self._blending -= 1
+        self._answers.put((task, answer))
 
     def next_answer(self) -> tuple[TensorProgress, int, str, Any]:
         """(progress, span number, method, result) of the next finished task; raises what the task raised."""
@@ -3072,16 +3098,13 @@ class WorkerTeam:
     def _work(self, worker: MergeWorker) -> None:
         torch.set_num_threads(1)  # the workers are the parallelism; torch's own would fight them
         with torch.inference_mode():
-            while True:
-                _, _, task = self._tasks.get()
-                if task is None or self._stopping:
-                    break
+            while task := self._take():
                 method, progress, number = task
                 try:
                     answer = getattr(worker, method)(progress, number)
                 except BaseException as error:  # handed to the main thread, which raises it
                     answer = error
-                self._answers.put((task, answer))
+                self._finish(task, answer)
         worker.handles.close()
 
 
@@ -3175,9 +3198,8 @@ class MergeStream:
 
     def begin_pass(self, progress: TensorProgress, method: str) -> None:
         progress.unfinished = len(progress.spans)
-        rank = 2 * progress.number + (method == "measure")
         for number in range(len(progress.spans)):
-            self.team.submit(rank, (method, progress, number))
+            self.team.submit(method, progress, number)
         if not progress.spans:
             self.finish(progress)  # a tensor of no elements
 

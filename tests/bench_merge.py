@@ -3,6 +3,7 @@
     python tests/bench_merge.py                             a 1.1 B-parameter pair in bfloat16
     python tests/bench_merge.py --layers 70                 one three times as large
     python tests/bench_merge.py --method lerp --t 0,0.5,1   another blend
+    python tests/bench_merge.py --also "--method lerp" "--t 0,0.5,1"   more blends, held against the first
     python tests/bench_merge.py --peer PATH_TO_MERGEKIT_YAML
 
 The floor comes first: reading both parents and writing one copy, in the same run and cache state.
@@ -186,13 +187,13 @@ def run_measured(
     return seconds, peak, text
 
 
-def measure_slerpmerge(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def measure_slerpmerge(folder: Path, arguments: argparse.Namespace, blend: str) -> dict[str, float]:
+    """What a merge reports of itself, with its wall time and peak; blend: flags, as a person writes them."""
     child = folder / "child"
     remove(child)
     command = [
         sys.executable, str(SCRIPT), "--primary", str(folder / "primary"), "--secondary", str(folder / "secondary"),
-        "--save-dir", str(child), "--t", arguments.t, "--method", arguments.method, "--device", arguments.device,
-        "--yes", "--json",
+        "--save-dir", str(child), "--device", arguments.device, "--yes", "--json", *blend.split(),
     ]  # fmt: skip
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
     seconds, peak, text = run_measured(command, folder)
@@ -315,6 +316,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--t", default="0.5")
     parser.add_argument("--method", default="slerp")
+    parser.add_argument("--also", nargs="+", default=[], metavar="FLAGS", help="flags of other blends to measure")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--peer", metavar="PATH_TO_MERGEKIT_YAML", help="also measure mergekit on the same pair")
@@ -339,11 +341,15 @@ def main() -> None:
 def bench(folder: Path, arguments: argparse.Namespace) -> None:
     in_own_process("build", str(folder), str(arguments.layers))
     measure_floor(folder)  # brings the parents into the cache, as a second run would find them
-    floors, ours, peers = [], [], []
+    plain = f"--method {arguments.method} --t {arguments.t}"
+    floors, peers = [], []
+    merges: dict[str, list[dict[str, float]]] = {blend: [] for blend in [plain, *arguments.also]}
     for number in range(arguments.runs):
         floors.append(measure_floor(folder))
-        ours.append(measure_slerpmerge(folder, arguments))
-        print(f"run {number + 1}: floor {floors[-1]:.2f} s, {ours[-1]}")
+        print(f"run {number + 1}: floor {floors[-1]:.2f} s")
+        for blend, rows in merges.items():
+            rows.append(measure_slerpmerge(folder, arguments, blend))
+            print(f"run {number + 1}: {blend}: {rows[-1]}")
         if arguments.peer:
             peers.append(measure_peer(folder, arguments.peer, arguments.t))
             print(f"run {number + 1}: peer {peers[-1]}")
@@ -351,6 +357,7 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
     def median(rows: list[dict[str, float]], key: str) -> float:
         return statistics.median(row[key] for row in rows)
 
+    ours = merges[plain]
     floor, merge, whole = statistics.median(floors), median(ours, "merge"), median(ours, "whole")
     result: dict[str, object] = {
         "layers": arguments.layers,
@@ -364,6 +371,16 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
         "sync_seconds": round(median(ours, "sync"), 2),
         "peak_megabytes": round(median(ours, "peak") / 1e6),
     }
+    if arguments.also:
+        result["also"] = {
+            blend: {
+                "merge_seconds": round(median(rows, "merge"), 3),
+                "merge_over_first": round(statistics.median(a["merge"] / b["merge"] for a, b in zip(rows, ours)), 2),
+                "peak_megabytes": round(median(rows, "peak") / 1e6),
+            }
+            for blend, rows in merges.items()
+            if blend != plain
+        }
     if peers:
         result["peer_seconds"] = round(median(peers, "whole"), 2)
         result["peer_megabytes"] = round(median(peers, "peak") / 1e6)
