@@ -2827,12 +2827,15 @@ class ChunkArithmetic:
         return sums
 
     def measure_vectors(self, chunk: Sequence[torch.Tensor], dtype: torch.dtype, width: int, axis: int) -> torch.Tensor:
-        """The same three sums for each vector of a chunk of whole rows `width` long: (3, vectors), float64.
+        """The same three sums for each vector of a chunk of whole rows `width` long: (3, vectors), float64, on the cpu.
 
         axis 1: the rows are the vectors; axis 0: the columns are.
         """
         v0, v1 = (part.view(-1, width) for part in self.load_pair(chunk, dtype)[:2])
-        return torch.stack([torch.sum(a * b, dim=axis, dtype=torch.float64) for a, b in ((v0, v0), (v1, v1), (v0, v1))])
+        room = self.scratch(3, dtype)[: v0.numel()].view(-1, width)
+        wide = dtype if self.device == "mps" else torch.float64  # a vector is short: its sum has few digits to spare
+        sums = [torch.mul(a, b, out=room).sum(dim=axis, dtype=wide) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
+        return torch.stack(sums).cpu().double()
 
     def blend(
         self,
@@ -2859,7 +2862,9 @@ class ChunkArithmetic:
     ) -> None:
         """The same with weights of its own for each vector."""
         v0, v1, *base = (part.view(-1, width) for part in self.load_pair(chunk, dtype))
-        result = v0 * weights[0].to(dtype) + v1 * weights[1].to(dtype)
+        first, second = (part.to(self.device, dtype) for part in weights)
+        result = torch.mul(v0, first, out=self.scratch(0, dtype)[: v0.numel()].view(-1, width))
+        result.addcmul_(v1, second)
         if base:
             result += base[0]
         out.view(-1, width).copy_(self.round(result))
@@ -2963,10 +2968,12 @@ class MergeWorker:
             left, right, *_ = chunk
             alike = left.dtype == right.dtype
             if job.sources[0].is_float:
-                sums.append(arithmetic.measure(chunk, dtype))
                 if job.granularity == "row":
                     part = arithmetic.measure_vectors(chunk, dtype, matrix_width(job), axis=0)
                     columns = part if columns is None else columns + part
+                    sums.append(tuple(part.sum(dim=1).tolist()))
+                else:
+                    sums.append(arithmetic.measure(chunk, dtype))
                 alike = alike and could_be_equal(sums[-1])
             identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
         return Sums(*(tuple(row[place] for row in sums) for place in range(3)), identical, columns)
@@ -3019,6 +3026,9 @@ def count_non_finite(tensor: torch.Tensor) -> int:
     """Infinite or not-a-number values of a floating-point tensor; 0 of any other."""
     if not tensor.is_floating_point():
         return 0
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if math.isfinite(tensor.sum(dtype=wide).item()):
+        return 0  # one infinite or undefined value would have made the sum so; this needs no memory
     return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
