@@ -2832,9 +2832,12 @@ class ChunkArithmetic:
         axis 1: the rows are the vectors; axis 0: the columns are.
         """
         v0, v1 = (part.view(-1, width) for part in self.load_pair(chunk, dtype)[:2])
-        room = self.scratch(3, dtype)[: v0.numel()].view(-1, width)
-        wide = dtype if self.device == "mps" else torch.float64  # a vector is short: its sum has few digits to spare
-        sums = [torch.mul(a, b, out=room).sum(dim=axis, dtype=wide) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
+        # A vector is short, so its sum has no digits to spare. MPS knows no float64.
+        wide = self.scratch(4, dtype if self.device == "mps" else torch.float64)[: v0.numel()].view(-1, width)
+        sums = []
+        for a, b in ((v0, v0), (v1, v1), (v0, v1)):
+            product = torch.mul(a, b, out=self.scratch(3, dtype)[: v0.numel()].view(-1, width))
+            sums.append(wide.copy_(product).sum(dim=axis))
         return torch.stack(sums).cpu().double()
 
     def blend(
@@ -3641,7 +3644,7 @@ def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[i
             weights = recompute_weights(plan.recipe, merged, reader)
             for stretch in cut_stretches(merged.job):
                 sources = read_sources(merged.job, stretch, reader, plan.recipe)
-                here = [w[stretch.start : stretch.stop] if torch.is_tensor(w) else w for w in weights]
+                here = [spread(weight, merged.job, stretch) for weight in weights]
                 verify_stretch(merged, here, sources, stretch.start, places[merged.job.name], reader, plan.recipe)
         for merged in spots:
             length = min(SPOT_ELEMENTS, merged.job.element_count)
@@ -3675,23 +3678,35 @@ def read_sources(
 
 
 def cut_stretches(job: TensorJob) -> Iterator[range]:
-    """All of a tensor, piece by piece."""
-    for start in range(0, job.element_count, STRETCH_ELEMENTS):
-        yield range(start, min(start + STRETCH_ELEMENTS, job.element_count))
+    """All of a tensor, piece by piece; whole rows where it was blended by rows or columns."""
+    width = 1 if job.granularity == "tensor" else matrix_width(job)
+    step = max(1, STRETCH_ELEMENTS // width) * width
+    for start in range(0, job.element_count, step):
+        yield range(start, min(start + step, job.element_count))
+
+
+def spread(weight: Any, job: TensorJob, stretch: range) -> Any:
+    """A weight for each element of a stretch, from one for each row or column; a number stays one."""
+    if not torch.is_tensor(weight):
+        return weight
+    width = matrix_width(job)
+    if job.granularity == "row":
+        return weight.repeat(len(stretch) // width)
+    return weight[stretch.start // width : stretch.stop // width].repeat_interleave(width)
 
 
 def recompute_weights(recipe: MergeRecipe, merged: TensorMerged, reader: TensorReader) -> tuple[Any, Any]:
-    """A tensor's weights again, from float64 sums over all of both parents; or each element's, from its vector."""
+    """A tensor's weights again, from float64 sums over all of both parents; or those of each of its vectors."""
     job = merged.job
     if job.weights is not None:
         return job.weights
     if job.granularity != "tensor":
-        v0, v1 = read_sources(job, range(job.element_count), reader, recipe)[0]
-        rows, columns = (part.view(-1, matrix_width(job)) for part in (v0, v1))
         axis = 0 if job.granularity == "row" else 1
-        sums = torch.stack([(a * b).sum(axis) for a, b in ((rows, rows), (columns, columns), (rows, columns))])
-        first, second = (part.unsqueeze(axis).expand_as(rows).reshape(-1) for part in vector_weights(sums, job.t))
-        return first, second
+        parts = []
+        for stretch in cut_stretches(job):
+            v0, v1 = (part.view(-1, matrix_width(job)) for part in read_sources(job, stretch, reader, recipe)[0])
+            parts.append(torch.stack([(a * b).sum(axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))]))
+        return vector_weights(torch.cat(parts, dim=1) if axis else torch.stack(parts).sum(0), job.t)
     totals = [0.0, 0.0, 0.0]
     for stretch in cut_stretches(job):
         v0, v1 = read_sources(job, stretch, reader, recipe)[0]
