@@ -1,0 +1,143 @@
+"""Real, tiny models of many architectures: every child is right against float64, loads whole and runs.
+
+slerpmerge names none of these families; what differs between them it finds in names, shapes and configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.builders import load_tensors, reference_slerp
+from tests.test_merge import distance, merge
+
+TOKENS, WIDTH, SEEN = 96, 32, 8
+VISION = {
+    "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": TOKENS, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+OLD = {"vocab_size": TOKENS, "n_layer": 2, "n_head": 4}
+DEEPSEEK = {
+    **TEXT, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+WHISPER = {
+    "vocab_size": TOKENS, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+    "max_source_positions": 16, "max_target_positions": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
+
+# architecture -> its configuration's class and values
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "MistralForCausalLM": ("MistralConfig", GROUPED),
+    "Qwen2ForCausalLM": ("Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
+    "Qwen3ForCausalLM": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "Gemma2ForCausalLM": ("Gemma2Config", {**GROUPED, "head_dim": 8}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8}),
+    "Phi3ForCausalLM": ("Phi3Config", GROUPED),
+    "GPT2LMHeadModel": ("GPT2Config", {**OLD, "n_embd": WIDTH, "n_positions": 64}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", TEXT),
+    "FalconForCausalLM": (
+        "FalconConfig",
+        {"vocab_size": TOKENS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "BloomForCausalLM": ("BloomConfig", {**OLD, "hidden_size": WIDTH}),
+    "OPTForCausalLM": ("OPTConfig", {**TEXT, "ffn_dim": 48, "word_embed_proj_dim": WIDTH}),
+    "StableLmForCausalLM": ("StableLmConfig", GROUPED),
+    "Olmo2ForCausalLM": ("Olmo2Config", GROUPED),
+    "CohereForCausalLM": ("CohereConfig", GROUPED),
+    "MixtralForCausalLM": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "DeepseekV3ForCausalLM": ("DeepseekV3Config", DEEPSEEK),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        {"vocab_size": TOKENS, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4},
+    ),
+    "BertForMaskedLM": ("BertConfig", TEXT),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"vocab_size": TOKENS, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+    ),
+    "WhisperForConditionalGeneration": ("WhisperConfig", WHISPER),
+    "ViTForImageClassification": ("ViTConfig", VISION),
+    "CLIPModel": ("CLIPConfig", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16}),
+    "LlavaForConditionalGeneration": (
+        "LlavaConfig",
+        {
+            "text_config": {**GROUPED, "model_type": "llama"},
+            "vision_config": {**VISION, "model_type": "clip_vision_model"},
+            "image_token_index": 5,
+        },
+    ),
+}
+
+
+def inputs_of(architecture: str) -> dict[str, torch.Tensor]:
+    """A small batch that the architecture takes."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(6, TOKENS, (2, SEEN), generator=generator)
+    picture = torch.randn(2, 3, 16, 16, generator=generator)
+    if architecture.startswith("ViT"):
+        return {"pixel_values": picture}
+    if architecture.startswith("CLIP"):
+        return {"input_ids": tokens, "pixel_values": picture}
+    if architecture.startswith("Whisper"):
+        return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": tokens}
+    if architecture.startswith("T5"):
+        return {"input_ids": tokens, "decoder_input_ids": tokens}
+    return {"input_ids": tokens}
+
+
+def make_family_parent(folder: Path, architecture: str, seed: int) -> Path:
+    """A model as transformers saves it; no tensor is left at the ones or zeros that it begins with."""
+    config_name, values = FAMILIES[architecture]
+    torch.manual_seed(seed)
+    model = getattr(transformers, architecture)(getattr(transformers, config_name)(**values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, architecture):
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
+    primary, secondary = (make_family_parent(tmp_path / str(seed), architecture, seed) for seed in (1, 2))
+    parents.watch(primary, secondary)
+    child = merge(primary, secondary, tmp_path / "child", 0.3).child
+
+    left, right, merged = (load_tensors(folder) for folder in (primary, secondary, child))
+    assert merged.keys() == left.keys() == right.keys()
+    for name, found in merged.items():
+        if found.is_floating_point():
+            exact = reference_slerp(left[name], right[name], 0.3)
+            assert distance(found, left[name], right[name], exact) <= 0.51, name
+        else:
+            assert torch.equal(found, left[name]), name
+
+    load: Callable[..., Any] = getattr(transformers, architecture).from_pretrained
+    model, report = load(child, output_loading_info=True, torch_dtype=torch.float32)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    with torch.no_grad():
+        output = model.eval()(**inputs_of(architecture))
+    shown = output.logits if hasattr(output, "logits") else output.logits_per_text
+    assert torch.isfinite(shown).all()
+    assert shown.std() > 0
