@@ -3014,10 +3014,10 @@ def squared_norm(values: torch.Tensor) -> float:
     measured off by 2e-8 over rows of 256, by 3e-6 over 16,384. torch.sum then adds the rows pairwise.
     """
     whole = values.numel() // NORM_ROW * NORM_ROW
+    if whole < NORM_ROW * NORM_ROW:  # few rows: their roundings would not even out
+        return values.square().sum().item()
     rows = torch.linalg.vector_norm(values[:whole].view(-1, NORM_ROW), dim=1).square_().sum()
-    if whole < values.numel():
-        rows += torch.linalg.vector_norm(values[whole:]).square_()
-    return rows.item()
+    return (rows + values[whole:].square().sum()).item() if whole < values.numel() else rows.item()
 
 
 def could_be_equal(sums: tuple[float, float, float]) -> bool:
@@ -4871,6 +4871,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not stop a merge
             stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("NO_COLOR"):  # older versions of prompt_toolkit do not know it
+        os.environ.setdefault("PROMPT_TOOLKIT_COLOR_DEPTH", "DEPTH_1_BIT")
     arguments = build_parser().parse_args(argv)
     command_line = CommandLine(arguments)
     gc.disable()  # loading makes a million objects that stay; to look for garbage among them took 0.5 s
