@@ -35,7 +35,7 @@ How the data flows, which is also the order of the sections below:
      §2  vocabulary                     §9  verified child
      §3  maths, pure                    §10 the story, in two functions; demo parents
      §4  parents, headers only; recipes §11 view (rich)
-     §5  parity                         §12 wizard (questionary)
+     §5  parity; kinship                §12 wizard (questionary)
      §6  plan                           §13 command line
      §7  streamed merge
 
@@ -168,6 +168,9 @@ TORCH_NAMES = {
 }  # fmt: skip
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
+COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
+SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
+STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
 METHODS = ("slerp", "slerp-norm", "lerp", "nuslerp")
 GRANULARITIES = ("tensor", "row", "column")
 
@@ -249,6 +252,14 @@ def format_names(names: Sequence[str], most: int = 6) -> str:
     """A list of names that stays readable when there are thousands of them."""
     shown = ", ".join(map(printable, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def component_of(tensor_name: str) -> str:
+    """attention, mlp or other (norms among them): what people give a gradient of its own."""
+    if "norm" in tensor_name:
+        return "other"
+    found = (name for name, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
+    return next(found, "other")
 
 
 @dataclass(frozen=True)
@@ -472,6 +483,43 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class Kinship:
+    """How far apart the parents' matrices stand, from a sample of them: whether they come from one base model."""
+
+    degrees: float | None  # over all that was sampled; None where there was nothing to compare
+    by_component: tuple[tuple[str, float], ...]  # (attention, mlp or other; degrees)
+
+    @property
+    def verdict(self) -> str:
+        """siblings, relatives, strangers, or unknown."""
+        if self.degrees is None:
+            return "unknown"
+        if self.degrees < SIBLINGS_DEGREES:
+            return "siblings"
+        return "relatives" if self.degrees < STRANGERS_DEGREES else "strangers"
+
+    def describe(self) -> str:
+        """The verdict in words, with the figures."""
+        if self.degrees is None:
+            return "unknown: no matrices to compare"
+        parts = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
+        return f"{self.verdict}: {self.degrees:.1f} degrees apart ({parts})"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, "degrees": self.degrees, "components": dict(self.by_component)}
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know before, and after, strangers are merged."""
+        if self.verdict != "strangers":
+            return None
+        return (
+            f"The parents look like {self.describe()}. Fine-tunes of one base model lie a few degrees apart; "
+            "these share a shape and not an origin, and children of such parents seldom speak."
+        )
+
+
+@dataclass(frozen=True)
 class TensorJob:
     """One tensor of the child: what it is made from, how, and where its bytes go."""
 
@@ -523,6 +571,7 @@ class MergePlan:
     peak_memory_bytes: int
     disk_needed_bytes: int
     disk_free_bytes: int
+    kinship: Kinship
     remarks: tuple[str, ...]  # what the person may want to know before it starts
     read_bytes_per_second: float  # of a short probe of the parents' files
     expected_seconds: float
@@ -672,6 +721,7 @@ class MergeReport:
             "tokenizer_from": self.plan.tokenizer_role,
             "mended": [dataclasses.asdict(m) for m in parity.of_severity("mended")],
             "notices": [dataclasses.asdict(m) for m in parity.of_severity("notice")],
+            "kinship": self.plan.kinship.as_dict(),
             "remarks": list(self.plan.remarks),
             "warnings": list(self.warnings),
             "checks": list(self.checks),
@@ -2253,6 +2303,62 @@ def check_parity(
     return ParityReport(tuple(sorted(found, key=lambda m: rank[m.severity])), tuple(pairs))
 
 
+# ── Kinship: do these parents belong together? ──────────────────────────────────────────────────
+
+KINSHIP_MATRICES = 96  # sampled at most, spread over the layers
+KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
+
+
+def measure_kinship(pairs: Sequence[TensorPair]) -> Kinship:
+    """The angle between the parents' matrices, by component, from a sample; without torch, within a second.
+
+    Vectors such as norms are left out: those of strangers look alike too. So are embeddings where layers have
+    matrices: their rows are not in the same order everywhere.
+    """
+    matrices = [pair for pair in pairs if pair.secondary and is_matrix(pair.primary) and is_matrix(pair.secondary)]
+    matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
+    sums: dict[str, list[float]] = {}
+    reader = TensorReader(handles := FileHandles())
+    try:
+        for pair in matrices[:: -(-len(matrices) // KINSHIP_MATRICES) or 1]:
+            found = sums.setdefault(component_of(pair.name), [0.0, 0.0, 0.0])
+            v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
+            products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
+            if math.isfinite(sum(products)):
+                found[:] = [total + product for total, product in zip(found, products)]
+    finally:
+        handles.close()
+    angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
+    return Kinship(angle_of(*(sum(part) for part in zip(*sums.values()))) if sums else None, tuple(angles))
+
+
+def is_matrix(info: TensorInfo) -> bool:
+    """Whether a tensor has a direction to speak of: real numbers in two dimensions or more."""
+    return info.is_float and len(info.shape) > 1 and info.element_count > 0
+
+
+def read_middle(reader: TensorReader, info: TensorInfo) -> Any:
+    """Up to KINSHIP_ELEMENTS values from the middle of a tensor, as a flat float64 array of numpy."""
+    import numpy
+
+    width = DTYPE_BYTES[info.dtype]
+    count = min(KINSHIP_ELEMENTS, info.element_count)
+    data = bytearray(count * width)
+    reader.read_into(info, (info.element_count - count) // 2 * width, memoryview(data))
+    if info.dtype != "BF16":
+        return numpy.frombuffer(data, f"<f{width}").astype("f8")
+    # A bfloat16 is the upper half of a float32.
+    return (numpy.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
+
+
+def angle_of(primary_squared: float, secondary_squared: float, dot: float) -> float | None:
+    """Degrees between two vectors, from v0 . v0, v1 . v1 and v0 . v1; None where one has no length."""
+    if not (primary_squared > 0 and secondary_squared > 0):
+        return None
+    cosine = dot / math.sqrt(primary_squared) / math.sqrt(secondary_squared)
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+
+
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 # §6  Plan: everything decided before a byte is written
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2514,6 +2620,7 @@ def plan_merge(
         peak_memory_bytes=estimate_memory(threads),
         disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
         disk_free_bytes=shutil.disk_usage(existing_folder(recipe.save_directory)).free,
+        kinship=measure_kinship(pairs),
         remarks=tuple(unmatched_filters(recipe, jobs)),
         read_bytes_per_second=rate,
         expected_seconds=read_bytes / rate
@@ -3889,7 +3996,9 @@ def execute_merge(plan: MergePlan, observe: Observer) -> MergeReport:
         verified = verify_child(plan, child, result, observe)
         sync_seconds = child.sync()
     total_seconds = time.perf_counter() - started
-    return MergeReport(child.target, plan, result, verified.checks, verified.warnings, sync_seconds, total_seconds)
+    warnings = (plan.kinship.warning,) if plan.kinship.warning else ()
+    warnings += verified.warnings
+    return MergeReport(child.target, plan, result, verified.checks, warnings, sync_seconds, total_seconds)
 
 
 # ── §10b  Demo parents: two tiny real models, made on the spot ──────────────────────────────────
@@ -4113,7 +4222,6 @@ def describe_method(recipe: MergeRecipe) -> str:
 
 CURVE_LEVELS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 24  # a curve is drawn with at most this many cells
-COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
 
 
 def draw_curve(console: Console, values: Sequence[float]) -> str:
@@ -4123,14 +4231,6 @@ def draw_curve(console: Console, values: Sequence[float]) -> str:
         values = [values[round(step * (len(values) - 1) / steps)] for step in range(CURVE_COLUMNS)]
     levels = CURVE_LEVELS if is_unicode(console) else "0123456789"
     return "".join(levels[min(max(round(t * (len(levels) - 1)), 0), len(levels) - 1)] for t in values)
-
-
-def component_of(tensor_name: str) -> str:
-    """attention, mlp or other (norms among them): what people give a gradient of its own."""
-    if "norm" in tensor_name:
-        return "other"
-    found = (name for name, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
-    return next(found, "other")
 
 
 def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> list[tuple[str, str]]:
@@ -4194,6 +4294,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("child", str(recipe.save_directory)),
         ("blend", f"{describe_method(recipe)}, {recipe.describe_blend()}"),
         *([("base", describe_checkpoint(plan.base))] if plan.base is not None else []),
+        ("kinship", plan.kinship.describe()),
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
         ("tokenizer", donor + plan.tokenizer_reason),
@@ -4218,6 +4319,7 @@ def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
         "disk_free_bytes": plan.disk_free_bytes,
         "expected_seconds": plan.expected_seconds,
         "t": {job.name: job.t for job in plan.jobs},
+        "kinship": plan.kinship.as_dict(),
         "remarks": list(plan.remarks),
         "tokenizer_from": plan.tokenizer_role,
         "mended": [dataclasses.asdict(m) for m in plan.parity.of_severity("mended")],
@@ -4793,7 +4895,10 @@ class CommandLine:
             if self.arguments.json:
                 print(json.dumps(plan_as_dict(plan)))
             return EXIT_DONE
-        if not self.arguments.yes and not wizard.confirm("Start the merge?", default=True):
+        if plan.kinship.warning:
+            self.show(f"[yellow]{plan.kinship.warning}[/]")
+        likely = plan.kinship.warning is None
+        if not self.arguments.yes and not wizard.confirm("Start the merge?", default=likely):
             self.show("Nothing was written.")
             return EXIT_DONE
         self.wrote = "The unfinished child was removed; both parents are as they were."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,13 +34,14 @@ LLAMA_CONFIG: dict[str, Any] = {
 
 
 def llama_tensors(
-    seed: int, dtype: torch.dtype = torch.bfloat16, scale: float = 0.1, layers: int = LAYERS
+    seed: int, dtype: torch.dtype = torch.bfloat16, scale: float = 0.1, layers: int = LAYERS, likeness: float = 0.97
 ) -> dict[str, torch.Tensor]:
-    """Random weights under a Llama's names. Different seeds stand nearly at right angles."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random weights under a Llama's names. Seeds share a base: acos(likeness squared) apart, here 20 degrees."""
+    generator, shared = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(1000)
 
     def weight(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+        own, common = torch.randn(*shape, generator=generator), torch.randn(*shape, generator=shared)
+        return ((likeness * common + math.sqrt(1 - likeness**2) * own) * scale).to(dtype)
 
     tensors = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN)}
     for layer in range(layers):
@@ -87,7 +89,7 @@ def make_checkpoint(
 
 
 def make_pair(folder: Path, dtype: torch.dtype = torch.bfloat16, **how: Any) -> tuple[Path, Path]:
-    """Two unrelated tiny Llamas, `primary` and `secondary`, below a folder."""
+    """Two related tiny Llamas, `primary` and `secondary`, below a folder."""
     return (
         make_checkpoint(folder / "primary", llama_tensors(1, dtype), **how),
         make_checkpoint(folder / "secondary", llama_tensors(2, dtype), **how),
@@ -154,8 +156,12 @@ def make_real_model(folder: Path, seed: int, **changes: Any) -> Path:
 
     settings = {key: value for key, value in LLAMA_CONFIG.items() if key not in ("architectures", "model_type")}
     settings.pop("rope_theta")
-    torch.manual_seed(seed)
+    torch.manual_seed(1000)
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    torch.manual_seed(seed)
+    with torch.no_grad():  # models of different seeds are siblings
+        for parameter in model.parameters():
+            parameter.add_(0.005 * torch.randn_like(parameter))
     model.to(torch.bfloat16).save_pretrained(folder)
     add_tokenizer(folder)
     return folder

@@ -53,7 +53,7 @@ def make_parents(folder: Path) -> tuple[Path, Path]:
         (1, PRIMARY, torch.bfloat16, {"max_position_embeddings": 32768, "bos_token_id": 1}),
         (2, SECONDARY, torch.float16, {"max_position_embeddings": 16384, "bos_token_id": 1}),
     ):
-        drift = llama_tensors(seed, torch.float32, layers=LAYERS)
+        drift = llama_tensors(seed, torch.float32, layers=LAYERS, likeness=0)
         tensors = {key: (weight + distance(key) * drift[key]).to(dtype) for key, weight in base.items()}
         config = {**shared, **changes, "_name_or_path": f"meadow/{name}"}
         parent = make_checkpoint(folder / name, tensors, config)

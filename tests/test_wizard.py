@@ -315,6 +315,17 @@ class TestSession:
             assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;m]", terminal.output), "NO_COLOR leaves no colour"
         assert names_below(tmp_path) == {"primary", "secondary"}
 
+    def test_strangers_are_not_merged_by_a_plain_enter(self, tmp_path, parents):
+        for seed, name in enumerate(("primary", "secondary"), 1):
+            make_checkpoint(tmp_path / name, llama_tensors(seed, likeness=0))
+        parents.watch(tmp_path / "primary", tmp_path / "secondary")
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("Start the merge? (y/N)")
+            assert terminal.exit_status() == 0
+            assert "The parents look like strangers" in terminal.text
+            assert "Nothing was written" in terminal.text
+        assert names_below(tmp_path) == {"primary", "secondary"}
+
     def test_a_blend_by_its_name_gives_attention_and_mlp_their_own_t(self, tmp_path, parents):
         folders = make_pair(tmp_path)
         parents.watch(*folders)
