@@ -1820,10 +1820,18 @@ MASK_NAME = re.compile(r"(attn|attention)\.bias$")
 # Tensors that only quantised checkpoints have, and the scheme that leaves them.
 QUANTISED_NAMES = (
     (re.compile(r"\.(g_idx|qzeros)$"), "GPTQ or AWQ"),
-    (re.compile(r"\.(absmax|quant_map|quant_state\S*|SCB|weight_format)$"), "bitsandbytes"),
+    (re.compile(r"\.(absmax|quant_map|quant_state\S*)$"), "bitsandbytes 4-bit"),
+    (re.compile(r"\.(SCB|weight_format)$"), "bitsandbytes 8-bit"),
+    (re.compile(r"_proj_(blocks|scales)$"), "MXFP4"),
     (re.compile(r"\.(weight_packed|weight_zero_point)$"), "compressed-tensors"),
     (re.compile(r"\.weight_scale_inv$"), "FP8"),
 )
+# What to do about a scheme, where there is more to do than to take the original model.
+QUANTISATION_REMEDIES = {
+    "bitsandbytes": "or load it with transformers, call dequantize() on it and save that",
+    "FP8": "or load it with FineGrainedFP8Config(dequantize=True) of transformers 5 and save that",
+    "MXFP4": "or load it with Mxfp4Config(dequantize=True) of transformers and save that",
+}
 
 
 def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -1932,10 +1940,10 @@ def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
     """The name of the scheme a checkpoint is quantised with, from its config or its tensors; None where it is not."""
     settings = checkpoint.config.get("quantization_config")
     if isinstance(settings, dict):
-        by_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-        method = str(settings.get("quant_method") or ("bitsandbytes" if by_bits else "an unnamed scheme"))
+        bits = next((f" {number}-bit" for number in (4, 8) if settings.get(f"load_in_{number}bit")), "")
+        method = str(settings.get("quant_method") or ("bitsandbytes" if bits else "an unnamed scheme"))
         known = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
-        return known.get(method.lower(), method)
+        return known.get(method.lower(), method) + bits
     for name, info in checkpoint.tensors.items():
         for pattern, scheme in QUANTISED_NAMES:
             if pattern.search(name):
@@ -1953,8 +1961,10 @@ def check_quantisation(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
     if not any(schemes):
         return []
     shown = [scheme or "not quantised" for scheme in schemes]
-    why = "Quantised weights cannot be interpolated; use the original, unquantised model."
-    return [Mismatch("blocking", "quantisation", *shown, why)]
+    remedies = [QUANTISATION_REMEDIES.get(scheme.partition(" ")[0]) for scheme in schemes if scheme]
+    other = ", ".join(dict.fromkeys(remedy for remedy in remedies if remedy))
+    why = "Quantised weights cannot be interpolated; use the original, unquantised model"
+    return [Mismatch("blocking", "quantisation", *shown, f"{why}, {other}." if other else f"{why}.")]
 
 
 def is_known_buffer(info: TensorInfo) -> bool:

@@ -224,8 +224,8 @@ def test_a_missing_head_blocks_where_nothing_is_tied(tmp_path):
     [
         ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
         ({"quant_method": "awq", "bits": 4}, "AWQ"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"load_in_8bit": True, "llm_int8_threshold": 6.0}, "bitsandbytes"),  # before the method was written down
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes 4-bit"),
+        ({"load_in_8bit": True, "llm_int8_threshold": 6.0}, "bitsandbytes 8-bit"),  # before the method was written down
         ({"quant_method": "fp8"}, "FP8"),
         ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
@@ -246,8 +246,9 @@ def test_a_quantised_parent_is_named_from_its_config(tmp_path, settings, name, r
     [
         ({"q_proj.qzeros": torch.ones(2).int(), "q_proj.g_idx": torch.ones(2).int()}, "GPTQ"),
         ({"q_proj.qzeros": torch.ones(2).int(), "q_proj.qweight": torch.ones(2).int()}, "AWQ"),
-        ({"q_proj.weight.absmax": torch.ones(2).byte()}, "bitsandbytes"),
-        ({"q_proj.SCB": torch.ones(2)}, "bitsandbytes"),
+        ({"q_proj.weight.absmax": torch.ones(2).byte()}, "bitsandbytes 4-bit"),
+        ({"q_proj.SCB": torch.ones(2)}, "bitsandbytes 8-bit"),
+        ({"mlp.experts.gate_up_proj_blocks": torch.ones(2).byte()}, "MXFP4"),
         ({"q_proj.weight_scale_inv": torch.ones(2)}, "FP8"),
         ({"q_proj.weight": torch.ones(2).to(torch.float8_e4m3fn)}, "FP8"),
         ({"q_proj.weight": torch.ones(2).to(torch.float8_e5m2)}, "FP8"),
@@ -260,6 +261,20 @@ def test_a_quantised_parent_is_named_from_its_tensors(tmp_path, extra, name, rol
     report = compare_tensors(tmp_path, *changes)
     (found,) = (found for found in report.of_severity("blocking") if found.subject == "quantisation")
     assert name in getattr(found, role)
+
+
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("gptq", None), ("awq", None), ("bitsandbytes", "call dequantize() on it"),
+        ("fp8", "FineGrainedFP8Config(dequantize=True)"), ("mxfp4", "Mxfp4Config(dequantize=True)"),
+    ],
+)  # fmt: skip
+def test_a_quantised_parent_is_refused_with_the_remedy_that_fits(tmp_path, method, remedy):
+    primary, secondary = make_pair(tmp_path)
+    edit_json(primary / "config.json", quantization_config={"quant_method": method})
+    found = only(parity_of(primary, secondary), "blocking").consequence
+    assert (remedy in found) if remedy else found.endswith("use the original, unquantised model.")
 
 
 def test_a_gguf_parent_is_named_as_such(tmp_path):
