@@ -3724,6 +3724,7 @@ def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, obser
     tokens, warning = compare_tokenizer_with_rows(plan, child.folder)
     checks += [tokens] if tokens else []
     warnings += [warning] if warning else []
+    warnings += ids_without_rows(plan, child.folder)
     verified = ChildVerified(tuple(checks), tuple(warnings))
     observe(verified)
     return verified
@@ -3890,6 +3891,19 @@ def compare_tokenizer_with_rows(plan: MergePlan, folder: Path) -> tuple[str | No
     if highest >= rows:
         return None, f"the tokenizer knows the id {highest}, but the embedding has only {rows} rows"
     return f"every token id (up to {highest}) has its row among {rows}", None
+
+
+def ids_without_rows(plan: MergePlan, folder: Path) -> list[str]:
+    """Warnings of the ids in generation_config.json, such as eos_token_id, that the embedding has no row for."""
+    rows = embedding_rows(plan.primary)
+    if rows is None:
+        return []
+    warnings = []
+    for key, value in read_json_if_there(folder / "generation_config.json").items():
+        ids = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and any(isinstance(number, int) and not 0 <= number < rows for number in ids):
+            warnings.append(f"generation_config.json: {key} is {shorten(value)}, the embedding has only {rows} rows")
+    return warnings
 
 
 def verify_with_transformers(folder: Path) -> tuple[str, ...]:
