@@ -86,6 +86,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
+    import numpy
     import torch
     from prompt_toolkit.completion import Completer
     from rich.console import Console, RenderableType
@@ -188,7 +189,7 @@ class LazyModule:
 
 
 if not TYPE_CHECKING:
-    torch = LazyModule("torch")
+    numpy, torch = LazyModule("numpy"), LazyModule("torch")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -799,7 +800,8 @@ def slerp_coefficients(
         return straight(reason="zero")
     if method == "nuslerp":
         dot_threshold = 1.0  # its own limit, |sin theta| < 1e-8, is a cosine of 1 in float64
-    if abs(cosine) > dot_threshold or abs(cosine) >= 1 or cosine < -1 + 1e-12:  # there the weights know no bounds
+    # Towards opposite directions the weights know no bounds, and float32 sums are good to 1e-6.
+    if abs(cosine) > dot_threshold or abs(cosine) >= 1 or cosine < -1 + 1e-6:
         return straight(reason="parallel" if cosine > 0 else "antiparallel")
     weight_primary, weight_secondary = slerp_weights(cosine, t)
     if method == "slerp-norm":
@@ -2332,10 +2334,12 @@ def measure_kinship(pairs: Sequence[TensorPair]) -> Kinship:
     try:
         for pair in matrices[:: -(-len(matrices) // KINSHIP_MATRICES) or 1]:
             found = sums.setdefault(component_of(pair.name), [0.0, 0.0, 0.0])
-            v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
-            products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
-            if math.isfinite(sum(products)):
-                found[:] = [total + product for total, product in zip(found, products)]
+            with numpy.errstate(all="ignore"):  # what is not finite is left out
+                v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
+                products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
+            totals = [total + product for total, product in zip(found, products)]
+            if math.isfinite(sum(totals)):
+                found[:] = totals
     finally:
         handles.close()
     angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
@@ -2349,8 +2353,6 @@ def is_matrix(info: TensorInfo) -> bool:
 
 def read_middle(reader: TensorReader, info: TensorInfo) -> Any:
     """Up to KINSHIP_ELEMENTS values from the middle of a tensor, as a flat float64 array of numpy."""
-    import numpy
-
     width = DTYPE_BYTES[info.dtype]
     count = min(KINSHIP_ELEMENTS, info.element_count)
     data = bytearray(count * width)
@@ -2589,9 +2591,11 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
 
 
-def estimate_memory(threads: int) -> int:
+def estimate_memory(threads: int, granularity: str = "tensor") -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
     per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers of two bytes a value, three in float32
+    if granularity != "tensor":
+        per_worker += CHUNK_ELEMENTS * 3 * 8  # and three in float64
     return PROCESS_BYTES + threads * per_worker
 
 
@@ -2627,7 +2631,7 @@ def plan_merge(
         tokenizer_role=tokenizer_role,
         tokenizer_reason=tokenizer_reason,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads),
+        peak_memory_bytes=estimate_memory(threads, recipe.granularity),
         disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
         disk_free_bytes=shutil.disk_usage(existing_folder(recipe.save_directory)).free,
         kinship=measure_kinship(pairs),
@@ -2949,12 +2953,13 @@ class ChunkArithmetic:
         axis 1: the rows are the vectors; axis 0: the columns are.
         """
         v0, v1 = (part.view(-1, width) for part in self.load_pair(chunk, dtype)[:2])
-        # A vector is short, so its sum has no digits to spare. MPS knows no float64.
-        wide = self.scratch(4, dtype if self.device == "mps" else torch.float64)[: v0.numel()].view(-1, width)
-        sums = []
-        for a, b in ((v0, v0), (v1, v1), (v0, v1)):
-            product = torch.mul(a, b, out=self.scratch(3, dtype)[: v0.numel()].view(-1, width))
-            sums.append(wide.copy_(product).sum(dim=axis))
+        # In float64, for a vector is short and its sum has no digits to spare. MPS knows none.
+        wide = dtype if self.device == "mps" else torch.float64
+        if wide != dtype:
+            rooms = [self.scratch(side, wide)[: v0.numel()].view(-1, width) for side in (0, 1)]
+            v0, v1 = rooms[0].copy_(v0), rooms[1].copy_(v1)
+        room = self.scratch(3, wide)[: v0.numel()].view(-1, width)
+        sums = [torch.mul(a, b, out=room).sum(dim=axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
         return torch.stack(sums).cpu().double()
 
     def blend(
@@ -3128,7 +3133,8 @@ def squared_norm(values: torch.Tensor) -> float:
     """v . v of a flat tensor, in its own precision.
 
     torch's norm runs through memory once and writes nothing, but adds one after the other: in float32 it was
-    measured off by 2e-8 over rows of 256, by 3e-6 over 16,384. torch.sum then adds the rows pairwise.
+    measured off by 2e-8 over rows of 256 random values (9e-7 where all are equal), by 3e-6 over 16,384.
+    torch.sum then adds the rows pairwise.
     """
     whole = values.numel() // NORM_ROW * NORM_ROW
     if whole < NORM_ROW * NORM_ROW:  # few rows: their roundings would not even out
@@ -4986,10 +4992,11 @@ def load_in_background() -> None:
 
 
 def wait_for_torch() -> None:
-    """Loads torch, or waits until the background has. Of all that is loaded by now nothing is garbage."""
+    """Loads torch, or waits until the background has. A collector that rested meanwhile goes back to work."""
     importlib.import_module("torch")
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():
+        gc.freeze()  # of all that is loaded by now nothing is garbage
+        gc.enable()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5004,7 +5011,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("PROMPT_TOOLKIT_COLOR_DEPTH", "DEPTH_1_BIT")
     arguments = build_parser().parse_args(argv)
     command_line = CommandLine(arguments)
-    gc.disable()  # loading makes a million objects that stay; to look for garbage among them took 0.5 s
     try:
         return command_line.run()
     except SlerpMergeError as error:
@@ -5012,8 +5018,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, EOFError):
         print(f"\nStopped. {command_line.wrote}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ModuleNotFoundError as error:
-        fault = SlerpMergeError(f"The package {error.name} is not installed.", "pip install -r requirements.txt")
+    except ImportError as error:
+        fault = SlerpMergeError(f"A package cannot be loaded: {error}.", "pip install -r requirements.txt")
     except (OSError, MemoryError) as error:
         fault = SlerpMergeError(f"The system refused: {str(error) or 'out of memory'}.", command_line.wrote)
     from rich.console import Console
@@ -5024,6 +5030,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # loading makes a million objects that stay; to look for garbage among them took 0.5 s
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
     sys.exit(status)

@@ -328,6 +328,26 @@ def test_where_no_arc_is_defined_tensors_are_lerped(tmp_path, left, right, reaso
     assert blend.angle_degrees == (None if angle is None else pytest.approx(angle, abs=0.05))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_opposite_parents_of_any_size_are_lerped(tmp_path, seed):
+    """Their three sums are rounded each in its own way, so their cosine is not exactly -1."""
+    weight = torch.randn(300, 300, generator=torch.Generator().manual_seed(seed))
+    child, report = merge_tensors(tmp_path, {"wide": weight}, {"wide": -weight}, t=0.3, method="nuslerp")
+    assert blend_of(report, "wide").reason == "antiparallel"
+    assert torch.allclose(child["wide"], 0.4 * weight)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((5000, 1), 1), ((2000, 1, 4), 1), ((3, 70000), 1), ((40, 40), 1e20), ((40, 40), 1e-25)]
+)
+def test_vectors_of_any_length_and_size_pass_their_own_check(tmp_path, granularity, shape, scale):
+    left, right = (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    settings = {"method": "nuslerp", "granularity": granularity}
+    child, _ = merge_tensors(tmp_path, {"weight": left}, {"weight": right}, t=0.3, **settings)
+    assert torch.isfinite(child["weight"]).all()
+
+
 def test_two_zero_tensors_are_copied(tmp_path):
     child, report = merge_tensors(tmp_path, {"x": torch.zeros(9)}, {"x": torch.zeros(9)})
     assert torch.equal(child["x"], torch.zeros(9))
@@ -581,4 +601,3 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
     for name in child:
         t = 1.0 if "mlp" in name else 0.75 if ".layers.1." in name else 0.25
         assert distance(child[name], left[name], right[name], reference_slerp(left[name], right[name], t)) <= 0.51, name
-
