@@ -771,6 +771,19 @@ def slerp_weights(cosine: float, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
+def cosine_between(dot: float, primary_norm: float, secondary_norm: float) -> float:
+    """v0 . v1 / (|v0| |v1|); not a number where a norm is zero or a sum is not finite."""
+    if not (math.isfinite(dot + primary_norm + secondary_norm) and primary_norm and secondary_norm):
+        return math.nan
+    # Divided one after the other: the product of two small norms could underflow.
+    return dot / primary_norm / secondary_norm
+
+
+def degrees_of(cosine: float) -> float | None:
+    """The angle of a cosine that rounding may have put outside -1 to 1; None where it is not finite."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if math.isfinite(cosine) else None
+
+
 def slerp_coefficients(
     dot: float,  # v0 . v1
     primary_norm: float,  # |v0|
@@ -788,9 +801,8 @@ def slerp_coefficients(
     the arc is a line, or is not defined), or where the sums are not finite.
     """
     measurable = math.isfinite(dot + primary_norm + secondary_norm)
-    # Divided one after the other: the product of two small norms could underflow.
-    cosine = dot / primary_norm / secondary_norm if measurable and primary_norm and secondary_norm else math.nan
-    angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if math.isfinite(cosine) else None
+    cosine = cosine_between(dot, primary_norm, secondary_norm)
+    angle = degrees_of(cosine)
     straight = functools.partial(Blend, 1 - t, t, "lerp", angle_degrees=angle)
     if method == "lerp":
         return straight(reason="")
@@ -2365,10 +2377,7 @@ def read_middle(reader: TensorReader, info: TensorInfo) -> Any:
 
 def angle_of(primary_squared: float, secondary_squared: float, dot: float) -> float | None:
     """Degrees between two vectors, from v0 . v0, v1 . v1 and v0 . v1; None where one has no length."""
-    if not (primary_squared > 0 and secondary_squared > 0):
-        return None
-    cosine = dot / math.sqrt(primary_squared) / math.sqrt(secondary_squared)
-    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    return degrees_of(cosine_between(dot, math.sqrt(primary_squared), math.sqrt(secondary_squared)))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4927,8 +4936,7 @@ class CommandLine:
             return EXIT_DONE
         if plan.kinship.warning:
             self.show(f"[yellow]{plan.kinship.warning}[/]")
-        likely = plan.kinship.warning is None
-        if not self.arguments.yes and not wizard.confirm("Start the merge?", default=likely):
+        if not self.arguments.yes and not wizard.confirm("Start the merge?", default=plan.kinship.warning is None):
             self.show("Nothing was written.")
             return EXIT_DONE
         self.wrote = "The unfinished child was removed; both parents are as they were."

@@ -35,6 +35,14 @@ from tests.terminal import Terminal, needs_terminal
 
 posix_paths = pytest.mark.skipif(os.name == "nt", reason="a backslash separates folders on Windows")
 
+
+def start_and_leave(terminal: Terminal) -> None:
+    """Answers the last two questions: start the merge, and do not load the child. All must end well."""
+    terminal.answer("Start the merge?", "y")
+    terminal.answer("Load the child with transformers", "n")
+    assert terminal.exit_status() == 0
+
+
 # ── How answers are read ──
 
 
@@ -269,9 +277,7 @@ class TestSession:
             terminal.answer("? Blend", "a lot")
             terminal.wait_for("'a' is not a number.")
             terminal.send("\x150.25\r")
-            terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
-            assert terminal.exit_status() == 0
+            start_and_leave(terminal)
             text = terminal.text
         order = [
             "? Primary model primary", "? Secondary model  'second model/'", "? Save directory", "below/child",
@@ -352,9 +358,7 @@ class TestSession:
             terminal.answer("Take it? No\n? Blend", "0,0.5,1")
             terminal.wait_for("all ▁▁▂▂▃▃▄▄▅▅▆▆▇▇██")
             terminal.answer("? Take it? (Y/n)")
-            terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
-            assert terminal.exit_status() == 0
+            start_and_leave(terminal)
             assert "t = 0, 0.5, 1" in terminal.text
         child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
         first, last = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
@@ -372,9 +376,7 @@ class TestSession:
             terminal.answer("? Blend", "absent.yaml")
             terminal.wait_for("absent.yaml")
             terminal.send("\x15mine.yaml\r")
-            terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
-            assert terminal.exit_status() == 0
+            start_and_leave(terminal)
             assert "mlp: t = 1; t = 0" in terminal.text
         child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
         for name, tensor in child.items():
@@ -388,9 +390,7 @@ class TestSession:
         )
         with Terminal.start([*FOLDERS, "--dtype", "float32"], folder=tmp_path) as terminal:
             terminal.answer("? Blend", "mine.yaml")
-            terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
-            assert terminal.exit_status() == 0
+            start_and_leave(terminal)
         assert {tensor.dtype for tensor in load_tensors(tmp_path / "child").values()} == {torch.float32}
 
     def test_task_vectors_ask_for_the_base(self, tmp_path, parents):
@@ -401,9 +401,7 @@ class TestSession:
             terminal.answer("Base model", "nowhere")
             terminal.wait_for("The folder nowhere does not exist.")
             terminal.send("\x15origin\r")
-            terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
-            assert terminal.exit_status() == 0
+            start_and_leave(terminal)
             assert "slerp of task vectors, t = 0.5" in terminal.text
         child, primary, secondary, base = (load_tensors(folder) for folder in (tmp_path / "child", *folders))
         for name, tensor in child.items():
