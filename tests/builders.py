@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 16, 24, 48, 2
+# Where merges of tests run: SLERPMERGE_TEST_DEVICE=cuda puts every test of values on a GPU.
+DEVICE = os.environ.get("SLERPMERGE_TEST_DEVICE", "cpu")
 
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -102,6 +105,12 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(file))
     return tensors
+
+
+def replace_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes other weights into a model folder. Tensors loaded from it before may still be mapped to the old file."""
+    save_file(dict(tensors), folder / "new.safetensors", {"format": "pt"})
+    (folder / "new.safetensors").replace(folder / "model.safetensors")
 
 
 def reference_slerp(

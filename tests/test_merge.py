@@ -32,6 +32,7 @@ from slerpmerge import (
     prepare_merge,
 )
 from tests.builders import (
+    DEVICE,
     LAYERS,
     LLAMA_CONFIG,
     llama_tensors,
@@ -58,8 +59,8 @@ def merge(
     observe: Callable[[Any], None] = lambda event: None,
     **settings: Any,
 ) -> MergeReport:
-    """A child on the processor, whatever the machine has; settings are MergeRecipe's."""
-    settings = {"schedule": Schedule.constant(t), "device": "cpu", **settings}
+    """A child on the device of the tests, whatever the machine has; settings are MergeRecipe's."""
+    settings = {"schedule": Schedule.constant(t), "device": DEVICE, **settings}
     return execute_merge(prepare_merge(MergeRecipe(primary, secondary, save_directory, **settings), observe), observe)
 
 
