@@ -129,10 +129,9 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "*.tiktoken",
     "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
 )
+# How the tokenizer's donor, or the parent that was asked for, puts a conversation.
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 # The files without which a folder has no tokenizer at all.
 TOKENIZER_CORES = (
     "tokenizer.json",
@@ -145,9 +144,9 @@ TOKENIZER_CORES = (
     "*.tiktoken",
     "tekken.json",
 )
-# Copied from the primary: how it generates, how it prepares its inputs, the code it ships.
+GENERATION_NAME = "generation_config.json"
+# Copied from the primary: how it prepares its inputs, the code it ships.
 COMPANION_FILES = (
-    "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
@@ -167,11 +166,14 @@ TORCH_NAMES = {
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
     "C64": "complex64",
 }  # fmt: skip
+LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")  # a language model's place in a larger one
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
 COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
 SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
 STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
+TOKENIZER_CHOICES = ("auto", "primary", "secondary", "union")
+TEMPLATE_CHOICES = ("auto", "primary", "secondary")
 METHODS = ("slerp", "slerp-norm", "lerp", "nuslerp")
 GRANULARITIES = ("tensor", "row", "column")
 
@@ -263,6 +265,18 @@ def component_of(tensor_name: str) -> str:
     return next(found, "other")
 
 
+def find_layer(tensor_name: str) -> tuple[str, int] | None:
+    """(stack, index) of a tensor inside a stack of layers: its name up to the first number, and that number.
+
+    The first number is the layer; later ones are experts or parts of it. None outside every stack.
+    """
+    parts = tensor_name.split(".")
+    for place, part in enumerate(parts):
+        if part.isascii() and part.isdigit() and len(part) < 9 and int(part) <= MAX_LAYER_INDEX:
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
 @dataclass(frozen=True)
 class ScheduleRule:
     """One line of a schedule: the gradient that tensors get whose name holds `name_filter`."""
@@ -352,7 +366,8 @@ class MergeRecipe:
     epsilon: float = TINY_NORM
     dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
     max_shard_bytes: int = MAX_SHARD_BYTES
-    tokenizer: str = "auto"  # auto, primary or secondary
+    tokenizer: str = "auto"  # one of TOKENIZER_CHOICES
+    chat_template: str = "auto"  # one of TEMPLATE_CHOICES; auto is the tokenizer donor's
     device: str = "auto"  # auto, cpu, cuda or mps
     threads: int = 0  # 0 chooses
     overwrite: bool = False
@@ -439,6 +454,66 @@ class Mismatch:
     consequence: str  # why it blocks, the rule that mends it, or what to know
 
 
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Which rows of the sources make each row of a tensor that has a row for each token.
+
+    A row that every source has is blended; one that a single source has is kept as it is.
+    """
+
+    sources: tuple[numpy.ndarray, ...]  # of each source: (the child's rows,), int64, its row or -1
+
+    @functools.cached_property
+    def is_blended(self) -> numpy.ndarray:
+        """(the child's rows,), bool."""
+        return numpy.logical_and.reduce([rows >= 0 for rows in self.sources])
+
+    @functools.cached_property
+    def blended(self) -> tuple[numpy.ndarray, ...]:
+        """As `sources`, with -1 for the rows that are kept."""
+        return tuple(numpy.where(self.is_blended, rows, -1) for rows in self.sources)
+
+    def is_kept(self, side: int) -> numpy.ndarray:
+        """(the child's rows,), bool: kept from this source."""
+        return (self.sources[side] >= 0) & ~self.is_blended
+
+    def first(self, order: Sequence[int]) -> RowMap:
+        """The map of some of the sources, in another order."""
+        return RowMap(tuple(self.sources[side] for side in order))
+
+
+@dataclass(frozen=True)
+class AppendedToken:
+    """A token that the child's tokenizer gets beside its donor's."""
+
+    content: str
+    number: int  # its id in the child
+    flags: tuple[tuple[str, bool], ...]  # special, lstrip, rstrip, normalized, single_word
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The child's tokens: whose they are, and which of the parents' rows stand for them."""
+
+    role: str | None  # the tokenizer's donor: "primary", "secondary", or None where neither has one
+    reason: str
+    parent_rows: tuple[int | None, ...]  # primary, secondary, base; None where config and tensors do not tell
+    rows: int | None  # the child's
+    row_map: RowMap | None = None  # None: every row with the one of the same number
+    appended: tuple[AppendedToken, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()  # matched, moved, kept, padding, appended, left out
+
+    def place_of(self, number: int, side: int = 0) -> int | None:
+        """The child's id of the token that has the id `number` in a parent (0 primary, 1 secondary)."""
+        if self.row_map is None:
+            return number
+        found = numpy.flatnonzero(self.row_map.sources[side] == number)
+        return int(found[0]) if len(found) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "by_token": self.row_map is not None, **dict(self.counts)}
+
+
 @dataclass(frozen=True)
 class LayerPlace:
     """Where a tensor of the child comes from, and where it stands among the layers."""
@@ -458,6 +533,12 @@ class TensorPair:
     secondary: TensorInfo | None  # None: the primary's stands alone
     base: TensorInfo | None = None
     place: LayerPlace = LayerPlace(-1, -1, 0.0, -1)
+    rows: RowMap | None = None  # where rows follow tokens
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The child's."""
+        return self.primary.shape if self.rows is None else (len(self.rows.is_blended), *self.primary.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -466,6 +547,8 @@ class ParityReport:
 
     mismatches: tuple[Mismatch, ...]
     pairs: tuple[TensorPair, ...]
+    vocabulary: Vocabulary = Vocabulary(None, "neither parent has a tokenizer", (None, None), None)
+    offered_template: str | None = None  # the parent whose chat template would fit a child that has none
 
     def of_severity(self, severity: str) -> tuple[Mismatch, ...]:
         return tuple(mismatch for mismatch in self.mismatches if mismatch.severity == severity)
@@ -532,7 +615,18 @@ class TensorJob:
     sources: tuple[TensorInfo, ...]  # (primary, secondary), (primary, secondary, base), or the one that is copied
     weights: tuple[float, float] | None = None  # of a LERP that is not (1 - t, t)
     granularity: str = "tensor"
+    rows: RowMap | None = None  # of `sources`, where rows follow tokens
     offset: int = 0  # bytes from the start of the child's shard
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the parents are held against each other before the child's tensor is written."""
+        return len(self.sources) > 1 and (self.rule != "copy" or not self.sources[0].is_float)
+
+    @property
+    def row_elements(self) -> int:
+        """Elements that stand for one token, where rows follow tokens."""
+        return math.prod(self.shape[1:])
 
     @property
     def element_count(self) -> int:
@@ -566,8 +660,6 @@ class MergePlan:
     base: Checkpoint | None
     parity: ParityReport
     shards: tuple[ShardPlan, ...]
-    tokenizer_role: str | None  # "primary", "secondary", or None where neither has a tokenizer
-    tokenizer_reason: str
     threads: int
     peak_memory_bytes: int
     disk_needed_bytes: int
@@ -587,8 +679,16 @@ class MergePlan:
         return sum(job.byte_count for job in self.jobs)
 
     @property
-    def tokenizer_donor(self) -> Checkpoint | None:
-        return {"primary": self.primary, "secondary": self.secondary, None: None}[self.tokenizer_role]
+    def tokenizer_role(self) -> str | None:
+        return self.parity.vocabulary.role
+
+    @property
+    def template_role(self) -> str | None:
+        """The parent whose chat template the child has."""
+        return self.tokenizer_role if self.recipe.chat_template == "auto" else self.recipe.chat_template
+
+    def parent(self, role: str) -> Checkpoint:
+        return {"primary": self.primary, "secondary": self.secondary}[role]
 
     def count(self, rule: str) -> int:
         return sum(job.rule == rule for job in self.jobs)
@@ -720,6 +820,8 @@ class MergeReport:
             "method": self.plan.recipe.method,
             "blend": self.plan.recipe.describe_blend(),
             "tokenizer_from": self.plan.tokenizer_role,
+            "chat_template_from": self.plan.template_role,
+            "vocabulary": parity.vocabulary.as_dict(),
             "mended": [dataclasses.asdict(m) for m in parity.of_severity("mended")],
             "notices": [dataclasses.asdict(m) for m in parity.of_severity("notice")],
             "kinship": self.plan.kinship.as_dict(),
@@ -1415,6 +1517,23 @@ class TensorReader:
         """Fills `view` with the tensor's bytes from byte `start` on."""
         self.begin(info, start)(view)
 
+    def read_rows(self, info: TensorInfo, rows: numpy.ndarray, view: memoryview, purpose: int = 0) -> None:
+        """Fills `view` with some rows of a tensor, in the order of `rows`; with zeros where one is -1.
+
+        Rows that follow one another there are read at once.
+        """
+        if not len(rows):
+            return
+        width = len(view) // len(rows)
+        goes_on = (numpy.diff(rows) == 1) & (rows[:-1] >= 0) | (rows[1:] < 0) & (rows[:-1] < 0)
+        starts = [0, *(numpy.flatnonzero(~goes_on) + 1).tolist(), len(rows)]
+        for start, stop in zip(starts, starts[1:]):
+            part = view[start * width : stop * width]
+            if rows[start] < 0:
+                part[:] = bytes(len(part))
+            else:
+                self.begin(info, int(rows[start]) * width, purpose)(part)
+
     @staticmethod
     def _fill(handle: io.FileIO, info: TensorInfo, view: memoryview) -> None:
         try:
@@ -1484,6 +1603,7 @@ RECIPE_PARAMETERS = {
 }
 OWN_SETTINGS = (
     "version", "method", "t", "slices_t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base",
+    "chat_template",
 )  # fmt: skip
 
 
@@ -1768,7 +1888,7 @@ class RecipeReader:
         if source == "base":
             return {"tokenizer": "primary"}
         if source == "union":
-            raise self.file.fault(node, "the tokenizer source union is not done here", "Name one of the two models.")
+            return {"tokenizer": "union"}
         folder = self.model(node, "tokenizer_source")
         if folder not in sides:
             what = f"the tokenizer's source {source!r} is not one of the two models"
@@ -1786,6 +1906,8 @@ class RecipeReader:
         for name in ("dot_threshold", "epsilon"):
             if name in keys:
                 found[name] = self.file.number(keys[name], name)
+        if "chat_template" in keys:
+            found["chat_template"] = self.file.text(keys["chat_template"], "chat_template")
         if "extrapolate" in keys:
             found["extrapolate"] = self.file.truth(keys["extrapolate"], "extrapolate")
         if "t" in keys:  # t as it was given, which weights would only reproduce up to a rounding
@@ -1802,6 +1924,256 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises SlerpMergeError with the line where it is wrong or asks for what is not done here.
     """
     return RecipeReader(path).read()
+
+
+# ── §4c  Vocabularies: whose tokens the child speaks, and which rows stand for them ─────────────
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_CORES)
+
+
+def choose_tokenizer(asked: str, primary: Path, secondary: Path) -> tuple[str | None, str]:
+    """(role, reason) of the parent whose tokenizer the child gets; `asked` is auto, primary or secondary.
+
+    Raises SlerpMergeError where the one that was asked for has none.
+    """
+    folders = {"primary": primary, "secondary": secondary}
+    there = [role for role, folder in folders.items() if has_tokenizer(folder)]
+    if asked != "auto":
+        if asked not in there:
+            raise SlerpMergeError(
+                f"The {asked} model has no tokenizer to copy.", "Choose the other, or leave it to auto."
+            )
+        return asked, "as asked"
+    if len(there) < 2:
+        return (there[0], "only it has a tokenizer") if there else (None, "neither parent has a tokenizer")
+    mapped = [role for role in there if (folders[role] / "special_tokens_map.json").is_file()]
+    if len(mapped) == 1:
+        return mapped[0], "it alone has special_tokens_map.json"
+    return "primary", f"{'both have' if mapped else 'neither has'} special_tokens_map.json"
+
+
+def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the embedding: the config's vocab_size, its language model's first, where a matrix confirms it."""
+    config = checkpoint.config
+    scopes = [config.get(key) for key in LANGUAGE_CONFIGS]
+    for scope in [*scopes, config]:
+        rows = scope.get("vocab_size") if isinstance(scope, dict) else None
+        if isinstance(rows, int) and any(holds_tokens(info, rows) for info in checkpoint.tensors.values()):
+            return rows
+    return None
+
+
+def holds_tokens(info: TensorInfo, rows: int | None) -> bool:
+    """Whether a tensor has a row for each token, as an embedding, a head and a head's bias have."""
+    if rows is None or info.shape[:1] != (rows,) or not info.is_float or find_layer(info.name) is not None:
+        return False
+    return len(info.shape) == 2 or (len(info.shape) == 1 and info.name.endswith("bias"))
+
+
+def open_tokenizer(path: Path) -> Any:
+    """A tokenizer.json as the tokenizers library has it. Raises SlerpMergeError where that cannot read it."""
+    from tokenizers import Tokenizer
+
+    if file_size(path) > MAX_JSON_BYTES:
+        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_JSON_BYTES)}.", "Download it again.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        hint = "Download it again, or update the tokenizers package."
+        raise SlerpMergeError(f"{path} cannot be read by the tokenizers library ({error})", hint) from error
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Tokens that a tokenizer's settings add to its vocabulary, with their ids."""
+    tokens = read_json_if_there(folder / "added_tokens.json")
+    decoder = read_json_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    for number, token in (decoder if isinstance(decoder, dict) else {}).items():
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal():
+            tokens[token["content"]] = int(number)
+    return {content: number for content, number in tokens.items() if type(number) is int and number >= 0}
+
+
+def read_tokens(folder: Path) -> dict[str, int]:
+    """Every token of a folder's tokenizer with its id.
+
+    Raises SlerpMergeError where there is no tokenizer, or none that can be read without running code.
+    """
+    if (folder / "tokenizer.json").is_file():
+        tokens = open_tokenizer(folder / "tokenizer.json").get_vocab(with_added_tokens=True)
+    elif (folder / "vocab.json").is_file():
+        tokens = read_json(folder / "vocab.json")
+    elif (folder / "vocab.txt").is_file():
+        lines = read_bytes(folder / "vocab.txt").decode("utf-8", "replace").splitlines()
+        tokens = {line: number for number, line in enumerate(lines)}
+    else:
+        what = f"{folder.name} has no tokenizer.json, vocab.json or vocab.txt"
+        raise SlerpMergeError(what, "Load its tokenizer with transformers and save it: that writes tokenizer.json.")
+    if not all(type(number) is int and number >= 0 for number in tokens.values()):
+        raise SlerpMergeError(f"{folder.name} has a vocabulary whose ids are no numbers", "Download it again.")
+    return {**added_tokens(folder), **tokens}
+
+
+def have_same_tokens(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tokenizer, byte for byte where its vocabulary stands."""
+    names = [
+        {path.name for pattern in TOKENIZER_CORES for path in folder.glob(pattern)} - {"tokenizer_config.json"}
+        for folder in (first, second)
+    ]
+    shared = {"tokenizer.json"} & names[0] & names[1] or names[0] & names[1]
+    return (
+        bool(shared)
+        and all(read_bytes(first / name) == read_bytes(second / name) for name in shared)
+        and added_tokens(first) == added_tokens(second)
+    )
+
+
+def extend_tokenizer(tokenizer: Any, tokens: Iterable[tuple[str, tuple[tuple[str, bool], ...]]]) -> None:
+    """Adds tokens, (content, flags), behind the last id of a tokenizer of the tokenizers library."""
+    from tokenizers import AddedToken
+
+    for content, flags in tokens:
+        token = AddedToken(content, **dict(flags))
+        (tokenizer.add_special_tokens if dict(flags)["special"] else tokenizer.add_tokens)([token])
+
+
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+# An ordinary token of the other's becomes a word of its own; within words the donor's tokenizer stays as it is.
+WHOLE_WORD = tuple((flag, flag == "single_word") for flag in TOKEN_FLAGS)
+
+
+def tokens_to_append(
+    donor: Path, other: Path, known: Mapping[str, int], found: Mapping[str, int]
+) -> list[AppendedToken]:
+    """Tokens of `found`, the other's, that `known`, the donor's, lacks, with the ids that the library gives them.
+
+    Raises SlerpMergeError where either has no tokenizer.json.
+    """
+    for folder in (donor, other):
+        if not (folder / "tokenizer.json").is_file():
+            hint = "Save its tokenizer with transformers, or choose --tokenizer primary or secondary."
+            raise SlerpMergeError(f"The union of two tokenizers needs tokenizer.json, which {folder} lacks.", hint)
+    tokenizer, beside = (open_tokenizer(folder / "tokenizer.json") for folder in (donor, other))
+    flags = {
+        token.content: tuple((flag, getattr(token, flag)) for flag in TOKEN_FLAGS)
+        for token in beside.get_added_tokens_decoder().values()
+    }
+    missing = sorted((number, content) for content, number in found.items() if content and content not in known)
+    tokens = [(content, flags.get(content, WHOLE_WORD)) for _, content in missing]
+    extend_tokenizer(tokenizer, tokens)
+    return [AppendedToken(content, tokenizer.token_to_id(content), marks) for content, marks in tokens]
+
+
+def align_vocabularies(
+    primary: Checkpoint, secondary: Checkpoint, tokenizer: str = "auto", base: Checkpoint | None = None
+) -> tuple[Vocabulary, list[Mismatch]]:
+    """The child's tokens, and which rows of the parents stand for them; what was found, for the parity table.
+
+    tokenizer: as in MergeRecipe. Reads the tokenizers only where they differ, or where the rows do.
+    Raises SlerpMergeError where a tokenizer that was asked for is not there.
+    """
+    asked = "auto" if tokenizer == "union" else tokenizer
+    role, reason = choose_tokenizer(asked, primary.folder, secondary.folder)
+    parents = [parent for parent in (primary, secondary, base) if parent is not None]
+    rows = tuple(vocabulary_rows(parent) for parent in parents)
+    donor = int(role == "secondary")
+    plain = Vocabulary(role, reason, rows, rows[donor])
+    if None in rows:
+        return plain, []  # no tensor is known to follow the tokens; each must then match by its shape
+    folders = [parent.folder for parent in parents]
+    if base is not None and not has_tokenizer(base.folder) and rows[2] == rows[0]:
+        folders[2] = primary.folder  # many a base stands there as weights alone
+    same = all(have_same_tokens(folders[0], folder) for folder in folders[1:])
+    if same and len(set(rows)) == 1:
+        return plain, []
+    try:
+        tokens = [read_tokens(folder) for folder in folders]
+    except SlerpMergeError as error:
+        if not same:
+            return plain, tokens_not_known(plain, error, any(map(has_tokenizer, folders)), tokenizer)
+        # The same ids, even if nobody can read what they stand for.
+        tokens = [{str(number): number for number in range(min(rows))}] * len(rows)
+    if all(part == tokens[0] for part in tokens) and len(set(rows)) == 1:
+        return plain, []
+    appended: list[AppendedToken] = []
+    if tokenizer == "union" and not same:
+        there = {content: number for content, number in tokens[1 - donor].items() if number < rows[1 - donor]}
+        appended = tokens_to_append(folders[donor], folders[1 - donor], tokens[donor], there)
+    return match_rows(plain, tokens, appended, donor)
+
+
+def tokens_not_known(vocabulary: Vocabulary, error: SlerpMergeError, speaks: bool, tokenizer: str) -> list[Mismatch]:
+    """What follows where tokens cannot be compared: rows go by number where there are as many on each side."""
+    rows, reason = vocabulary.parent_rows, error.message.rstrip(".")
+    shown = [f"{count} rows" for count in rows[:2]]
+    if tokenizer == "union":
+        return [
+            Mismatch("blocking", "vocabulary", *shown, f"There is no union of tokens that cannot be read: {reason}.")
+        ]
+    if len(set(rows)) > 1:
+        base_rows = f" (the base has {rows[2]})" if len(rows) > 2 else ""
+        why = f"Rows differ in number{base_rows}, and tokens cannot be compared: {reason}."
+        return [Mismatch("blocking", "vocabulary", *shown, why)]
+    why = f"Tokens cannot be compared, so rows are blended by number: {reason}."
+    return [Mismatch("notice", "vocabulary", *shown, why)] if speaks else []
+
+
+def match_rows(
+    plain: Vocabulary, tokens: Sequence[Mapping[str, int]], appended: Sequence[AppendedToken], donor: int
+) -> tuple[Vocabulary, list[Mismatch]]:
+    """The rows of each parent that stand for the child's tokens: the donor's in their order, then the appended."""
+    rows, other = plain.parent_rows, 1 - donor
+    count = max([rows[donor], *(token.number + 1 for token in appended)])
+    found = [numpy.full(count, -1) for _ in rows]
+    found[donor][: rows[donor]] = numpy.arange(rows[donor])
+    has_token = numpy.zeros(count, bool)
+    for token, number in sorted(tokens[donor].items()):
+        if number < rows[donor]:
+            has_token[number] = True
+            for side in range(len(rows)):
+                there = tokens[side].get(token, -1)
+                if side != donor and 0 <= there < rows[side]:
+                    found[side][number] = there
+    is_blended = numpy.logical_and.reduce([part >= 0 for part in found])
+    in_place = numpy.logical_and.reduce([part == found[0] for part in found])
+    for side, part in enumerate(found):
+        part[~is_blended & (side != donor)] = -1
+    for token in appended:
+        found[donor][token.number], found[other][token.number] = -1, tokens[other][token.content]
+    counts = {
+        "matched": int((is_blended & in_place).sum()),
+        "moved": int((is_blended & ~in_place).sum()),
+        "kept": int((has_token & ~is_blended).sum()),
+        "padding": int((~has_token).sum()) - len(appended),
+        "appended": len(appended),
+        "left_out": 0 if appended else len(tokens[other].keys() - tokens[donor].keys()),
+    }
+    vocabulary = dataclasses.replace(
+        plain, rows=count, row_map=RowMap(tuple(found)), appended=tuple(appended), counts=tuple(counts.items())
+    )
+    return vocabulary, [describe_rows(vocabulary, counts, [len(part) for part in tokens[:2]])]
+
+
+def describe_rows(vocabulary: Vocabulary, counts: Mapping[str, int], sizes: Sequence[int]) -> Mismatch:
+    """The line of the parity table that says how many rows matched, moved and were kept."""
+    shown = [f"{rows} rows, {size} tokens" for rows, size in zip(vocabulary.parent_rows, sizes)]
+    if not counts["matched"] + counts["moved"]:
+        return Mismatch("blocking", "vocabulary", *shown, "The tokenizers have no token in common.")
+    donor, other = ("secondary", "primary") if vocabulary.role == "secondary" else ("primary", "secondary")
+    words = {
+        "matched": "in place",
+        "moved": "moved",
+        "kept": f"kept from the {donor}",
+        "padding": f"of padding from the {donor}",
+        "appended": f"appended from the {other}",
+    }
+    parts = ", ".join(f"{counts[key]} {text}" for key, text in words.items() if counts[key])
+    lost = f" {counts['left_out']} of the {other}'s are left out; --tokenizer union would append them."
+    return Mismatch("mended", "vocabulary", *shown, f"Rows follow tokens: {parts}.{lost if counts['left_out'] else ''}")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1824,6 +2196,8 @@ SILENT_KEY = re.compile(
     r"|^output_|return_dict|torchscript|pretraining_tp|task_specific_params|finetuning_task|auto_map|unsloth"
     r"|router_aux_loss|^use_bfloat16$|^bad_words|^prefix$|problem_type"
 )
+# Keys whose value is the id of a token: they follow the tokenizer.
+TOKEN_ID_KEY = re.compile(r"token_(id|index)s?$|suppress_tokens$|forced_decoder_ids$")
 CAPACITY_KEY = re.compile(r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length")
 DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
@@ -1848,6 +2222,15 @@ QUANTISATION_REMEDIES = {
 }
 
 
+# Rotary settings that stood by themselves, and their names among the others.
+ROPE_KEYS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+}
+
+
 def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings under one spelling: transformers 5 keeps them together, earlier versions apart."""
     canonical = dict(config)
@@ -1859,9 +2242,9 @@ def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.update(scaling if isinstance(scaling, dict) else {})
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
-    for key in ("rope_theta", "partial_rotary_factor"):
+    for key, name in ROPE_KEYS.items():
         if key in canonical:
-            rope.setdefault(key, canonical.pop(key))
+            rope.setdefault(name, canonical.pop(key))
     if rope or "num_attention_heads" in canonical:
         canonical["rope_parameters"] = {"rope_type": "default", **rope}  # unscaled, where nothing is said
     return canonical
@@ -1941,10 +2324,13 @@ def judge_config_key(key: str, left: Any, right: Any) -> Mismatch:
     if both_speak and DEPTH_KEY.search(last):
         return Mismatch("blocking", key, *shown, "Models of different depth have no layer for layer match.")
     behaviour = BEHAVIOUR_KEY.search(last) or ".rope_parameters." in f".{key}"
+    behaviour = behaviour and not TOKEN_ID_KEY.search(last)
     if both_speak and behaviour:
         return Mismatch("blocking", key, *shown, "Equal shapes hide this: the weights would be used in another way.")
     if CAPACITY_KEY.search(last):
         return Mismatch("notice", key, *shown, "The child keeps the primary's limit.")
+    if TOKEN_ID_KEY.search(last):
+        return Mismatch("notice", key, *shown, "The child has that of the tokenizer's donor.")
     if behaviour:
         return Mismatch("notice", key, *shown, "One config is silent; make sure that both mean the same.")
     return Mismatch("notice", key, *shown, "The child keeps the primary's value.")
@@ -1987,14 +2373,6 @@ def is_known_buffer(info: TensorInfo) -> bool:
     return bool(BUFFER_NAME.search(info.name) or is_mask)
 
 
-def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Rows of the vocabulary as the config tells, also where a language model stands inside a larger one."""
-    for scope in (config, config.get("text_config"), config.get("llm_config")):
-        if isinstance(scope, dict) and isinstance(scope.get("vocab_size"), int):
-            return scope["vocab_size"]
-    return None
-
-
 def is_tied(config: Mapping[str, Any]) -> bool | None:
     """Whether the head shares the embedding's weights, as the config tells; None where it is silent."""
     for scope in (config, config.get("text_config")):
@@ -2003,28 +2381,76 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def find_tied_source(head: TensorInfo, other: Checkpoint) -> TensorInfo | None:
-    """The embedding that serves `other` as the head it does not store: same shape, one row per token."""
-    if is_tied(other.config) is False or not head.name.endswith("weight") or len(head.shape) != 2:
+def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
+    """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
+    if is_tied(other.config) is False or not head.name.endswith("weight"):
         return None
-    if find_layer(head.name) is not None or head.shape[0] != vocabulary_size(other.config):
+    if len(head.shape) != 2 or not holds_tokens(head, vocabulary_rows(owner)):
         return None
-    candidates = [
-        info for info in other.tensors.values() if info.shape == head.shape and find_layer(info.name) is None
-    ]
+    candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
     return candidates[0] if len(candidates) == 1 else None
 
 
-def find_layer(tensor_name: str) -> tuple[str, int] | None:
-    """(stack, index) of a tensor inside a stack of layers: its name up to the first number, and that number.
+def token_matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The matrices with a row for each token, the input embedding first: one, or one and its head or copies."""
+    rows = vocabulary_rows(checkpoint)
+    found = [info for info in checkpoint.tensors.values() if len(info.shape) == 2 and holds_tokens(info, rows)]
+    # Where several share their weights, an embedding is stored under its own name or as the shared one.
+    ranks = (("shared",), ("embeddings", "embed_tokens", "embed_in", "wte"), ("emb",))
 
-    The first number is the layer; later ones are experts or parts of it. None outside every stack.
+    def rank(info: TensorInfo) -> int:
+        return next((place for place, marks in enumerate(ranks) if any(mark in info.name for mark in marks)), 9)
+
+    return sorted(found, key=lambda info: (rank(info), natural_order(info.name)))
+
+
+def copies_of_embedding(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """Matrices that hold the embedding's own bytes once more, as a head stored although it is tied does.
+
+    Reads them where there are any.
     """
-    parts = tensor_name.split(".")
-    for place, part in enumerate(parts):
-        if part.isascii() and part.isdigit() and len(part) < 9 and int(part) <= MAX_LAYER_INDEX:
-            return ".".join(parts[:place]), int(part)
-    return None
+    embedding, *others = token_matrices(checkpoint) or [None]
+    return [info for info in others if info.shape == embedding.shape and have_same_bytes(embedding, info)]
+
+
+def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two tensors of one shape hold the same bytes; stops at the first difference."""
+    if first.dtype != second.dtype:
+        return False
+    if (first.file, first.offset) == (second.file, second.offset):
+        return True
+    reader = TensorReader(handles := FileHandles())
+    rooms = [memoryview(bytearray(min(CHUNK_ELEMENTS, first.byte_count))) for _ in range(2)]
+    try:
+        for start in range(0, first.byte_count, CHUNK_ELEMENTS):
+            parts = [room[: min(CHUNK_ELEMENTS, first.byte_count - start)] for room in rooms]
+            for info, part in zip((first, second), parts):
+                reader.read_into(info, start, part)
+            if parts[0] != parts[1]:
+                return False
+    finally:
+        handles.close()
+    return True
+
+
+def settle_heads(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
+    """The primary without the copies of its embedding that its config says are tied; what was found.
+
+    A stored head that differs from the embedding is a head of its own, whatever the config says of it.
+    """
+    if not is_tied(primary.config):
+        return primary, []
+    copies = [info.name for info in copies_of_embedding(primary)]
+    heads = [info.name for info in token_matrices(primary)[1:] if info.name not in copies]
+    found = []
+    if copies:
+        why = "Tied to the embedding and equal to it; the child does without the copy."
+        found.append(Mismatch("mended", format_names(copies), "stored although tied", "not needed", why))
+    if heads:
+        why = "It differs from the embedding, so the child has it, and says that it is not tied."
+        found.append(Mismatch("mended", format_names(heads), "stored although tied", "see the primary", why))
+    rest = {name: info for name, info in primary.tensors.items() if name not in copies}
+    return dataclasses.replace(primary, tensors=rest), found
 
 
 def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
@@ -2118,7 +2544,11 @@ def check_slices(slices: Sequence[LayerSlice], primary: Checkpoint, secondary: C
 
 
 def pair_tensors(
-    primary: Checkpoint, secondary: Checkpoint, slices: Sequence[LayerSlice] = (), base: Checkpoint | None = None
+    primary: Checkpoint,
+    secondary: Checkpoint,
+    slices: Sequence[LayerSlice] = (),
+    base: Checkpoint | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[list[TensorPair], list[Mismatch]]:
     """Each tensor of the child with its sources, and every tensor that does not pair."""
     pairs: list[TensorPair] = []
@@ -2132,43 +2562,51 @@ def pair_tensors(
         if is_known_buffer(left):  # never blended: the model computes it, and versions store it in their own ways
             if right is None:
                 found.append(Mismatch("mended", name, "saved", "not saved", "A buffer; the primary's is kept."))
-            right = None
-        elif right is not None:
-            found += compare_tensors(left, right)
-        elif (right := find_tied_source(left, secondary)) is not None:
+            pairs.append(TensorPair(name, left, None, None, place))
+            continue
+        if right is None and (right := find_tied_source(left, primary, secondary)) is not None:
             why = f"The secondary's head is tied to {right.name}, which takes part in its place."
             found.append(Mismatch("mended", name, "stored", "tied", why))
-        else:
+        if right is None:
             only_primary.append(name)
             continue
         ground = None
-        if base is not None and right is not None:
-            ground, fault = find_ground(left, name_in(left, place.base), base)
-            found += fault
-        pairs.append(TensorPair(name, left, right, ground, place))
-    found += missing_tensors(primary, only_primary, "primary")
+        if base is not None:
+            ground = base.tensors.get(name_in(left, place.base)) or find_tied_source(left, primary, base)
+        rows = rows_of(vocabulary, left, right, ground)
+        found += compare_tensors(left, right, rows)
+        if base is not None:
+            found += check_ground(left, ground, rows)
+        pairs.append(TensorPair(name, left, right, ground, place, rows))
     stack = main_stack(secondary)[0] if slices else None
     extra = [n for n in secondary.tensors if n not in used and not (stack and (find_layer(n) or ("",))[0] == stack)]
-    found += judge_extra_tensors(primary, secondary, extra)
-    return pairs, found
+    return pairs, found + judge_unpaired(primary, secondary, only_primary, extra)
 
 
-def find_ground(left: TensorInfo, name: str, base: Checkpoint) -> tuple[TensorInfo | None, list[Mismatch]]:
-    """The base model's tensor that a pair's task vectors start from."""
-    ground = base.tensors.get(name) or find_tied_source(left, base)
-    if ground is None or ground.shape != left.shape:
-        there = "missing" if ground is None else str(list(ground.shape))
-        why = "The base model must hold every tensor that both parents learned on."
-        return None, [Mismatch("blocking", f"{name} of the base", str(list(left.shape)), there, why)]
-    return ground, []
+def rows_of(vocabulary: Vocabulary | None, *sources: TensorInfo | None) -> RowMap | None:
+    """The map of rows for tensors that have one for each token on every side; None where rows go by number."""
+    if vocabulary is None or vocabulary.row_map is None:
+        return None
+    counts = vocabulary.parent_rows
+    follows = all(info is None or holds_tokens(info, count) for info, count in zip(sources, counts))
+    return vocabulary.row_map if follows else None
 
 
-def compare_tensors(left: TensorInfo, right: TensorInfo) -> list[Mismatch]:
-    """Shape and dtype of one tensor on both sides."""
+def check_ground(left: TensorInfo, ground: TensorInfo | None, rows: RowMap | None) -> list[Mismatch]:
+    """The base model's tensor that a pair's task vectors start from must be there, of the same shape."""
+    if ground is not None and ground.shape[rows is not None :] == left.shape[rows is not None :]:
+        return []
+    there = "missing" if ground is None else str(list(ground.shape))
+    why = "The base model must hold every tensor that both parents learned on."
+    return [Mismatch("blocking", f"{left.name} of the base", str(list(left.shape)), there, why)]
+
+
+def compare_tensors(left: TensorInfo, right: TensorInfo, rows: RowMap | None = None) -> list[Mismatch]:
+    """Shape and dtype of one tensor on both sides. rows: where rows follow tokens, their number may differ."""
     found = []
-    if left.shape != right.shape:
+    if left.shape[rows is not None :] != right.shape[rows is not None :]:
         shapes = str(list(left.shape)), str(list(right.shape))
-        rows_only = left.shape[1:] == right.shape[1:] and len(left.shape) == len(right.shape)
+        rows_only = len(left.shape) == len(right.shape) and left.shape[1:] == right.shape[1:]
         why = "Vocabularies of different size." if rows_only else "Tensors of different shape cannot be blended."
         found.append(Mismatch("blocking", left.name, *shapes, why))
     if left.dtype != right.dtype and not (left.is_float and right.is_float):
@@ -2177,19 +2615,144 @@ def compare_tensors(left: TensorInfo, right: TensorInfo) -> list[Mismatch]:
     return found
 
 
-def judge_extra_tensors(primary: Checkpoint, secondary: Checkpoint, extra: Iterable[str]) -> list[Mismatch]:
-    """Tensors that only the secondary has: dropped where a rule says why, blocking otherwise."""
+def judge_unpaired(
+    primary: Checkpoint, secondary: Checkpoint, only_primary: Sequence[str], extra: Iterable[str]
+) -> list[Mismatch]:
+    """Tensors that a single parent has: left out where a rule says why, blocking otherwise."""
     found, unexplained = [], []
     for name in extra:
         info = secondary.tensors[name]
         if is_known_buffer(info):
             found.append(Mismatch("mended", name, "not saved", "saved", "A buffer; the child is made without it."))
-        elif (source := find_tied_source(info, primary)) is not None:
+        elif (source := find_tied_source(info, secondary, primary)) is not None:
             why = f"The child's head stays tied to {source.name}, as the primary's; the secondary's is left out."
             found.append(Mismatch("mended", name, "tied", "stored", why))
         else:
             unexplained.append(name)
-    return sorted(found, key=lambda m: m.subject) + missing_tensors(secondary, unexplained, "secondary")
+    found.sort(key=lambda m: m.subject)
+    sizes = [
+        elements_by_layer(parent.tensors[name] for name in names)
+        for parent, names in ((primary, only_primary), (secondary, unexplained))
+    ]
+    if sizes[0] and sizes[0] == sizes[1] and len(only_primary) != len(unexplained):
+        shown = [f"{len(names)} tensors, such as {names[0]}" for names in (only_primary, unexplained)]
+        why = (
+            "The same weights laid out in two ways, fused in one parent and apart in the other. Load each parent "
+            "with the same version of transformers (from_pretrained, then save_pretrained) and merge those copies."
+        )
+        return [*found, Mismatch("blocking", f"layout of {len(sizes[0])} layers", *shown, why)]
+    missing = missing_tensors(primary, only_primary, "primary") + missing_tensors(secondary, unexplained, "secondary")
+    return found + missing
+
+
+def elements_by_layer(infos: Iterable[TensorInfo]) -> dict[Any, int]:
+    """How many elements each layer's tensors hold together."""
+    sizes: dict[Any, int] = {}
+    for info in infos:
+        place = find_layer(info.name)
+        sizes[place] = sizes.get(place, 0) + info.element_count
+    return {} if None in sizes else sizes
+
+
+# ── Names: one model, saved by versions that put other prefixes before them ─────────────────────
+
+OLD_ENDINGS = ((".gamma", ".weight"), (".beta", ".bias"))  # layer norms, as checkpoints of 2019 have them
+
+
+def name_like(other: Checkpoint, model: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
+    """`other` with its tensors under the names that `model` has for them, where only prefixes differ.
+
+    A prefix is exchanged if it has the other's parts, or some of them, in whatever order (`language_model.model` for
+    `model.language_model`), and every tensor under it then meets one of the same shape without a counterpart.
+    """
+    free = {modern_name(name): info for name, info in model.tensors.items() if name not in other.tensors}
+    strange = [name for name, info in other.tensors.items() if name not in model.tensors and not is_known_buffer(info)]
+    if not free or not strange:
+        return other, []
+    renamed: dict[str, str] = {}
+
+    def rename(targets: Mapping[str, str]) -> None:
+        """Takes the new names if they are all there, each for one tensor, of its shape."""
+        met = {free[there].name for name, there in targets.items() if fits(other.tensors[name], free.get(there))}
+        if len(met) == len(targets):
+            renamed.update({name: free.pop(there).name for name, there in targets.items()})
+
+    for name in strange:
+        rename({name: modern_name(name)})
+    for old, new in exchangeable_prefixes(other, [name for name in strange if name not in renamed], free):
+        rename(
+            {name: exchange_prefix(name, old, new) for name in strange if name not in renamed and has_prefix(name, old)}
+        )
+    if not renamed:
+        return other, []
+    tensors = {
+        renamed.get(name, name): dataclasses.replace(info, name=renamed.get(name, name))
+        for name, info in other.tensors.items()
+    }
+    first = next(iter(renamed))
+    why = f"The same tensors under other names, {len(renamed)} of them; the child has the primary's names."
+    return dataclasses.replace(other, tensors=tensors), [Mismatch("mended", "names", renamed[first], first, why)]
+
+
+def exchangeable_prefixes(
+    other: Checkpoint, strange: Iterable[str], free: Mapping[str, TensorInfo]
+) -> list[tuple[str, str]]:
+    """(prefix there, prefix here), the longest first, and of one length the one that most tensors speak for.
+
+    free: tensors without a counterpart yet, by modern name.
+    """
+    by_ending: dict[tuple[Any, ...], list[str]] = {}
+    for name in free:
+        by_ending.setdefault(ending_of(name), []).append(name)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in map(modern_name, strange):
+        for candidate in by_ending.get(ending_of(name), []):
+            pair = different_prefixes(name, candidate)
+            parts = [set(prefix.split(".")) - {""} for prefix in pair]
+            of_one_kind = parts[0] <= parts[1] or parts[1] <= parts[0]
+            if of_one_kind and not any(part.isdecimal() for part in parts[0] | parts[1]):
+                votes[pair] += 1
+    return sorted(votes, key=lambda pair: (-len(pair[0]), -votes[pair], pair))
+
+
+def ending_of(name: str) -> tuple[Any, ...]:
+    """What two names of one tensor share: their last part, and every number."""
+    parts = name.split(".")
+    return parts[-1], *(part for part in parts if part.isdecimal())
+
+
+def modern_name(name: str) -> str:
+    """A tensor's name with the ending that it has today."""
+    for old, new in OLD_ENDINGS:
+        name = name[: -len(old)] + new if name.endswith(old) else name
+    return name
+
+
+def different_prefixes(left: str, right: str) -> tuple[str, str]:
+    """Two dotted names without the parts they end in alike."""
+    parts = left.split("."), right.split(".")
+    shared = 0
+    while shared < min(map(len, parts)) and parts[0][-1 - shared] == parts[1][-1 - shared]:
+        shared += 1
+    return ".".join(parts[0][: len(parts[0]) - shared]), ".".join(parts[1][: len(parts[1]) - shared])
+
+
+def has_prefix(name: str, prefix: str) -> bool:
+    """Whether a name stands under a prefix; every name does under an empty one."""
+    return not prefix or name.startswith(prefix + ".")
+
+
+def exchange_prefix(name: str, old: str, new: str) -> str:
+    """A name, its ending made modern, with another prefix."""
+    rest = modern_name(name)[len(old) + bool(old) :]
+    return f"{new}.{rest}" if new else rest
+
+
+def fits(info: TensorInfo, counterpart: TensorInfo | None) -> bool:
+    """Same shape, rows aside where both are matrices: these may follow other tokens."""
+    if counterpart is None or len(info.shape) != len(counterpart.shape):
+        return False
+    return info.shape == counterpart.shape or (len(info.shape) == 2 and info.shape[1] == counterpart.shape[1])
 
 
 def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str) -> list[Mismatch]:
@@ -2233,12 +2796,15 @@ def read_text_if_there(path: Path) -> str | None:
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The chat template of a parent, from its own file or its tokenizer's config."""
+    """The chat template of a parent, from its own file, its tokenizer's config or its processor's."""
     template = read_text_if_there(checkpoint.folder / "chat_template.jinja")
-    if template is None:
-        value = read_json_if_there(checkpoint.folder / "tokenizer_config.json").get("chat_template")
-        template = value if isinstance(value, str) or value is None else json.dumps(value)
-    return template
+    if template is not None:
+        return template
+    settings = (
+        read_json_if_there(checkpoint.folder / name) for name in ("tokenizer_config.json", "chat_template.json")
+    )
+    value = next((found for part in settings if (found := part.get("chat_template"))), None)
+    return value if isinstance(value, str) or value is None else json.dumps(value)
 
 
 def declared_licence(checkpoint: Checkpoint) -> str | None:
@@ -2258,23 +2824,16 @@ def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
             shown = [value if value is not None else "none" for value in (left, right)]
             found.append(Mismatch("notice", subject, *map(shorten, shown), why))
 
-    templates = chat_template(primary), chat_template(secondary)
-    if templates[0] != templates[1]:
-        shown = [None if t is None else f"{len(t)} characters" for t in templates]
-        shown = ["one", "another"] if shown[0] == shown[1] else shown
-        note("chat template", *shown, "The child talks as the tokenizer's donor does.")
     tokens = [special_tokens(parent) for parent in (primary, secondary)]
     for name in sorted(tokens[0].keys() | tokens[1].keys()):
         note(name, tokens[0].get(name), tokens[1].get(name), "The child has those of the tokenizer's donor.")
-    files = [read_text_if_there(parent.folder / "tokenizer.json") for parent in (primary, secondary)]
-    if None not in files and files[0] != files[1]:
-        note("tokenizer.json", "one", "another", "Rows are blended by number; check that the ids agree.")
-    settings = [read_json_if_there(parent.folder / "generation_config.json") for parent in (primary, secondary)]
+    settings = [read_json_if_there(parent.folder / GENERATION_NAME) for parent in (primary, secondary)]
     for stated in settings:
         stated.pop("transformers_version", None)
     if settings[0] != settings[1]:
         shown = [json.dumps(stated, sort_keys=True) if stated else None for stated in settings]
-        note("generation_config.json", *shown, "The child generates as the primary does.")
+        why = "The child generates as the primary does, and stops where the tokenizer's donor does."
+        note(GENERATION_NAME, *shown, why)
     why = "A child is bound by both; read them before you share it."
     note("licence", declared_licence(primary), declared_licence(secondary), why)
     return found
@@ -2293,6 +2852,120 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: str(content) for name, content in contents.items()}
 
 
+def check_talk(
+    primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, asked: str
+) -> tuple[list[Mismatch], str | None]:
+    """(what is to know of the chat templates, the role whose template is on offer for a child without one).
+
+    asked: as MergeRecipe.chat_template.
+    """
+    parents = {"primary": primary, "secondary": secondary}
+    templates = {role: chat_template(parent) for role, parent in parents.items()}
+    if asked == "auto" and len(set(templates.values())) == 1:
+        return [], None
+    sizes = [f"{len(template)} characters" if template else "none" for template in templates.values()]
+    shown = sizes if sizes[0] != sizes[1] else ["one", "another"]
+    line = functools.partial(Mismatch, subject="chat template", primary=shown[0], secondary=shown[1])
+    if vocabulary.role is None:
+        return [line("notice", consequence="The child has none, for neither parent has a tokenizer.")], None
+    donor = parents[vocabulary.role]
+    role = {"primary": "secondary", "secondary": "primary"}[vocabulary.role] if asked == "auto" else asked
+    if asked == "auto" and templates[vocabulary.role]:
+        return [line("notice", consequence="The child talks as the tokenizer's donor does.")], None
+    if not templates[role]:
+        return [line("blocking", consequence=f"The {role} has none to take.")], None
+    unknown = [] if role == vocabulary.role else unknown_marks(templates[role], parents[role], donor, vocabulary)
+    if unknown:
+        why = f"The {role}'s speaks of {format_names(unknown)}, which the child's tokenizer does not know."
+        severity = "notice" if asked == "auto" else "blocking"
+        return [line(severity, consequence=f"{why} --tokenizer {role} takes both.")], None
+    if asked == "auto":
+        why = f"The child has none; --chat-template {role} takes the {role}'s, which fits its tokens."
+        return [line("notice", consequence=why)], role
+    return [line("mended", consequence=f"The child has the {role}'s, as asked, and also stops where that does.")], None
+
+
+def unknown_marks(template: str, owner: Checkpoint, donor: Checkpoint, vocabulary: Vocabulary) -> list[str]:
+    """Marks that a chat template puts around a conversation and that would be no tokens in the child."""
+    if have_same_tokens(owner.folder, donor.folder):
+        return []
+    marks = set(added_tokens(owner.folder))
+    try:
+        if (owner.folder / "tokenizer.json").is_file():
+            added = open_tokenizer(owner.folder / "tokenizer.json").get_added_tokens_decoder()
+            marks |= {token.content for token in added.values()}
+        known = read_tokens(donor.folder).keys() | {token.content for token in vocabulary.appended}
+    except SlerpMergeError:  # it stays unknown what they are
+        known = set()
+    return sorted(mark for mark in marks if mark and mark in template and mark not in known)
+
+
+def child_generation_config(
+    primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, template_role: str | None = None
+) -> tuple[dict[str, Any], list[Mismatch]]:
+    """generation_config.json of the child, empty where neither parent has one; what was mended in it.
+
+    It is the primary's, or else the secondary's, with the ids of the tokenizer's donor, and none that has no row.
+    template_role: a parent other than the donor whose chat template the child has; it also stops where that does.
+    """
+    parents = {"primary": primary, "secondary": secondary}
+    stated = {role: read_json_if_there(parent.folder / GENERATION_NAME) for role, parent in parents.items()}
+    source = "primary" if stated["primary"] else "secondary"
+    donor = vocabulary.role or source
+    settings = stated[source]
+    if settings and source != donor:
+        settings = follow_tokens(settings, stated[donor] or parents[donor].config, vocabulary, source)
+    if template_role not in (None, donor):
+        ends = [
+            ids_of({**parents[role].config, **part}.get("eos_token_id"), vocabulary, role)
+            for role, part in ((donor, settings), (template_role, stated[template_role]))
+        ]
+        settings = {**settings, "eos_token_id": list(dict.fromkeys(ends[0] + ends[1]))}
+    kept, found = {}, []
+    for key, value in settings.items():
+        ids = value if isinstance(value, list) else [value]
+        astray = [n for n in ids if TOKEN_ID_KEY.search(key) and type(n) is int and not has_row(n, vocabulary)]
+        rest = [n for n in ids if n not in astray]
+        if astray:
+            why = f"The child's vocabulary has no {format_names(list(map(str, astray)))}; left out."
+            name = f"{GENERATION_NAME}: {key}"
+            found.append(Mismatch("mended", name, *(shorten(stated[role].get(key)) for role in parents), why))
+        if not astray or rest:
+            kept[key] = value if not astray else rest if len(rest) > 1 else rest[0]
+    return kept, found
+
+
+def has_row(number: int, vocabulary: Vocabulary) -> bool:
+    """Whether a token's id can be one of the child's."""
+    return vocabulary.rows is None or 0 <= number < vocabulary.rows
+
+
+def ids_of(value: Any, vocabulary: Vocabulary, role: str) -> list[int]:
+    """A parent's token id, or list of ids, as the child's ids; those that the child has no token for are left out."""
+    ids = value if isinstance(value, list) else [value]
+    places = [vocabulary.place_of(number, int(role == "secondary")) for number in ids if type(number) is int]
+    return [place for place in places if place is not None]
+
+
+def follow_tokens(
+    settings: Mapping[str, Any], donor: Mapping[str, Any], vocabulary: Vocabulary, role: str
+) -> dict[str, Any]:
+    """Settings of the parent `role` with the token ids of the donor's settings, whole.
+
+    Of ids that the donor does not state, the child has those of the same tokens.
+    """
+    result: dict[str, Any] = {key: value for key, value in donor.items() if TOKEN_ID_KEY.search(key)}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            inner = donor.get(key)
+            result[key] = follow_tokens(value, inner if isinstance(inner, dict) else {}, vocabulary, role)
+        elif not TOKEN_ID_KEY.search(key) or value is None:
+            result.setdefault(key, value)
+        elif key not in result and (ids := ids_of(value, vocabulary, role)):
+            result[key] = ids if isinstance(value, list) else ids[0]
+    return {key: result[key] for key in (*settings, *donor) if key in result}  # in the settings' own order
+
+
 def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
     """A notice where both parents are one folder."""
     if primary.folder.resolve() != secondary.folder.resolve():
@@ -2307,24 +2980,36 @@ def check_parity(
     dtype: str = "auto",
     slices: Sequence[LayerSlice] = (),
     base: Checkpoint | None = None,
+    tokenizer: str = "auto",
+    template: str = "auto",
 ) -> ParityReport:
     """Every difference between two parents, each blocking, mended or a notice; and the pairs of tensors.
 
-    dtype, slices: as in MergeRecipe. base: what both parents' task vectors start from, where they are asked for.
-    Reads headers and small text files only.
+    dtype, slices, tokenizer, template: as in MergeRecipe. base: what both parents' task vectors start from, where
+    they are asked for. Reads headers and small files; of weights, only a head that should not be there.
     """
-    pairs, unpaired = pair_tensors(primary, secondary, slices, base)
-    found = [
+    vocabulary, found = align_vocabularies(primary, secondary, tokenizer, base)
+    settled, heads = settle_heads(primary)
+    alike, renamed = name_like(secondary, primary)
+    ground = None if base is None else name_like(base, primary)[0]
+    pairs, unpaired = pair_tensors(settled, alike, slices, ground, vocabulary)
+    talk, offered = check_talk(primary, secondary, vocabulary, template)
+    found += [
         *check_quantisation(primary, secondary),
         *compare_configs(primary, secondary, any_depth=bool(slices)),
-        *check_slices(slices, primary, secondary),
+        *check_slices(slices, primary, alike),
+        *heads,
+        *renamed,
         *unpaired,
-        *check_dtypes(primary, secondary, dtype),
+        *check_dtypes(primary, alike, dtype),
+        *talk,
         *compare_companions(primary, secondary),
+        *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary),
     ]
     rank = {"blocking": 0, "mended": 1, "notice": 2}
-    return ParityReport(tuple(sorted(found, key=lambda m: rank[m.severity])), tuple(pairs))
+    found.sort(key=lambda m: rank[m.severity])
+    return ParityReport(tuple(found), tuple(pairs), vocabulary, offered)
 
 
 # ── Kinship: do these parents belong together? ──────────────────────────────────────────────────
@@ -2339,7 +3024,11 @@ def measure_kinship(pairs: Sequence[TensorPair]) -> Kinship:
     Vectors such as norms are left out: those of strangers look alike too. So are embeddings where layers have
     matrices: their rows are not in the same order everywhere.
     """
-    matrices = [pair for pair in pairs if pair.secondary and is_matrix(pair.primary) and is_matrix(pair.secondary)]
+    matrices = [
+        pair
+        for pair in pairs
+        if pair.secondary and not pair.rows and is_matrix(pair.primary) and is_matrix(pair.secondary)
+    ]
     matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
     sums: dict[str, list[float]] = {}
     reader = TensorReader(handles := FileHandles())
@@ -2416,7 +3105,8 @@ def check_recipe(recipe: MergeRecipe) -> None:
         ("method", recipe.method, METHODS),
         ("granularity", recipe.granularity, GRANULARITIES),
         ("child's dtype", recipe.dtype, CHILD_DTYPES),
-        ("tokenizer", recipe.tokenizer, ("auto", "primary", "secondary")),
+        ("tokenizer", recipe.tokenizer, TOKENIZER_CHOICES),
+        ("chat template", recipe.chat_template, TEMPLATE_CHOICES),
         ("device", recipe.device, ("auto", "cpu", "cuda", "mps")),
     ):
         if value not in allowed:
@@ -2483,22 +3173,24 @@ def blend_parameter(pair: TensorPair, recipe: MergeRecipe) -> tuple[float, tuple
 
 def plan_job(pair: TensorPair, recipe: MergeRecipe) -> TensorJob:
     """The rule for one tensor, as far as headers tell."""
-    info = pair.primary
+    info, rows = pair.primary, pair.rows
     dtype = info.dtype
     if info.is_float and recipe.dtype != "auto":
         dtype = SAFETENSORS_NAMES[recipe.dtype]
-    job = functools.partial(TensorJob, pair.name, dtype, info.shape)
-    if pair.secondary is None or info.element_count == 0:
+    job = functools.partial(TensorJob, pair.name, dtype, pair.shape)
+    if pair.secondary is None or math.prod(pair.shape) == 0:
         return job("copy", 0.0, (info,))
     if not info.is_float:
         return job("copy", 0.0, (info, pair.secondary))  # the second is read to see that it is equal
     t, weights = blend_parameter(pair, recipe)
     if t in (0.0, 1.0) and weights is None:
-        return job("copy", t, (pair.secondary if t == 1.0 else info,))
+        order = (0, 1) if t == 0.0 else (1, 0)
+        copied = tuple((info, pair.secondary)[side] for side in order)
+        return job("copy", t, copied, rows=rows.first(order)) if rows else job("copy", t, copied[:1])
     sources = (info, pair.secondary) if pair.base is None else (info, pair.secondary, pair.base)
     rule = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
     granularity = recipe.granularity if len(info.shape) > 1 else "tensor"  # a single axis is one vector either way
-    return job(rule, t, sources, weights, granularity)
+    return job(rule, t, sources, weights, granularity, rows)
 
 
 def cut_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[TensorJob]]:
@@ -2546,34 +3238,6 @@ def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> tuple[ShardP
     count = len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     return tuple(lay_out_shard(name, group) for name, group in zip(names, groups))
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer of any kind."""
-    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_CORES)
-
-
-def choose_tokenizer(recipe: MergeRecipe, primary: Path, secondary: Path) -> tuple[str | None, str]:
-    """(role, reason) of the parent whose tokenizer the child gets."""
-    there = {"primary": has_tokenizer(primary), "secondary": has_tokenizer(secondary)}
-    if recipe.tokenizer != "auto":
-        if not there[recipe.tokenizer]:
-            raise SlerpMergeError(
-                f"The {recipe.tokenizer} model has no tokenizer to copy.", "Choose the other, or leave it to auto."
-            )
-        return recipe.tokenizer, "as asked"
-    if not any(there.values()):
-        return None, "neither parent has a tokenizer"
-    if not all(there.values()):
-        role = "primary" if there["primary"] else "secondary"
-        return role, "only it has a tokenizer"
-    maps = {
-        role: (folder / "special_tokens_map.json").is_file()
-        for role, folder in (("primary", primary), ("secondary", secondary))
-    }
-    if maps["primary"] == maps["secondary"]:
-        return "primary", f"{'both have' if maps['primary'] else 'neither has'} special_tokens_map.json"
-    return ("primary" if maps["primary"] else "secondary"), "it alone has special_tokens_map.json"
 
 
 def probe_reading(parents: Sequence[Checkpoint]) -> float:
@@ -2624,7 +3288,6 @@ def plan_merge(
     pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))
     jobs = [plan_job(pair, recipe) for pair in pairs]
     shards = plan_shards(jobs, recipe.max_shard_bytes)
-    tokenizer_role, tokenizer_reason = choose_tokenizer(recipe, primary.folder, secondary.folder)
     threads = choose_threads(recipe.threads)
     rate = probe_reading(parents)
     read_bytes = sum(info.byte_count for job in jobs for info in job.sources)
@@ -2637,8 +3300,6 @@ def plan_merge(
         base=base,
         parity=parity,
         shards=shards,
-        tokenizer_role=tokenizer_role,
-        tokenizer_reason=tokenizer_reason,
         threads=threads,
         peak_memory_bytes=estimate_memory(threads, recipe.granularity),
         disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
@@ -2665,7 +3326,7 @@ def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> Iterato
 
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound for the tokenizer, config and card beside the weights."""
-    patterns = ("config.json", *TOKENIZER_FILES, *COMPANION_FILES)
+    patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES)
     files = (file for parent in parents for pattern in patterns for file in parent.folder.glob(pattern))
     return 65_536 + sum(file.stat().st_size for file in files if file.is_file())
 
@@ -3021,14 +3682,10 @@ class TensorProgress:
     started: float = 0.0
     finished: float = 0.0
 
-    @property
-    def is_pair(self) -> bool:
-        return len(self.job.sources) > 1
-
 
 def chunk_elements(job: TensorJob) -> int:
-    """Elements per chunk: whole rows where a job takes rows or columns for vectors."""
-    if job.granularity == "tensor":
+    """Elements per chunk: whole rows where a job takes rows or columns for vectors, or where rows follow tokens."""
+    if job.granularity == "tensor" and job.rows is None:
         return CHUNK_ELEMENTS
     width = matrix_width(job)
     if width > CHUNK_ELEMENTS:
@@ -3040,18 +3697,23 @@ def chunk_elements(job: TensorJob) -> int:
 
 
 def matrix_width(job: TensorJob) -> int:
-    """Elements in a row, when a tensor is laid out so that its vectors are the rows, or are the columns.
+    """Elements in a row, when a tensor is laid out so that its vectors are the rows, or are the columns; of a token.
 
     mergekit's nuslerp_row_wise takes vectors along dimension 0, which here are columns of a matrix of shape[0] rows;
     without it they run along the last dimension.
     """
-    return math.prod(job.shape[1:]) if job.granularity == "row" else job.shape[-1]
+    return job.shape[-1] if job.granularity == "column" else math.prod(job.shape[1:])
 
 
 def cut_spans(job: TensorJob) -> tuple[range, ...]:
     """Stretches of elements, each a few whole chunks long but for the last."""
     step = SPAN_CHUNKS * chunk_elements(job)
     return tuple(range(start, min(start + step, job.element_count)) for start in range(0, job.element_count, step))
+
+
+def rows_in(job: TensorJob, part: range) -> slice:
+    """The rows that a stretch of whole rows has, where rows follow tokens."""
+    return slice(part.start // job.row_elements, part.stop // job.row_elements)
 
 
 class MergeWorker:
@@ -3075,21 +3737,40 @@ class MergeWorker:
     def working_dtype(job: TensorJob) -> torch.dtype:
         return torch.float64 if any(info.dtype == "F64" for info in job.sources) else torch.float32
 
-    def read_chunks(self, job: TensorJob, span: range) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next."""
-        widths = [DTYPE_BYTES[info.dtype] for info in job.sources]
-        fills = [
-            self.reader.begin(info, span.start * width, side)
-            for side, (info, width) in enumerate(zip(job.sources, widths))
-        ]
+    def read_chunks(self, job: TensorJob, span: range, blended: bool) -> Iterator[tuple[range, list[torch.Tensor]]]:
+        """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next.
+
+        blended: zeros stand for rows that will be kept, which then add nothing to a sum.
+        """
         step = chunk_elements(job)
+        fill = self.fill_rows if job.rows else self.fill_on
+        fills = [fill(job, span, side, blended) for side in range(len(job.sources))]
         for start in range(span.start, span.stop, step):
-            count = min(step, span.stop - start)
+            part = range(start, min(start + step, span.stop))
             chunk = []
-            for fill, info, width, buffer in zip(fills, job.sources, widths, self.sources):
-                fill(buffer.memory[: count * width])
-                chunk.append(buffer.typed(info.dtype)[:count])
-            yield count, chunk
+            for fill, info, buffer in zip(fills, job.sources, self.sources):
+                fill(buffer.memory[: len(part) * DTYPE_BYTES[info.dtype]])
+                chunk.append(buffer.typed(info.dtype)[: len(part)])
+            yield part, chunk
+
+    def fill_on(self, job: TensorJob, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
+        """A function that fills one buffer after another with a span of a source."""
+        info = job.sources[side]
+        return self.reader.begin(info, span.start * DTYPE_BYTES[info.dtype], side)
+
+    def fill_rows(self, job: TensorJob, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
+        """The same, with the rows that stand for the child's tokens."""
+        info, maps = job.sources[side], job.rows.blended if blended else job.rows.sources
+        rows = maps[side][rows_in(job, span)]
+        done = 0
+
+        def fill(view: memoryview) -> None:
+            nonlocal done
+            count = len(view) // (job.row_elements * DTYPE_BYTES[info.dtype])
+            self.reader.read_rows(info, rows[done : done + count], view, side)
+            done += count
+
+        return fill
 
     def measure(self, progress: TensorProgress, number: int) -> Sums:
         """First pass over a span of a pair."""
@@ -3098,7 +3779,7 @@ class MergeWorker:
         arithmetic = self.arithmetic_for(dtype)
         sums, identical = [], True
         columns = None
-        for _, chunk in self.read_chunks(job, progress.spans[number]):
+        for _, chunk in self.read_chunks(job, progress.spans[number], blended=True):
             left, right, *_ = chunk
             alike = left.dtype == right.dtype
             if job.sources[0].is_float:
@@ -3120,8 +3801,8 @@ class MergeWorker:
         arithmetic = self.arithmetic_for(dtype)
         write = progress.writer.begin(self.handles, job.offset + span.start * width)
         non_finite = 0
-        for count, chunk in self.read_chunks(job, span):
-            out = self.out.typed(job.dtype)[:count]
+        for part, chunk in self.read_chunks(job, span, blended=False):
+            out = self.out.typed(job.dtype)[: len(part)]
             if blend.rule == "copy":
                 out.copy_(arithmetic.round(chunk[0]) if chunk[0].is_floating_point() else chunk[0])
             elif progress.vector_weights is not None:
@@ -3132,10 +3813,23 @@ class MergeWorker:
                 arithmetic.blend_vectors(chunk, dtype, weights, matrix_width(job), out)
             else:
                 arithmetic.blend(chunk, dtype, (blend.primary_weight, blend.secondary_weight), out)
+            if job.rows is not None:
+                self.keep_rows(job, part, chunk, arithmetic, out)
             if progress.check_finite:
                 non_finite += count_non_finite(out)
-            write(self.out.memory[: count * width])
+            write(self.out.memory[: len(part) * width])
         return non_finite
+
+    @staticmethod
+    def keep_rows(
+        job: TensorJob, part: range, chunk: Sequence[torch.Tensor], arithmetic: ChunkArithmetic, out: torch.Tensor
+    ) -> None:
+        """Puts the rows of tokens that a single parent has into `out` as they are."""
+        width = job.row_elements
+        for side, raw in enumerate(chunk[:2]):
+            places = torch.from_numpy(numpy.flatnonzero(job.rows.is_kept(side)[rows_in(job, part)]))
+            if len(places):
+                out.view(-1, width)[places] = arithmetic.round(raw.view(-1, width)[places]).to(out.dtype)
 
 
 def squared_norm(values: torch.Tensor) -> float:
@@ -3333,7 +4027,7 @@ class MergeStream:
         progress.started = time.perf_counter()
         self.in_order.append(progress)
         self.spans_under_way += len(progress.spans)
-        if progress.is_pair:
+        if progress.job.is_measured:
             self.begin_pass(progress, "measure")
         else:
             progress.blend = Blend(1.0, 0.0, "copy", f"t = {progress.job.t:g}", None)
@@ -3389,7 +4083,7 @@ class MergeStream:
                 # In the order of the spans, so that the sum's bits do not depend on who was first.
                 columns = functools.reduce(torch.add, (part.columns for part in sums))
                 progress.vector_weights = vector_weights(columns, job.t)
-        simple = len(job.sources) == 2 and job.granularity == "tensor"
+        simple = len(job.sources) == 2 and job.granularity == "tensor" and job.rows is None
         progress.check_finite = not simple or self.could_overflow(job, progress.blend, norms)
 
     @staticmethod
@@ -3449,7 +4143,12 @@ def write_index(plan: MergePlan, folder: Path) -> None:
         },
         "weight_map": {job.name: shard.file_name for shard in plan.shards for job in shard.jobs},
     }
-    write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / WEIGHTS_INDEX, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A small JSON file, as people like to read it."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -3469,15 +4168,63 @@ def write_text(path: Path, text: str) -> None:
 def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> None:
     """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
     observe(CompanionCopied(write_child_config(plan, child.folder), "made"))
-    if plan.tokenizer_donor is not None:
-        for name in copy_matching(plan.tokenizer_donor.folder, child.folder, TOKENIZER_FILES):
-            observe(CompanionCopied(name, plan.tokenizer_role))
-    for name in copy_matching(plan.primary.folder, child.folder, COMPANION_FILES):
-        observe(CompanionCopied(name, "primary"))
+    for role, patterns in (
+        (plan.tokenizer_role, TOKENIZER_FILES),
+        (plan.template_role, TEMPLATE_FILES),
+        ("primary", COMPANION_FILES),
+    ):
+        if role is not None:
+            for name in copy_matching(plan.parent(role).folder, child.folder, patterns):
+                observe(CompanionCopied(name, role))
+    for name in adapt_tokenizer(plan, child.folder):
+        observe(CompanionCopied(name, "made"))
+    if (source := write_generation_config(plan, child.folder)) is not None:
+        observe(CompanionCopied(GENERATION_NAME, source))
     write_text(child.folder / RECIPE_NAME, recipe_text(plan, child.target))
     observe(CompanionCopied(RECIPE_NAME, "made"))
     write_text(child.folder / CARD_NAME, model_card(plan, result))
     observe(CompanionCopied(CARD_NAME, "made"))
+
+
+def write_generation_config(plan: MergePlan, folder: Path) -> str | None:
+    """generation_config.json; returns whose it is, or "made" where ids follow the other parent's tokenizer."""
+    role = plan.template_role
+    settings, _ = child_generation_config(plan.primary, plan.secondary, plan.parity.vocabulary, role)
+    if not settings:
+        return None
+    for source in ("primary", "secondary"):
+        path = plan.parent(source).folder / GENERATION_NAME
+        if read_json_if_there(path) == settings:
+            list(copy_matching(path.parent, folder, [GENERATION_NAME]))
+            return source
+    write_json(folder / GENERATION_NAME, settings)
+    return "made"
+
+
+def adapt_tokenizer(plan: MergePlan, folder: Path) -> Iterator[str]:
+    """Puts the other parent's chat template and tokens into the donor's copied files; yields the names of those."""
+    settings_path, more_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings = read_json_if_there(settings_path)
+    before = dict(settings)
+    if plan.template_role != plan.tokenizer_role:
+        theirs = read_json_if_there(plan.parent(plan.template_role).folder / settings_path.name).get("chat_template")
+        settings = {key: value for key, value in settings.items() if key != "chat_template"}
+        settings |= {} if theirs is None else {"chat_template": theirs}
+    appended = plan.parity.vocabulary.appended
+    if appended:
+        tokenizer = open_tokenizer(folder / "tokenizer.json")
+        extend_tokenizer(tokenizer, [(token.content, token.flags) for token in appended])
+        write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+        yield "tokenizer.json"
+        if isinstance(settings.get("added_tokens_decoder"), dict):
+            entries = {str(token.number): {"content": token.content, **dict(token.flags)} for token in appended}
+            settings = {**settings, "added_tokens_decoder": {**settings["added_tokens_decoder"], **entries}}
+        if more_path.is_file():
+            write_json(more_path, {**read_json(more_path), **{token.content: token.number for token in appended}})
+            yield more_path.name
+    if settings != before:
+        write_json(settings_path, settings)
+        yield settings_path.name
 
 
 def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> Iterator[str]:
@@ -3495,18 +4242,53 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> Iterat
 
 
 def write_child_config(plan: MergePlan, folder: Path) -> str:
-    """config.json: the primary's, key by key, with the dtype that was asked for. Returns its name."""
+    """config.json: the primary's, key by key, with what is another in the child. Returns its name."""
     config = dict(plan.primary.config)
+    vocabulary = plan.parity.vocabulary
+    if vocabulary.role == "secondary":
+        config = follow_tokens(config, plan.secondary.config, vocabulary, "primary")
     if plan.recipe.dtype != "auto":
         stated = [key for key in DTYPE_KEYS if key in config] or ["torch_dtype"]
         config.update(dict.fromkeys(stated, plan.recipe.dtype))
         for key, part in config.items():
             if isinstance(part, dict):  # a model inside a model states its own
                 config[key] = {k: plan.recipe.dtype if k in DTYPE_KEYS else v for k, v in part.items()}
+    config = with_value(config, "vocab_size", vocabulary.parent_rows[0], vocabulary.rows)
+    stated_tie, tie = is_tied(config), true_tie(plan.primary)
+    if stated_tie is None and tie is not None:
+        config["tie_word_embeddings"] = tie
+    config = with_value(config, "tie_word_embeddings", stated_tie, tie)
     if plan.recipe.slices:
         config = with_depth(config, plan)
-    write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "config.json", config)
     return "config.json"
+
+
+def with_value(config: Mapping[str, Any], key: str, before: Any, after: Any) -> dict[str, Any]:
+    """A config with a value exchanged wherever it is stated, in models inside the model too."""
+    changed = {
+        k: with_value(part, key, before, after) if isinstance(part, dict) else part for k, part in config.items()
+    }
+    if key in changed and changed[key] == before and before is not None:
+        changed[key] = after
+    return changed
+
+
+def true_tie(primary: Checkpoint) -> bool | None:
+    """Whether the child's head is its embedding, as the weights tell; None where they do not.
+
+    The config's word counts, unless it says tied and a head of another content is stored. Where it is silent, a
+    single matrix with a row for each token must serve as both.
+    """
+    stated = is_tied(primary.config)
+    matrices = token_matrices(primary)
+    if stated is False or not matrices:
+        return stated
+    copies = copies_of_embedding(primary)
+    if len(matrices) - 1 == len(copies):
+        return stated if stated is not None or any(key in primary.config for key in LANGUAGE_CONFIGS) else True
+    heads = [info for info in matrices[1:] if info not in copies]
+    return None if stated is None and any("emb" in info.name for info in heads) else False
 
 
 def recipe_text(plan: MergePlan, child: Path) -> str:
@@ -3546,13 +4328,14 @@ def recipe_text(plan: MergePlan, child: Path) -> str:
     if recipe.dtype not in ("auto", recipe.cast_dtype):
         content["out_dtype"] = recipe.dtype
     if recipe.tokenizer != "auto":
-        content["tokenizer_source"] = places[recipe.tokenizer]
+        content["tokenizer_source"] = places.get(recipe.tokenizer, recipe.tokenizer)
     own: dict[str, Any] = {
         "version": __version__,
         "method": recipe.method,
         "dot_threshold": recipe.dot_threshold,
         "epsilon": recipe.epsilon,
         "extrapolate": recipe.extrapolate,
+        "chat_template": recipe.chat_template,
     }
     if method != "slerp" and recipe.slices and recipe.slices[0].weights is None:
         own["slices_t"] = [recipe_rules(part.schedule) for part in recipe.slices]
@@ -3650,6 +4433,7 @@ def model_card(plan: MergePlan, result: MergeResult) -> str:
         ("dot threshold", f"{recipe.dot_threshold:g}"),
         ("epsilon", f"{recipe.epsilon:g}"),
         ("tokenizer from", plan.tokenizer_role or "neither"),
+        *([("chat template from", plan.template_role)] if plan.template_role != plan.tokenizer_role else []),
     ]
     body = [
         f"# {title}",
@@ -3757,9 +4541,9 @@ def verify_headers(plan: MergePlan, folder: Path) -> None:
             info = found.get(job.name)
             if info is None or (info.dtype, info.shape, info.offset) != (job.dtype, job.shape, job.offset):
                 raise wrong_child(f"{shard.file_name} does not hold {job.name} as planned")
-    for name, info, _ in child_layout(plan.primary, plan.recipe.slices):
-        if name not in found or found[name].shape != info.shape:
-            raise wrong_child(f"the primary's tensor {name} is not in it with its shape")
+    for pair in plan.parity.pairs:
+        if pair.name not in found or found[pair.name].shape != pair.shape:
+            raise wrong_child(f"the primary's tensor {pair.name} is not in it with its shape")
 
 
 def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[int, int]:
@@ -3776,33 +4560,40 @@ def verify_values(plan: MergePlan, folder: Path, result: MergeResult) -> tuple[i
         for merged in whole:
             weights = recompute_weights(plan.recipe, merged, reader)
             for stretch in cut_stretches(merged.job):
-                sources = read_sources(merged.job, stretch, reader, plan.recipe)
-                here = [spread(weight, merged.job, stretch) for weight in weights]
-                verify_stretch(merged, here, sources, stretch.start, places[merged.job.name], reader, plan.recipe)
+                verify_stretch(merged, weights, stretch, places[merged.job.name], reader, plan.recipe)
         for merged in spots:
-            length = min(SPOT_ELEMENTS, merged.job.element_count)
-            start = (merged.job.element_count - length) // 2
-            sources = read_sources(merged.job, range(start, start + length), reader, plan.recipe)
             weights = merged.blend.primary_weight, merged.blend.secondary_weight
-            verify_stretch(merged, weights, sources, start, places[merged.job.name], reader, plan.recipe)
+            verify_stretch(merged, weights, middle_stretch(merged.job), places[merged.job.name], reader, plan.recipe)
     finally:
         handles.close()
     return len(whole), len(spots)
 
 
-def read_stretch(reader: TensorReader, info: TensorInfo, stretch: range) -> torch.Tensor:
-    """Elements of a tensor, flat, in float64."""
+def read_stretch(
+    reader: TensorReader, info: TensorInfo, stretch: range, rows: numpy.ndarray | None = None
+) -> torch.Tensor:
+    """Elements of a tensor, flat, in float64; or those of some of its rows, in their order, and zeros for a row -1."""
     width = DTYPE_BYTES[info.dtype]
     data = bytearray(len(stretch) * width)
-    reader.read_into(info, stretch.start * width, memoryview(data))
+    if rows is None:
+        reader.read_into(info, stretch.start * width, memoryview(data))
+    else:
+        reader.read_rows(info, rows, memoryview(data))
     return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).double()
 
 
 def read_sources(
-    job: TensorJob, stretch: range, reader: TensorReader, recipe: MergeRecipe
+    job: TensorJob, stretch: range, reader: TensorReader, recipe: MergeRecipe, blended: bool = False
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """([v0, v1] or the copied one, base or zeros) of a stretch, in float64; task vectors where there is a base."""
-    parts = [read_stretch(reader, info, stretch) for info in job.sources]
+    """([v0, v1] or the copied one, base or zeros) of a stretch, in float64; task vectors where there is a base.
+
+    blended: zeros stand for rows that are kept.
+    """
+    rows: Sequence[Any] = [None] * len(job.sources)
+    if job.rows is not None:
+        maps = job.rows.blended if blended else job.rows.sources
+        rows = [part[rows_in(job, stretch)] for part in maps]
+    parts = [read_stretch(reader, info, stretch, part) for info, part in zip(job.sources, rows)]
     if recipe.cast_dtype is not None and job.sources[0].is_float:
         parts = [part.to(getattr(torch, recipe.cast_dtype)).double() for part in parts]
     if len(parts) == 3:
@@ -3810,12 +4601,37 @@ def read_sources(
     return parts, torch.zeros_like(parts[0])
 
 
+def whole_row(job: TensorJob) -> int:
+    """Elements that a stretch of a tensor cannot be cut within."""
+    return 1 if job.granularity == "tensor" and job.rows is None else matrix_width(job)
+
+
 def cut_stretches(job: TensorJob) -> Iterator[range]:
-    """All of a tensor, piece by piece; whole rows where it was blended by rows or columns."""
-    width = 1 if job.granularity == "tensor" else matrix_width(job)
-    step = max(1, STRETCH_ELEMENTS // width) * width
+    """All of a tensor, piece by piece; whole rows where they count."""
+    step = max(1, STRETCH_ELEMENTS // whole_row(job)) * whole_row(job)
     for start in range(0, job.element_count, step):
         yield range(start, min(start + step, job.element_count))
+
+
+def middle_stretch(job: TensorJob) -> range:
+    """A few elements from the middle of a tensor; whole rows where they count."""
+    row = whole_row(job)
+    length = min(max(1, SPOT_ELEMENTS // row) * row, job.element_count)
+    start = (job.element_count - length) // 2 // row * row
+    return range(start, start + length)
+
+
+def shares_at(weights: Sequence[Any], job: TensorJob, stretch: range) -> list[Any]:
+    """Both parents' weights over a stretch: a number, or one for each element where vectors or rows have their own."""
+    shares = [spread(weight, job, stretch) for weight in weights]
+    if job.rows is None:
+        return shares
+    rows = rows_in(job, stretch)
+    kept = [torch.from_numpy(job.rows.is_kept(side)[rows]).repeat_interleave(job.row_elements) for side in (0, 1)]
+    for side in (0, 1):
+        share = torch.as_tensor(shares[side], dtype=torch.float64).expand(len(stretch))
+        shares[side] = torch.where(kept[side], 1.0, torch.where(kept[1 - side], 0.0, share))
+    return shares
 
 
 def spread(weight: Any, job: TensorJob, stretch: range) -> Any:
@@ -3837,12 +4653,12 @@ def recompute_weights(recipe: MergeRecipe, merged: TensorMerged, reader: TensorR
         axis = 0 if job.granularity == "row" else 1
         parts = []
         for stretch in cut_stretches(job):
-            v0, v1 = (part.view(-1, matrix_width(job)) for part in read_sources(job, stretch, reader, recipe)[0])
+            v0, v1 = (part.view(-1, matrix_width(job)) for part in read_sources(job, stretch, reader, recipe, True)[0])
             parts.append(torch.stack([(a * b).sum(axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))]))
         return vector_weights(torch.cat(parts, dim=1) if axis else torch.stack(parts).sum(0), job.t)
     totals = [0.0, 0.0, 0.0]
     for stretch in cut_stretches(job):
-        v0, v1 = read_sources(job, stretch, reader, recipe)[0]
+        v0, v1 = read_sources(job, stretch, reader, recipe, blended=True)[0]
         for place, (a, b) in enumerate(((v0, v0), (v1, v1), (v0, v1))):
             totals[place] += float(torch.dot(a, b))
     method = "lerp" if job.rule == "lerp" else recipe.method
@@ -3856,17 +4672,17 @@ def recompute_weights(recipe: MergeRecipe, merged: TensorMerged, reader: TensorR
 def verify_stretch(
     merged: TensorMerged,
     weights: Sequence[Any],
-    sources: tuple[list[torch.Tensor], torch.Tensor],
-    start: int,
+    stretch: range,
     path: Path,
     reader: TensorReader,
     recipe: MergeRecipe,
 ) -> None:
     """Holds a stretch of the child against its parents: equal but for the rounding to the child's dtype."""
     job = merged.job
-    parts, base = sources
-    terms = [parts[0], base] if merged.blend.rule == "copy" else [weights[0] * parts[0], weights[1] * parts[1], base]
-    stretch = range(start, start + len(base))
+    parts, base = read_sources(job, stretch, reader, recipe)
+    terms = [parts[0]]
+    if merged.blend.rule != "copy" or job.rows is not None:
+        terms = [share * part for share, part in zip(shares_at(weights, job, stretch), parts)] + [base]
     stored = read_stretch(reader, TensorInfo(job.name, job.dtype, job.shape, path, job.offset, job.byte_count), stretch)
     if not job.sources[0].is_float:
         if not torch.equal(parts[0], stored):
@@ -3885,39 +4701,29 @@ def verify_stretch(
         raise wrong_child(f"{job.name} differs from what its parents make")
 
 
-def embedding_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the vocabulary, as the weights have them: the first dimension that the config's vocab_size names."""
-    size = vocabulary_size(checkpoint.config)
-    shapes = [info.shape for info in checkpoint.tensors.values() if find_layer(info.name) is None]
-    return size if any(shape[:1] == (size,) and len(shape) == 2 for shape in shapes) else None
-
-
 def compare_tokenizer_with_rows(plan: MergePlan, folder: Path) -> tuple[str | None, str | None]:
     """(what was found right, what may be wrong) of the child's tokenizer beside its embedding."""
-    path, rows = folder / "tokenizer.json", embedding_rows(plan.primary)
+    path, rows = folder / "tokenizer.json", plan.parity.vocabulary.rows
     if not path.is_file() or rows is None:
         return None, None
-    from tokenizers import Tokenizer
-
     try:
-        highest = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
-    except Exception as error:  # the library raises bare Exception for every fault of the file
-        return None, f"tokenizer.json cannot be read by the tokenizers library ({error})"
+        highest = max(open_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
+    except SlerpMergeError as error:
+        return None, error.message.replace(str(path), path.name)
     if highest >= rows:
         return None, f"the tokenizer knows the id {highest}, but the embedding has only {rows} rows"
     return f"every token id (up to {highest}) has its row among {rows}", None
 
 
 def ids_without_rows(plan: MergePlan, folder: Path) -> list[str]:
-    """Warnings of the ids in generation_config.json, such as eos_token_id, that the embedding has no row for."""
-    rows = embedding_rows(plan.primary)
-    if rows is None:
-        return []
+    """Warnings of the ids in config.json, such as eos_token_id, that the embedding has no row for."""
+    vocabulary = plan.parity.vocabulary
     warnings = []
-    for key, value in read_json_if_there(folder / "generation_config.json").items():
+    for key, value in read_json(folder / "config.json").items():
         ids = value if isinstance(value, list) else [value]
-        if key.endswith("_token_id") and any(isinstance(number, int) and not 0 <= number < rows for number in ids):
-            warnings.append(f"generation_config.json: {key} is {shorten(value)}, the embedding has only {rows} rows")
+        if TOKEN_ID_KEY.search(key) and any(type(n) is int and n >= 0 and not has_row(n, vocabulary) for n in ids):
+            rows = vocabulary.rows
+            warnings.append(f"config.json: {key} is {shorten(value)}, the embedding has only {rows} rows")
     return warnings
 
 
@@ -4015,7 +4821,7 @@ def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
     base = None if recipe.base is None else open_checkpoint(recipe.base)
     if base is not None:
         observe(ParentOpened("base", base))
-    parity = check_parity(primary, secondary, recipe.dtype, recipe.slices, base)
+    parity = check_parity(primary, secondary, recipe.dtype, recipe.slices, base, recipe.tokenizer, recipe.chat_template)
     observe(ParityChecked(parity))
     parity.raise_if_blocking()
     plan = plan_merge(recipe, primary, secondary, parity, base)
@@ -4336,7 +5142,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("kinship", plan.kinship.describe()),
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
-        ("tokenizer", donor + plan.tokenizer_reason),
+        ("tokenizer", donor + plan.parity.vocabulary.reason),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
         ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
@@ -4361,6 +5167,8 @@ def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
         "kinship": plan.kinship.as_dict(),
         "remarks": list(plan.remarks),
         "tokenizer_from": plan.tokenizer_role,
+        "chat_template_from": plan.template_role,
+        "vocabulary": plan.parity.vocabulary.as_dict(),
         "mended": [dataclasses.asdict(m) for m in plan.parity.of_severity("mended")],
         "notices": [dataclasses.asdict(m) for m in plan.parity.of_severity("notice")],
     }
@@ -4849,7 +5657,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epsilon", type=norm, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
     add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
-    add("--tokenizer", choices=("auto", "primary", "secondary"), help="whose tokenizer the child gets")
+    add("--tokenizer", choices=TOKENIZER_CHOICES, help="whose tokenizer the child gets; union: with the other's tokens")
+    add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose it gets (default: the tokenizer's)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where the arithmetic runs (default auto)")
     count = parse_within(int, 1, 1024, "a number of threads from 1 on")
     add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
@@ -4936,6 +5745,7 @@ class CommandLine:
             return EXIT_DONE
         if plan.kinship.warning:
             self.show(f"[yellow]{plan.kinship.warning}[/]")
+        plan = self.offer_template(plan, wizard)
         if not self.arguments.yes and not wizard.confirm("Start the merge?", default=plan.kinship.warning is None):
             self.show("Nothing was written.")
             return EXIT_DONE
@@ -4955,6 +5765,16 @@ class CommandLine:
             for command in next_commands(report):
                 self.console.print(command, soft_wrap=True, markup=False)
         return EXIT_DONE
+
+    def offer_template(self, plan: MergePlan, wizard: Wizard) -> MergePlan:
+        """Asks whether a child without a chat template shall have the other parent's, where that fits its tokens."""
+        role = plan.parity.offered_template
+        if role is None or self.arguments.yes:
+            return plan
+        question = f"The child has no chat template. Take the {role}'s, which fits its tokens?"
+        if not wizard.confirm(question, default=True):
+            return plan
+        return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, chat_template=role))
 
     def observe(self, event: Event) -> None:
         if isinstance(event, ParityChecked) and not event.report.of_severity("blocking"):

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from slerpmerge import COMPANION_FILES, TOKENIZER_FILES, CompanionCopied, MergeRecipe, SlerpMergeError, prepare_merge
+from slerpmerge import (
+    COMPANION_FILES,
+    GENERATION_NAME,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    CompanionCopied,
+    MergeRecipe,
+    SlerpMergeError,
+    prepare_merge,
+)
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -76,7 +85,7 @@ def test_the_donor_of_the_tokenizer(tmp_path, has_map, has_tokenizer, asked, don
             edit_json(folder / "tokenizer_config.json", added_by=folder.name)
     report = merge(primary, secondary, tmp_path / "child", tokenizer=asked)
     assert report.as_dict()["tokenizer_from"] == donor
-    assert report.plan.tokenizer_reason
+    assert report.plan.parity.vocabulary.reason
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (report.child / name).read_bytes() == (tmp_path / donor / name).read_bytes()
     assert (report.child / "special_tokens_map.json").exists() == (has_map in ("both", donor))
@@ -88,7 +97,7 @@ def test_the_reason_for_a_donor_names_the_file_it_is_about(tmp_path):
         for parent in (primary, secondary):
             add_tokenizer(parent, special_tokens_map=has_map)
         plan = prepare_merge(MergeRecipe(primary, secondary, tmp_path / "child"), lambda event: None)
-        assert plan.tokenizer_reason == f"{who} special_tokens_map.json"
+        assert plan.parity.vocabulary.reason == f"{who} special_tokens_map.json"
 
 
 def test_parents_without_a_tokenizer_have_a_child_without_one(tmp_path):
@@ -125,8 +134,8 @@ def test_every_kind_of_companion_goes_where_it_belongs(tmp_path, parents):
     child = merge(primary, secondary, tmp_path / "child", observe=events.append, tokenizer="secondary").child
     expected = {**dict.fromkeys(TOKENIZER_EXAMPLES, "secondary"), **dict.fromkeys(PRIMARY_EXAMPLES, "primary")}
     assert merged_files(child) == expected
-    assert len(TOKENIZER_EXAMPLES) == len(TOKENIZER_FILES)
-    assert {"*.py", *PRIMARY_EXAMPLES} >= set(COMPANION_FILES)
+    assert len(TOKENIZER_EXAMPLES) == len(TOKENIZER_FILES + TEMPLATE_FILES)
+    assert {"*.py", *PRIMARY_EXAMPLES} >= {*COMPANION_FILES, GENERATION_NAME}
     told = {event.file_name: event.source for event in events if isinstance(event, CompanionCopied)}
     folders = {name.split("/")[0]: source for name, source in expected.items()}
     assert told == {**folders, "config.json": "made", "merge_recipe.yaml": "made", "README.md": "made"}
@@ -143,10 +152,11 @@ def test_generation_settings_are_the_primarys_though_the_tokenizer_is_not(tmp_pa
     assert (child / "tokenizer.json").read_bytes() == (secondary / "tokenizer.json").read_bytes()
 
 
-def test_generation_settings_of_the_secondary_alone_are_not_taken(tmp_path):
+def test_generation_settings_of_the_secondary_alone_are_not_lost(tmp_path):
     primary, secondary = make_pair(tmp_path)
     write_examples(secondary, ("generation_config.json",))
-    assert merged_files(merge(primary, secondary, tmp_path / "child").child) == {}
+    child = merge(primary, secondary, tmp_path / "child").child
+    assert merged_files(child) == {"generation_config.json": "secondary"}
 
 
 def test_code_of_the_primary_is_copied_and_never_run(tmp_path, monkeypatch):

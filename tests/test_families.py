@@ -13,10 +13,12 @@ import pytest
 import torch
 import transformers
 
-from tests.builders import load_tensors, reference_slerp
+from slerpmerge import SlerpMergeError
+from tests.builders import edit_json, load_tensors, reference_slerp, replace_tensors
 from tests.test_merge import distance, merge
 
 TOKENS, WIDTH, SEEN = 96, 32, 8
+ROLES = ("primary", "secondary")
 VISION = {
     "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "image_size": 16, "patch_size": 8,
@@ -141,3 +143,111 @@ def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, arch
     shown = output.logits if hasattr(output, "logits") else output.logits_per_text
     assert torch.isfinite(shown).all()
     assert shown.std() > 0
+
+
+# ── Checkpoints that older versions saved ───────────────────────────────────────────────────────
+
+
+def rename(folder: Path, exchange: Callable[[str], str], **more: torch.Tensor) -> None:
+    """A copy of a parent's weights under other names, with more tensors beside them."""
+    tensors = {exchange(name): tensor for name, tensor in load_tensors(folder).items()}
+    replace_tensors(folder, {**tensors, **more})
+
+
+def without_prefix(prefix: str) -> Callable[[str], str]:
+    return lambda name: name.removeprefix(prefix)
+
+
+def llava_of_2024(name: str) -> str:
+    """Names of a vision-language model before its parts were put below `model`, or those themselves."""
+    for today, then in (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")):
+        if name.startswith(today):
+            return then + name[len(today) :]
+    return name.removeprefix("model.")
+
+
+def llava_of_today(name: str) -> str:
+    for then, today in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
+        if name.startswith(then):
+            return today + name[len(then) :]
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+def norms_of_2019(name: str) -> str:
+    if "LayerNorm" not in name:
+        return name
+    return name.replace(".weight", ".gamma").replace(".bias", ".beta")
+
+
+MASKS = {"h.0.attn.bias": torch.ones(1, 1, 64, 64).tril().bool(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+FREQUENCIES = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+OLDER = {
+    "names without the model's own prefix, and masks": ("GPT2LMHeadModel", without_prefix("transformer."), MASKS),
+    "norms with gamma and beta": ("BertForMaskedLM", norms_of_2019, {}),
+    "no prefix, and gamma and beta": ("BertForMaskedLM", lambda n: norms_of_2019(n.removeprefix("bert.")), {}),
+    "a language model inside": ("LlavaForConditionalGeneration", llava_of_2024, {}),
+    "the same names and rotary frequencies": ("LlamaForCausalLM", lambda name: name, FREQUENCIES),
+}
+
+
+@pytest.mark.parametrize("older", ["primary", "secondary"])
+@pytest.mark.parametrize("what", OLDER)
+def test_a_checkpoint_of_an_older_version_merges_with_one_of_todays(tmp_path, parents, what, older):
+    architecture, exchange, more = OLDER[what]
+    folders = {role: make_family_parent(tmp_path / role, architecture, seed) for seed, role in enumerate(ROLES)}
+    if architecture.startswith("Llava"):
+        for folder in folders.values():
+            rename(folder, llava_of_today)
+    today = {name: load_tensors(folder) for name, folder in folders.items()}
+    rename(folders[older], exchange, **more)
+    if architecture.startswith("Llama"):
+        edit_json(
+            folders[older] / "config.json", dtype=..., torch_dtype="bfloat16", rope_parameters=..., rope_theta=1e4
+        )
+    parents.watch(*folders.values())
+    report = merge(*folders.values(), tmp_path / "child", 0.3)
+    child = load_tensors(report.child)
+    kept = load_tensors(folders["primary"])
+    assert child.keys() == kept.keys()
+    named = exchange if older == "primary" else lambda name: name
+    for name, left in today["primary"].items():
+        exact = reference_slerp(left, today["secondary"][name], 0.3)
+        assert distance(child[named(name)], left, today["secondary"][name], exact) <= 0.51, name
+    assert not report.plan.parity.of_severity("blocking")
+    if (what, older) == ("no prefix, and gamma and beta", "primary"):
+        return  # not every version of transformers loads that, be it a parent or a child
+    load = getattr(transformers, architecture).from_pretrained
+    loaded = [
+        load(folder, output_loading_info=True)[1]["missing_keys"] for folder in (report.child, folders["primary"])
+    ]
+    assert loaded[0] == loaded[1]
+
+
+def test_names_are_exchanged_only_where_nothing_is_in_doubt(tmp_path):
+    """A projector and a resampler of one shape are not each other's, whatever else pairs."""
+    primary, secondary = (make_family_parent(tmp_path / role, "LlamaForCausalLM", n) for n, role in enumerate(ROLES))
+    rename(primary, lambda name: name, **{"projector.weight": torch.ones(4, 4)})
+    rename(secondary, lambda name: name, **{"resampler.weight": torch.ones(4, 4)})
+    with pytest.raises(SlerpMergeError, match=r"projector\.weight: primary present, secondary missing"):
+        merge(primary, secondary, tmp_path / "child")
+
+
+@pytest.mark.parametrize("fused", ROLES)
+def test_the_same_experts_fused_and_apart_are_recognised(tmp_path, fused):
+    folders = {role: make_family_parent(tmp_path / role, "MixtralForCausalLM", n) for n, role in enumerate(ROLES)}
+    for role, folder in folders.items():
+        tensors = {name: tensor for name, tensor in load_tensors(folder).items() if ".experts" not in name}
+        for layer in range(2):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            if role == fused:
+                tensors[f"{prefix}.gate_up_proj"] = torch.zeros(4, 96, WIDTH)
+                tensors[f"{prefix}.down_proj"] = torch.zeros(4, WIDTH, 48)
+            else:
+                for expert in range(4):
+                    for name, shape in (("gate", (48, WIDTH)), ("up", (48, WIDTH)), ("down", (WIDTH, 48))):
+                        tensors[f"{prefix}.{expert}.{name}_proj.weight"] = torch.zeros(shape)
+        replace_tensors(folder, tensors)
+    with pytest.raises(SlerpMergeError, match="fused in one parent and apart in the other") as caught:
+        merge(*folders.values(), tmp_path / "child")
+    assert "save_pretrained" in caught.value.message
+    assert "layout of 2 layers" in caught.value.message

@@ -533,7 +533,7 @@ def choose(folder: Path, primary: tuple[str, ...], secondary: tuple[str, ...], a
         (folder / role).mkdir()
         for name in names:
             (folder / role / name).write_text("{}")
-    return choose_tokenizer(recipe_in(folder, tokenizer=asked), folder / "primary", folder / "secondary")
+    return choose_tokenizer(asked, folder / "primary", folder / "secondary")
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_the_plan_names_the_donor(tmp_path):
     add_tokenizer(secondary)
     plan = planned(tmp_path)
     assert plan.tokenizer_role == "secondary"
-    assert plan.tokenizer_donor == plan.secondary
+    assert plan.parent(plan.tokenizer_role) == plan.secondary
     assert planned(tmp_path, primary=secondary, secondary=primary).tokenizer_role == "primary"
 
 

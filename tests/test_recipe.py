@@ -31,6 +31,7 @@ from slerpmerge import (
     verify_with_transformers,
 )
 from tests.builders import (
+    DEVICE,
     LLAMA_CONFIG,
     edit_json,
     llama_tensors,
@@ -55,7 +56,7 @@ def quiet(event: Any) -> None:
 
 
 def plan_of(recipe: Path, child: Path) -> MergePlan:
-    return prepare_merge(MergeRecipe(save_directory=child, device="cpu", **read_recipe(recipe)), quiet)
+    return prepare_merge(MergeRecipe(save_directory=child, device=DEVICE, **read_recipe(recipe)), quiet)
 
 
 def merge_recipe(recipe: Path, child: Path) -> MergeReport:
@@ -320,7 +321,7 @@ def test_slices_keep_every_t_when_replayed(method: str, extrapolate: bool, tmp_p
     slices = tuple(LayerSlice(0, 0, 7, Schedule((ScheduleRule(gradient),))) for gradient in gradients)
     child = tmp_path / "child"
     recipe = MergeRecipe(
-        primary, secondary, child, slices=slices, method=method, extrapolate=extrapolate, device="cpu", threads=1
+        primary, secondary, child, slices=slices, method=method, extrapolate=extrapolate, device=DEVICE, threads=1
     )
     plan = prepare_merge(recipe, quiet)
     child.mkdir()
@@ -345,7 +346,7 @@ def hollow_pair(folder: Path, tensors: Mapping[str, torch.Tensor], depth: int) -
 
 
 def planned_t(primary: Path, secondary: Path, **settings: Any) -> dict[str, float]:
-    recipe = MergeRecipe(primary, secondary, primary.parent / "child", device="cpu", **settings)
+    recipe = MergeRecipe(primary, secondary, primary.parent / "child", device=DEVICE, **settings)
     return {job.name: job.t for job in prepare_merge(recipe, quiet).jobs}
 
 
@@ -566,7 +567,6 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "yaml": (GOOD, "dtype: float32", "dtype: [float32\nname: x: y", 9, "YAML", "line"),
     "dtype": (GOOD, "float32", "float7", 8, "float7", "bfloat16"),
     "out-dtype": (GOOD, "dtype: float32", "out_dtype: int8", 8, "int8", "bfloat16"),
-    "union": (GOOD, "dtype: float32", "tokenizer_source: union", 8, "union", "two models"),
     "stranger": (GOOD, "dtype: float32", "tokenizer_source: ./third", 8, "third", "one of them"),
     "chat-template": (GOOD, "dtype: float32", "chat_template: chatml", 8, "chatml", "auto"),
     "models-and-slices": (GOOD, "dtype: float32", "slices: []", 1, "either models or slices", "one"),

@@ -221,13 +221,13 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, text):
     assert warning.startswith("tokenizer.json cannot be read")
 
 
-@pytest.mark.parametrize("ids", [VOCABULARY, [2, VOCABULARY], -1])
-def test_an_end_of_text_that_has_no_row_is_told(tmp_path, ids):
+@pytest.mark.parametrize("ids", [VOCABULARY, [2, VOCABULARY]])
+def test_an_end_of_text_in_the_config_that_has_no_row_is_told(tmp_path, ids):
     primary, secondary = make_pair(tmp_path)
-    settings = {"eos_token_id": ids, "bos_token_id": 1, "pad_token_id": None, "max_length": 10**6}
-    (primary / "generation_config.json").write_text(json.dumps(settings))
+    for folder in (primary, secondary):
+        edit_json(folder / "config.json", eos_token_id=ids, pad_token_id=-1, sep_token_id=None)
     (warning,) = merge(primary, secondary, tmp_path / "child").warnings
-    assert "eos_token_id" in warning
+    assert "config.json: eos_token_id" in warning
     assert f"only {VOCABULARY} rows" in warning
 
 

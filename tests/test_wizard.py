@@ -22,6 +22,7 @@ from slerpmerge import (
 )
 from tests.builders import (
     LLAMA_CONFIG,
+    add_tokenizer,
     edit_json,
     llama_tensors,
     load_tensors,
@@ -320,6 +321,18 @@ class TestSession:
                 assert question not in terminal.text
             assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;m]", terminal.output), "NO_COLOR leaves no colour"
         assert names_below(tmp_path) == {"primary", "secondary"}
+
+    @pytest.mark.parametrize("answer", ["y", "n"])
+    def test_a_chat_template_that_fits_is_offered_where_the_child_has_none(self, tmp_path, parents, answer):
+        primary, secondary = make_pair(tmp_path)
+        for folder in (primary, secondary):
+            add_tokenizer(folder)
+        (secondary / "chat_template.jinja").write_text("{{ messages }}")
+        parents.watch(primary, secondary)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("Take the secondary's, which fits its tokens?", answer)
+            start_and_leave(terminal)
+        assert (tmp_path / "child" / "chat_template.jinja").exists() is (answer == "y")
 
     def test_strangers_are_not_merged_by_a_plain_enter(self, tmp_path, parents):
         for seed, name in enumerate(("primary", "secondary"), 1):

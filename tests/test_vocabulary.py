@@ -1,0 +1,456 @@
+"""Vocabularies that differ: rows follow tokens, heads stay true, and the child talks as one parent does, whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slerpmerge import MergeRecipe, MergeReport, RowMap, SlerpMergeError, check_parity, open_checkpoint, prepare_merge
+from tests.builders import (
+    HIDDEN,
+    LLAMA_CONFIG,
+    edit_json,
+    llama_tensors,
+    load_tensors,
+    make_checkpoint,
+    make_pair,
+    reference_slerp,
+    replace_tensors,
+)
+from tests.test_merge import bits, distance, merge
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WORDS = [f"w{number}" for number in range(40)]
+NEW = [f"new{number}" for number in range(40)]
+# Forty tokens of the secondary's own in the middle of what both know.
+GROWN = [*WORDS[:20], *NEW, *WORDS[20:]]
+
+
+def write_tokenizer(folder: Path, words: Sequence[str], special: Sequence[str] = (), **settings: Any) -> None:
+    """A tokenizer of whole words, the first for all that it does not know; `special` tokens are added behind."""
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": words[0], **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+
+
+def make_parent(
+    folder: Path, seed: int, tokens: Sequence[str], rows: int | None = None, special: Sequence[str] = (), **config: Any
+) -> Path:
+    """A tiny Llama whose embedding, head and head's bias have a row for each token, and more where asked for."""
+    rows = rows or len(tokens) + len(special)
+    tensors = llama_tensors(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in ((EMBEDDING, (rows, HIDDEN)), (HEAD, (rows, HIDDEN)), ("lm_head.bias", (rows,))):
+        tensors[name] = torch.randn(*shape, generator=generator).to(torch.bfloat16)
+    make_checkpoint(folder, tensors, {**LLAMA_CONFIG, "vocab_size": rows, **config})
+    write_tokenizer(folder, tokens, special)
+    return folder
+
+
+def rows_by_token(folder: Path) -> dict[str, int]:
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+
+
+def assert_rows_follow_tokens(report: MergeReport, donor: str, t: float, method: str = "slerp") -> None:
+    """Each token that both parents know has the blend of its two rows, every other the bits that it had."""
+    plan = report.plan
+    folders = {"primary": plan.primary.folder, "secondary": plan.secondary.folder}
+    other = {"primary": "secondary", "secondary": "primary"}[donor]
+    tokens = {role: rows_by_token(folder) for role, folder in folders.items()}
+    known = rows_by_token(report.child)
+    both = [token for token in known if token in tokens["primary"] and token in tokens["secondary"]]
+    weights = {role: load_tensors(folder) for role, folder in folders.items()}
+    child = load_tensors(report.child)
+    for name in (EMBEDDING, HEAD, "lm_head.bias"):
+        v0, v1 = (weights[role][name][[tokens[role][token] for token in both]] for role in folders)
+        found = child[name][[known[token] for token in both]]
+        assert distance(found, v0, v1, reference_slerp(v0, v1, t, method)) <= 0.51
+        for token in known.keys() - set(both):
+            role = donor if token in tokens[donor] else other
+            assert bits(child[name][known[token]]) == bits(weights[role][name][tokens[role][token]]), token
+    config = json.loads((report.child / "config.json").read_text())
+    assert config["vocab_size"] == len(child[EMBEDDING]) == len(child[HEAD]) == len(child["lm_head.bias"])
+
+
+def counts(report: MergeReport) -> dict[str, int]:
+    return {key: count for key, count in report.as_dict()["vocabulary"].items() if count and type(count) is int}
+
+
+# ── Rows ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("method", ["slerp", "lerp", "nuslerp"])
+@pytest.mark.parametrize("donor", ["primary", "secondary"])
+def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_path, parents, donor, method):
+    primary = make_parent(tmp_path / "primary", 1, WORDS)
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN)
+    parents.watch(primary, secondary)
+    report = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer=donor, method=method)
+    assert_rows_follow_tokens(report, donor, 0.3, method)
+    assert len(rows_by_token(report.child)) == len(load_tensors(report.child)[EMBEDDING])
+    expected = {"rows": 40, "matched": 20, "moved": 20, "left_out": 40}
+    assert counts(report) == (expected if donor == "primary" else {"rows": 80, "matched": 20, "moved": 20, "kept": 40})
+    (line,) = (m for m in report.plan.parity.mismatches if m.subject == "vocabulary")
+    assert (line.severity, line.primary, line.secondary) == ("mended", "40 rows, 40 tokens", "80 rows, 80 tokens")
+    assert "20 in place, 20 moved" in line.consequence
+    assert report.warnings == ()
+
+
+@pytest.mark.parametrize("shuffled", [0, 1])
+@pytest.mark.parametrize("chunk", [HIDDEN, 5 * HIDDEN + 3, 1 << 19])
+def test_rows_in_any_order_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk, shuffled):
+    monkeypatch.setattr("slerpmerge.CHUNK_ELEMENTS", chunk)
+    orders = [WORDS, [WORDS[0], *numpy.random.default_rng(3).permutation(WORDS[1:])]]
+    primary = make_parent(tmp_path / "primary", 1, orders[shuffled])
+    secondary = make_parent(tmp_path / "secondary", 2, orders[1 - shuffled])
+    assert_rows_follow_tokens(merge(primary, secondary, tmp_path / "child", 0.6), "primary", 0.6)
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+@pytest.mark.parametrize("donor", ["primary", "secondary"])
+def test_at_the_ends_every_matched_row_is_that_parents_bit_for_bit(tmp_path, donor, t):
+    primary = make_parent(tmp_path / "primary", 1, GROWN)
+    secondary = make_parent(tmp_path / "secondary", 2, [WORDS[0], *reversed(WORDS[1:])])
+    report = merge(primary, secondary, tmp_path / "child", t, tokenizer=donor)
+    source, role = (secondary, "secondary") if t else (primary, "primary")
+    child, weights = load_tensors(report.child), load_tensors(source)
+    known, there = rows_by_token(report.child), rows_by_token(source)
+    for token, row in known.items():
+        if token in WORDS or role == donor:
+            assert bits(child[EMBEDDING][row]) == bits(weights[EMBEDDING][there[token]]), token
+
+
+def test_rows_that_differ_by_padding_are_as_many_as_the_donors(tmp_path):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, rows=48)
+    secondary = make_parent(tmp_path / "secondary", 2, WORDS, rows=40)
+    report = merge(primary, secondary, tmp_path / "child", 0.3)
+    assert counts(report) == {"rows": 48, "matched": 40, "padding": 8}
+    assert_rows_follow_tokens(report, "primary", 0.3)
+    assert bits(load_tensors(report.child)[EMBEDDING][40:]) == bits(load_tensors(primary)[EMBEDDING][40:])
+    smaller = merge(primary, secondary, tmp_path / "smaller", 0.3, tokenizer="secondary")
+    assert counts(smaller) == {"rows": 40, "matched": 40}
+
+
+def test_equal_tokenizers_are_blended_row_by_row_padding_too(tmp_path):
+    primary, secondary = (make_parent(tmp_path / role, n, WORDS, 48) for n, role in enumerate(("primary", "secondary")))
+    report = merge(primary, secondary, tmp_path / "child", 0.3)
+    assert report.plan.parity.vocabulary.row_map is None
+    v0, v1, found = (load_tensors(folder)[EMBEDDING] for folder in (primary, secondary, report.child))
+    assert distance(found, v0, v1, reference_slerp(v0, v1, 0.3)) <= 0.51
+
+
+def test_one_tokenizer_written_in_two_ways_is_one(tmp_path):
+    primary, secondary = (make_parent(tmp_path / role, n, WORDS) for n, role in enumerate(("primary", "secondary")))
+    content = json.loads((secondary / "tokenizer.json").read_text())
+    (secondary / "tokenizer.json").write_text(json.dumps(content, indent=8))
+    assert merge(primary, secondary, tmp_path / "child").plan.parity.mismatches == ()
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "vocab.txt"])
+def test_older_vocabularies_are_read_too_and_settings_add_to_them(tmp_path, file):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, special=["<|im_start|>"])
+    secondary = make_parent(tmp_path / "secondary", 2, [*reversed(WORDS), "<|im_start|>"])
+    (secondary / "tokenizer.json").unlink()
+    text = json.dumps({word: n for n, word in enumerate(reversed(WORDS))})
+    (secondary / file).write_text(text if file == "vocab.json" else "\n".join(reversed(WORDS)) + "\n")
+    edit_json(secondary / "tokenizer_config.json", added_tokens_decoder={"40": {"content": "<|im_start|>"}})
+    report = merge(primary, secondary, tmp_path / "child")
+    assert counts(report) == {"rows": 41, "matched": 1, "moved": 40}
+
+
+def test_tokenizers_that_cannot_be_read_leave_rows_by_number_or_are_refused(tmp_path):
+    for number, role in enumerate(("primary", "secondary", "larger")):
+        make_parent(tmp_path / role, number, WORDS, rows=48 if role == "larger" else 40)
+        (tmp_path / role / "tokenizer.json").rename(tmp_path / role / "tokenizer.model")
+        (tmp_path / role / "tokenizer.model").write_text(role)
+    report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child")
+    (line,) = (m for m in report.plan.parity.mismatches if m.subject == "vocabulary")
+    assert line.severity == "notice"
+    assert "by number" in line.consequence
+    with pytest.raises(SlerpMergeError, match="vocabulary: primary 40 rows, secondary 48 rows"):
+        merge(tmp_path / "primary", tmp_path / "larger", tmp_path / "other")
+
+
+def test_one_unreadable_tokenizer_on_both_sides_is_still_one(tmp_path):
+    for number, (role, rows) in enumerate({"primary": 48, "secondary": 40}.items()):
+        make_parent(tmp_path / role, number, WORDS, rows=rows)
+        (tmp_path / role / "tokenizer.json").rename(tmp_path / role / "tokenizer.model")
+    report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child")
+    assert counts(report) == {"rows": 48, "matched": 40, "padding": 8}
+
+
+def test_tokenizers_without_a_token_in_common_are_refused(tmp_path):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, NEW)
+    with pytest.raises(SlerpMergeError, match="no token in common"):
+        merge(primary, secondary, tmp_path / "child")
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
+def test_a_base_takes_part_in_rows_that_it_knows(tmp_path, granularity):
+    """Where the base lacks a token, nothing was learned since: the donor's row stays."""
+    primary = make_parent(tmp_path / "primary", 1, WORDS)
+    secondary = make_parent(tmp_path / "secondary", 2, [WORDS[0], *reversed(WORDS[1:])])
+    base = make_parent(tmp_path / "base", 3, WORDS[:30], rows=33)
+    settings = {"method": "nuslerp", "granularity": granularity, "base": base}
+    report = merge(primary, secondary, tmp_path / "child", 0.3, **settings)
+    assert counts(report) == {"rows": 40, "matched": 2, "moved": 28, "kept": 10}
+    child, v0, v1, ground = (load_tensors(folder)[EMBEDDING] for folder in (report.child, primary, secondary, base))
+    there = [rows_by_token(secondary)[word] for word in WORDS[:30]]
+    v0, v1, ground, found = v0[:30].double(), v1[there].double(), ground[:30].double(), child[:30]
+    axes = {"tensor": [...], "row": [(slice(None), n) for n in range(HIDDEN)], "column": [(n,) for n in range(30)]}
+    exact = ground.clone()
+    for place in axes[granularity]:
+        exact[place] += reference_slerp(v0[place] - ground[place], v1[place] - ground[place], 0.3, threshold=1.0)
+    assert (found.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(torch.bfloat16).eps / 2
+    assert bits(child[30:]) == bits(load_tensors(primary)[EMBEDDING][30:])
+
+
+def test_a_row_map_tells_blended_from_kept():
+    rows = RowMap((numpy.array([0, 1, -1, 2]), numpy.array([3, -1, 0, 1])))
+    assert rows.is_blended.tolist() == [True, False, False, True]
+    assert [part.tolist() for part in rows.blended] == [[0, -1, -1, 2], [3, -1, -1, 1]]
+    assert [rows.is_kept(side).tolist() for side in (0, 1)] == [
+        [False, True, False, False],
+        [False, False, True, False],
+    ]
+
+
+# ── Union ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("rows", [None, 60])
+def test_a_union_appends_the_others_tokens_and_renumbers_none(tmp_path, parents, rows):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, rows, special=["<|end|>"] if rows is None else ())
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN, special=["<|im_start|>", "<|im_end|>"])
+    parents.watch(primary, secondary)
+    report = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer="union")
+    assert_rows_follow_tokens(report, "primary", 0.3)
+    before, after = rows_by_token(primary), rows_by_token(report.child)
+    assert {token: after[token] for token in before} == before
+    assert after.keys() == {*before, *NEW, "<|im_start|>", "<|im_end|>"}
+    tokenizer = AutoTokenizer.from_pretrained(report.child)
+    embedding = load_tensors(report.child)[EMBEDDING]
+    assert len(embedding) == max(len(tokenizer), rows or 0)
+    assert counts(report)["appended"] == 42
+    # Words stay words, and what was special is still left out of what people read.
+    assert tokenizer("w3 new7 <|im_start|>")["input_ids"] == [after["w3"], after["new7"], after["<|im_start|>"]]
+    assert tokenizer.decode([after["w3"], after["<|im_end|>"]], skip_special_tokens=True).strip() == "w3"
+    again = merge(report.child, secondary, tmp_path / "again", tokenizer="union")
+    assert counts(again).get("appended", 0) == 0
+
+
+def test_a_union_keeps_the_settings_in_step(tmp_path):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    decoder = {"0": {"content": "w0", "special": True}}
+    edit_json(primary / "tokenizer_config.json", added_tokens_decoder=decoder)
+    edit_json(primary / "added_tokens.json", w0=0)
+    child = merge(primary, secondary, tmp_path / "child", tokenizer="union").child
+    known = rows_by_token(child)
+    assert json.loads((child / "added_tokens.json").read_text()) == {"w0": 0, **{token: known[token] for token in NEW}}
+    stated = json.loads((child / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {entry["content"]: int(number) for number, entry in stated.items()} == {
+        "w0": 0,
+        **{t: known[t] for t in NEW},
+    }
+
+
+def test_a_union_in_a_recipe_is_replayed_bit_by_bit(tmp_path):
+    from slerpmerge import execute_merge, read_recipe
+
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    child = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer="union").child
+    fields = read_recipe(child / "merge_recipe.yaml")
+    assert fields["tokenizer"] == "union"
+    recipe = MergeRecipe(save_directory=tmp_path / "again", **fields)
+    again = execute_merge(prepare_merge(recipe, lambda event: None), lambda event: None).child
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (again / name).read_bytes() == (child / name).read_bytes(), name
+
+
+def test_a_union_of_what_cannot_be_read_is_refused(tmp_path):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    (secondary / "tokenizer.json").rename(secondary / "tokenizer.model")
+    with pytest.raises(SlerpMergeError, match="no union of tokens"):
+        merge(primary, secondary, tmp_path / "child", tokenizer="union")
+    (secondary / "vocab.txt").write_text("\n".join(GROWN))
+    with pytest.raises(SlerpMergeError, match=r"needs tokenizer\.json"):
+        merge(primary, secondary, tmp_path / "child", tokenizer="union")
+
+
+# ── Heads ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_head(folder: Path, seed: int, head: str, **config: Any) -> Path:
+    """A tiny Llama whose head is "none", a "copy" of its embedding, or its "own"."""
+    tensors = llama_tensors(seed)
+    if head == "none":
+        del tensors[HEAD]
+    elif head == "copy":
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+    config = {key: value for key, value in {**LLAMA_CONFIG, **config}.items() if value is not ...}
+    return make_checkpoint(folder, tensors, config)
+
+
+@pytest.mark.parametrize(
+    ("primary", "secondary", "stored", "tied"),
+    [
+        (("none", True), ("none", True), False, True),  # tied in both
+        (("own", False), ("own", False), True, False),  # in none
+        (("own", False), ("none", True), True, False),  # in the secondary
+        (("none", True), ("own", False), False, True),  # in the primary: no child grows by a head
+        (("copy", True), ("none", True), False, True),  # stored although tied
+        (("none", True), ("copy", True), False, True),
+        (("copy", True), ("copy", True), False, True),
+        (("copy", True), ("own", False), False, True),
+        (("own", True), ("own", True), True, False),  # says tied, and is not
+        (("own", True), ("none", True), True, False),
+        (("own", ...), ("own", ...), True, False),  # says nothing
+        (("none", ...), ("none", ...), False, True),
+    ],
+)
+def test_the_child_says_of_its_head_what_its_weights_are(tmp_path, parents, primary, secondary, stored, tied):
+    folders = [
+        make_head(tmp_path / role, seed, head, tie_word_embeddings=tie)
+        for seed, (role, (head, tie)) in enumerate({"primary": primary, "secondary": secondary}.items())
+    ]
+    parents.watch(*folders)
+    report = merge(*folders, tmp_path / "child", 0.4)
+    child = load_tensors(report.child)
+    assert (HEAD in child) is stored
+    assert json.loads((report.child / "config.json").read_text())["tie_word_embeddings"] is tied
+    left, right = map(load_tensors, folders)
+    for name in child.keys() & {EMBEDDING, HEAD}:
+        v0, v1 = (part.get(name, part[EMBEDDING]) for part in (left, right))
+        assert distance(child[name], v0, v1, reference_slerp(v0, v1, 0.4)) <= 0.51
+    model, loading = AutoModelForCausalLM.from_pretrained(report.child, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    shared = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert shared is tied
+
+
+def test_a_head_that_is_left_out_is_told(tmp_path):
+    report = merge(
+        make_head(tmp_path / "primary", 1, "copy", tie_word_embeddings=True),
+        make_head(tmp_path / "secondary", 2, "none", tie_word_embeddings=True),
+        tmp_path / "child",
+    )
+    (line,) = report.plan.parity.of_severity("mended")
+    assert (line.subject, line.primary) == (HEAD, "stored although tied")
+
+
+def test_a_tied_head_follows_tokens_too(tmp_path):
+    """The primary's own head meets the row that the secondary's embedding has for the same token."""
+    primary = make_parent(tmp_path / "primary", 1, WORDS)
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN, tie_word_embeddings=True)
+    tensors = {name: tensor for name, tensor in load_tensors(secondary).items() if name != HEAD}
+    replace_tensors(secondary, tensors)
+    child = load_tensors(merge(primary, secondary, tmp_path / "child", 0.3).child)
+    there = [rows_by_token(secondary)[word] for word in WORDS]
+    v0, v1 = load_tensors(primary)[HEAD], tensors[EMBEDDING][there]
+    assert distance(child[HEAD], v0, v1, reference_slerp(v0, v1, 0.3)) <= 0.51
+
+
+# ── Talk ────────────────────────────────────────────────────────────────────────────────────────
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+MARKS = ["<|im_start|>", "<|im_end|>"]
+
+
+def make_talkers(folder: Path, primary_knows: bool) -> tuple[Path, Path]:
+    """A primary without a chat template, with or without its marks as tokens, and a secondary that has one."""
+    primary = make_parent(folder / "primary", 1, WORDS, rows=44, special=MARKS if primary_knows else ())
+    secondary = make_parent(folder / "secondary", 2, GROWN, special=MARKS)
+    edit_json(secondary / "tokenizer_config.json", chat_template=TEMPLATE, eos_token="<|im_end|>")
+    (secondary / "chat_template.jinja").write_text(TEMPLATE)
+    (primary / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.6}))
+    (secondary / "generation_config.json").write_text(json.dumps({"eos_token_id": [81, 2]}))
+    return primary, secondary
+
+
+def talk_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """(chat template, generation settings) of a child, as transformers reads the one and a file holds the other."""
+    return AutoTokenizer.from_pretrained(folder).chat_template, json.loads(
+        (folder / "generation_config.json").read_text()
+    )
+
+
+def test_a_chat_template_stays_with_its_tokenizer_unless_asked_for(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    report = merge(primary, secondary, tmp_path / "child")
+    assert report.plan.parity.offered_template == "secondary"
+    assert any("--chat-template secondary" in m.consequence for m in report.plan.parity.of_severity("notice"))
+    assert talk_of(report.child) == (None, {"eos_token_id": 2, "temperature": 0.6})
+    assert not (report.child / "chat_template.jinja").exists()
+
+
+def test_a_chat_template_that_was_asked_for_comes_with_its_end_of_text(tmp_path, parents):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    parents.watch(primary, secondary)
+    report = merge(primary, secondary, tmp_path / "child", chat_template="secondary")
+    ends = rows_by_token(report.child)["<|im_end|>"]
+    # The primary's own end, then the secondary's two: <|im_end|> and w2, which has the same id here.
+    assert talk_of(report.child) == (TEMPLATE, {"eos_token_id": [2, ends], "temperature": 0.6})
+    assert report.as_dict()["chat_template_from"] == "secondary"
+    assert "| chat template from | secondary |" in (report.child / "README.md").read_text()
+    assert "chat_template: secondary" in (report.child / "merge_recipe.yaml").read_text()
+
+
+def test_a_chat_template_whose_marks_are_no_tokens_of_the_childs_is_not_offered(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=False)
+    parity = merge(primary, secondary, tmp_path / "child").plan.parity
+    assert parity.offered_template is None
+    assert any("<|im_end|>, <|im_start|>" in m.consequence for m in parity.of_severity("notice"))
+    with pytest.raises(SlerpMergeError, match="the child's tokenizer does not know"):
+        merge(primary, secondary, tmp_path / "other", chat_template="secondary")
+    child = merge(primary, secondary, tmp_path / "union", chat_template="secondary", tokenizer="union").child
+    assert talk_of(child)[0] == TEMPLATE
+
+
+def test_a_chat_template_can_be_left_behind(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    both = {"tokenizer": "secondary", "chat_template": "primary"}
+    with pytest.raises(SlerpMergeError, match="The primary has none to take"):
+        merge(primary, secondary, tmp_path / "child", **both)
+    edit_json(primary / "tokenizer_config.json", chat_template="{{ messages }}")
+    assert talk_of(merge(primary, secondary, tmp_path / "child", **both).child)[0] == "{{ messages }}"
+
+
+def test_token_ids_follow_the_donor_and_settings_the_primary(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=False)
+    edit_json(primary / "config.json", eos_token_id=2, pad_token_id=25)
+    edit_json(secondary / "config.json", eos_token_id=81)
+    report = merge(primary, secondary, tmp_path / "child", tokenizer="secondary")
+    template, generation = talk_of(report.child)
+    assert (template, generation) == (TEMPLATE, {"eos_token_id": [81, 2], "temperature": 0.6})
+    config = json.loads((report.child / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (81, 1)
+    assert config["pad_token_id"] == rows_by_token(secondary)[WORDS[25]] == 65
+
+
+@pytest.mark.parametrize("ids", [44, [2, 44], [2, 3, -1]])
+def test_ids_that_have_no_row_are_left_out_and_told(tmp_path, ids):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    edit_json(primary / "generation_config.json", eos_token_id=ids)
+    report = merge(primary, secondary, tmp_path / "child")
+    expected = {44: {}, (2, 44): {"eos_token_id": 2}, (2, 3, -1): {"eos_token_id": [2, 3]}}
+    assert talk_of(report.child)[1] == {**expected[ids if ids == 44 else tuple(ids)], "temperature": 0.6}
+    assert any(m.subject.endswith("eos_token_id") for m in report.plan.parity.of_severity("mended"))
+
+
+def test_a_template_in_a_file_of_the_processors_is_seen(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    for folder in (primary, secondary):
+        write_tokenizer(folder, [f"w{n}" for n in range(48)])
+    (secondary / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert check_parity(open_checkpoint(primary), open_checkpoint(secondary)).offered_template == "secondary"
