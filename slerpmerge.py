@@ -5771,8 +5771,7 @@ class CommandLine:
         role = plan.parity.offered_template
         if role is None or self.arguments.yes:
             return plan
-        question = f"The child has no chat template. Take the {role}'s, which fits its tokens?"
-        if not wizard.confirm(question, default=True):
+        if not wizard.confirm(f"The child has no chat template; take the {role}'s?", default=True):
             return plan
         return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, chat_template=role))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,19 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slerpmerge import MergeRecipe, MergeReport, RowMap, SlerpMergeError, check_parity, open_checkpoint, prepare_merge
+from slerpmerge import (
+    MergeRecipe,
+    MergeReport,
+    RowMap,
+    SlerpMergeError,
+    check_parity,
+    execute_merge,
+    generate_text,
+    make_demo_parents,
+    open_checkpoint,
+    prepare_merge,
+    read_recipe,
+)
 from tests.builders import (
     HIDDEN,
     LLAMA_CONFIG,
@@ -25,7 +38,7 @@ from tests.builders import (
     reference_slerp,
     replace_tensors,
 )
-from tests.test_merge import bits, distance, merge
+from tests.test_merge import assert_same_bits, bits, distance, merge
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORDS = [f"w{number}" for number in range(40)]
@@ -266,8 +279,6 @@ def test_a_union_keeps_the_settings_in_step(tmp_path):
 
 
 def test_a_union_in_a_recipe_is_replayed_bit_by_bit(tmp_path):
-    from slerpmerge import execute_merge, read_recipe
-
     primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
     child = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer="union").child
     fields = read_recipe(child / "merge_recipe.yaml")
@@ -454,3 +465,45 @@ def test_a_template_in_a_file_of_the_processors_is_seen(tmp_path):
         write_tokenizer(folder, [f"w{n}" for n in range(48)])
     (secondary / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert check_parity(open_checkpoint(primary), open_checkpoint(secondary)).offered_template == "secondary"
+
+
+# ── A child that speaks ─────────────────────────────────────────────────────────────────────────
+
+
+def move_vocabulary(folder: Path, target: Path, at: int, count: int) -> Path:
+    """A copy of a model with `count` tokens of its own at the id `at`; all others stay in their order."""
+    shutil.copytree(folder, target)
+    content = json.loads((target / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    moved = {token: number + count * (number >= at) for token, number in vocabulary.items()}
+    content["model"]["vocab"] = {**moved, **{f"new{n}": at + n for n in range(count)}}
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    tensors = load_tensors(target)
+    for name in (EMBEDDING, HEAD):
+        own = torch.full((count, tensors[name].shape[1]), 0.01, dtype=tensors[name].dtype)
+        tensors[name] = torch.cat([tensors[name][:at], own, tensors[name][at:]])
+    replace_tensors(target, tensors)
+    edit_json(target / "config.json", vocab_size=len(tensors[EMBEDDING]))
+    return target
+
+
+def test_a_child_speaks_the_same_whatever_order_the_second_vocabulary_is_in(tmp_path, parents):
+    primary, secondary = make_demo_parents(tmp_path)
+    moved = move_vocabulary(secondary, tmp_path / "moved", 200, 40)
+    parents.watch(primary, secondary, moved)
+    plain = merge(primary, secondary, tmp_path / "plain")
+    child = merge(primary, moved, tmp_path / "child")
+    size = len(load_tensors(primary)[EMBEDDING])
+    assert counts(child) == {"rows": size, "matched": 200, "moved": size - 200, "left_out": 40}
+    assert_same_bits(load_tensors(child.child), load_tensors(plain.child))
+    said = [generate_text(report.child, "the") for report in (plain, child)]
+    assert said[0] == said[1]
+    assert sum(said[0].count(word) for word in ("sea", "garden", "wind", "rain", "waves", "leaves", "sails")) >= 2, (
+        said[0]
+    )
+    grown = merge(primary, moved, tmp_path / "grown", tokenizer="union").child
+    assert generate_text(grown, "the") == said[0]
+    assert len(AutoTokenizer.from_pretrained(grown)) == len(load_tensors(grown)[EMBEDDING]) == size + 40
+    by_secondary = merge(primary, moved, tmp_path / "by secondary", tokenizer="secondary").child
+    assert generate_text(by_secondary, "the") == said[0]
+    assert len(load_tensors(by_secondary)[EMBEDDING]) == size + 40

@@ -330,7 +330,7 @@ class TestSession:
         (secondary / "chat_template.jinja").write_text("{{ messages }}")
         parents.watch(primary, secondary)
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
-            terminal.answer("Take the secondary's, which fits its tokens?", answer)
+            terminal.answer("no chat template; take the secondary's?", answer)
             start_and_leave(terminal)
         assert (tmp_path / "child" / "chat_template.jinja").exists() is (answer == "y")
 
