@@ -167,6 +167,8 @@ TORCH_NAMES = {
     "C64": "complex64",
 }  # fmt: skip
 LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")  # a language model's place in a larger one
+# Keys whose value is the id of a token: they follow the tokenizer.
+TOKEN_ID_KEY = re.compile(r"token_(id|index)s?$|suppress_tokens$|forced_decoder_ids$")
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
 COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
@@ -499,13 +501,14 @@ class Vocabulary:
     reason: str
     parent_rows: tuple[int | None, ...]  # primary, secondary, base; None where config and tensors do not tell
     rows: int | None  # the child's
+    tensors: tuple[frozenset[str], ...] = ()  # of each parent: the names of those with a row for each token
     row_map: RowMap | None = None  # None: every row with the one of the same number
     appended: tuple[AppendedToken, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()  # matched, moved, kept, padding, appended, left out
 
     def place_of(self, number: int, side: int = 0) -> int | None:
         """The child's id of the token that has the id `number` in a parent (0 primary, 1 secondary)."""
-        if self.row_map is None:
+        if self.row_map is None or number < 0:
             return number
         found = numpy.flatnonzero(self.row_map.sources[side] == number)
         return int(found[0]) if len(found) else None
@@ -538,7 +541,11 @@ class TensorPair:
     @property
     def shape(self) -> tuple[int, ...]:
         """The child's."""
-        return self.primary.shape if self.rows is None else (len(self.rows.is_blended), *self.primary.shape[1:])
+        shape = self.primary.shape
+        if self.rows is None:
+            return shape
+        count = len(self.rows.is_blended)
+        return (count, *shape[1:]) if shape[0] != 1 else (1, count)
 
 
 @dataclass(frozen=True)
@@ -626,7 +633,7 @@ class TensorJob:
     @property
     def row_elements(self) -> int:
         """Elements that stand for one token, where rows follow tokens."""
-        return math.prod(self.shape[1:])
+        return self.element_count // len(self.rows.is_blended)
 
     @property
     def element_count(self) -> int:
@@ -685,7 +692,8 @@ class MergePlan:
     @property
     def template_role(self) -> str | None:
         """The parent whose chat template the child has."""
-        return self.tokenizer_role if self.recipe.chat_template == "auto" else self.recipe.chat_template
+        asked = self.recipe.chat_template
+        return self.tokenizer_role if asked == "auto" or self.tokenizer_role is None else asked
 
     def parent(self, role: str) -> Checkpoint:
         return {"primary": self.primary, "secondary": self.secondary}[role]
@@ -1955,22 +1963,65 @@ def choose_tokenizer(asked: str, primary: Path, secondary: Path) -> tuple[str | 
     return "primary", f"{'both have' if mapped else 'neither has'} special_tokens_map.json"
 
 
+def language_scopes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Where a config speaks of its language model: the part that is one inside a larger model, then the whole."""
+    parts = [config.get(key) for key in LANGUAGE_CONFIGS]
+    return [*(part for part in parts if isinstance(part, dict)), config]
+
+
+def stated_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every token id that a config states, its language model's too."""
+    scopes = reversed(language_scopes(config))
+    return {key: value for scope in scopes for key, value in scope.items() if TOKEN_ID_KEY.search(key)}
+
+
 def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the embedding: the config's vocab_size, its language model's first, where a matrix confirms it."""
-    config = checkpoint.config
-    scopes = [config.get(key) for key in LANGUAGE_CONFIGS]
-    for scope in [*scopes, config]:
-        rows = scope.get("vocab_size") if isinstance(scope, dict) else None
+    """Rows of the embedding: the config's vocab_size, where a matrix confirms it; or those of the one embedding."""
+    for scope in language_scopes(checkpoint.config):
+        rows = scope.get("vocab_size")
         if isinstance(rows, int) and any(holds_tokens(info, rows) for info in checkpoint.tensors.values()):
             return rows
-    return None
+    found = {
+        info.shape[0]
+        for info in checkpoint.tensors.values()
+        if EMBEDDING_NAME.search(info.name) and len(info.shape) == 2 and holds_tokens(info, info.shape[0])
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+# Words in the names of tensors; which tensor is which follows from its shape where that is clear.
+EMBEDDING_NAME = re.compile(
+    r"embed_tokens\.weight|word_embeddings?\.weight|wte\.weight|embed_in\.weight|shared\.weight"
+)
+TOKEN_NAME = re.compile(r"emb|wte|shared|head|output|proj_out|decoder\.(weight|bias)$|predictions\.bias$|logits")
+OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
 
 
 def holds_tokens(info: TensorInfo, rows: int | None) -> bool:
-    """Whether a tensor has a row for each token, as an embedding, a head and a head's bias have."""
-    if rows is None or info.shape[:1] != (rows,) or not info.is_float or find_layer(info.name) is not None:
+    """Whether a tensor can have a row for each token, as an embedding, a head and a head's bias have, by its shape."""
+    if not info.is_float or not info.element_count or find_layer(info.name) or OTHER_ROWS_NAME.search(info.name):
+        return False
+    if rows is None or rows not in info.shape[: 1 + (info.shape[:1] == (1,))]:
         return False
     return len(info.shape) == 2 or (len(info.shape) == 1 and info.name.endswith("bias"))
+
+
+def beside_tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a single token has: of (tokens, width) the width; of (tokens,) and (1, tokens) nothing."""
+    return shape[1:] if shape[0] != 1 else ()
+
+
+def token_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors with a row for each token. Where rows are as many as something else in the config, by name too."""
+    rows = vocabulary_rows(checkpoint)
+    scopes = language_scopes(checkpoint.config)
+    sizes = [n for scope in scopes for key, n in scope.items() if type(n) is int and not key.endswith("_id")]
+    in_doubt = sizes.count(rows) > sum(scope.get("vocab_size") == rows for scope in scopes)
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if holds_tokens(info, rows) and (not in_doubt or TOKEN_NAME.search(name))
+    }
 
 
 def open_tokenizer(path: Path) -> Any:
@@ -1993,7 +2044,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
     tokens = read_json_if_there(folder / "added_tokens.json")
     decoder = read_json_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder")
     for number, token in (decoder if isinstance(decoder, dict) else {}).items():
-        if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdecimal():
+        if isinstance(token, dict) and isinstance(token.get("content"), str) and re.fullmatch("[0-9]{1,9}", number):
             tokens[token["content"]] = int(number)
     return {content: number for content, number in tokens.items() if type(number) is int and number >= 0}
 
@@ -2008,8 +2059,8 @@ def read_tokens(folder: Path) -> dict[str, int]:
     elif (folder / "vocab.json").is_file():
         tokens = read_json(folder / "vocab.json")
     elif (folder / "vocab.txt").is_file():
-        lines = read_bytes(folder / "vocab.txt").decode("utf-8", "replace").splitlines()
-        tokens = {line: number for number, line in enumerate(lines)}
+        lines = read_bytes(folder / "vocab.txt").decode("utf-8", "replace").rstrip("\n").split("\n")
+        tokens = {line.rstrip("\r"): number for number, line in enumerate(lines)}
     else:
         what = f"{folder.name} has no tokenizer.json, vocab.json or vocab.txt"
         raise SlerpMergeError(what, "Load its tokenizer with transformers and save it: that writes tokenizer.json.")
@@ -2058,6 +2109,7 @@ def tokens_to_append(
             hint = "Save its tokenizer with transformers, or choose --tokenizer primary or secondary."
             raise SlerpMergeError(f"The union of two tokenizers needs tokenizer.json, which {folder} lacks.", hint)
     tokenizer, beside = (open_tokenizer(folder / "tokenizer.json") for folder in (donor, other))
+    settle_tokenizer(tokenizer, donor)
     flags = {
         token.content: tuple((flag, getattr(token, flag)) for flag in TOKEN_FLAGS)
         for token in beside.get_added_tokens_decoder().values()
@@ -2065,7 +2117,24 @@ def tokens_to_append(
     missing = sorted((number, content) for content, number in found.items() if content and content not in known)
     tokens = [(content, flags.get(content, WHOLE_WORD)) for _, content in missing]
     extend_tokenizer(tokenizer, tokens)
-    return [AppendedToken(content, tokenizer.token_to_id(content), marks) for content, marks in tokens]
+    appended = [AppendedToken(content, tokenizer.token_to_id(content), marks) for content, marks in tokens]
+    if len({*known.values(), *(token.number for token in appended)}) < len(known) + len(appended):
+        raise SlerpMergeError(
+            f"The ids of {donor / 'tokenizer.json'} leave gaps that new tokens would fall into, among others' ids.",
+            "There is no union with it; choose --tokenizer primary or secondary.",
+        )
+    return appended
+
+
+def settle_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Adds the tokens that a folder's settings add to its tokenizer.json, with the ids that they state."""
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    tokens = sorted((number, content) for content, number in added_tokens(folder).items() if content not in known)
+    extend_tokenizer(tokenizer, [(content, (("special", False), ("normalized", False))) for _, content in tokens])
+    for number, content in tokens:
+        if tokenizer.token_to_id(content) != number:
+            hint = "Load the tokenizer with transformers and save it, so that its files agree."
+            raise SlerpMergeError(f"The tokenizer files of {folder} do not agree on the id of {content!r}.", hint)
 
 
 def align_vocabularies(
@@ -2081,16 +2150,17 @@ def align_vocabularies(
     parents = [parent for parent in (primary, secondary, base) if parent is not None]
     rows = tuple(vocabulary_rows(parent) for parent in parents)
     donor = int(role == "secondary")
-    plain = Vocabulary(role, reason, rows, rows[donor])
-    if None in rows:
-        return plain, []  # no tensor is known to follow the tokens; each must then match by its shape
+    names = tuple(frozenset(token_tensors(parent)) for parent in parents)
+    plain = Vocabulary(role, reason, rows, rows[donor], names)
     folders = [parent.folder for parent in parents]
     if base is not None and not has_tokenizer(base.folder) and rows[2] == rows[0]:
         folders[2] = primary.folder  # many a base stands there as weights alone
     same = all(have_same_tokens(folders[0], folder) for folder in folders[1:])
-    if same and len(set(rows)) == 1:
+    if same and (len(set(rows)) == 1 or None in rows):
         return plain, []
     try:
+        if None in rows:
+            raise SlerpMergeError("no matrix with a row for each token is known", "State vocab_size in config.json.")
         tokens = [read_tokens(folder) for folder in folders]
     except SlerpMergeError as error:
         if not same:
@@ -2101,6 +2171,9 @@ def align_vocabularies(
         return plain, []
     appended: list[AppendedToken] = []
     if tokenizer == "union" and not same:
+        if max(tokens[donor].values()) >= rows[donor]:
+            what = f"The tokenizer of {folders[donor]} has ids beyond the {rows[donor]} rows of its embedding."
+            raise SlerpMergeError(what, "There is no union with it; choose --tokenizer primary or secondary.")
         there = {content: number for content, number in tokens[1 - donor].items() if number < rows[1 - donor]}
         appended = tokens_to_append(folders[donor], folders[1 - donor], tokens[donor], there)
     return match_rows(plain, tokens, appended, donor)
@@ -2109,16 +2182,16 @@ def align_vocabularies(
 def tokens_not_known(vocabulary: Vocabulary, error: SlerpMergeError, speaks: bool, tokenizer: str) -> list[Mismatch]:
     """What follows where tokens cannot be compared: rows go by number where there are as many on each side."""
     rows, reason = vocabulary.parent_rows, error.message.rstrip(".")
-    shown = [f"{count} rows" for count in rows[:2]]
+    shown = [f"{count} rows" if count is not None else "unknown" for count in rows[:2]]
     if tokenizer == "union":
         return [
             Mismatch("blocking", "vocabulary", *shown, f"There is no union of tokens that cannot be read: {reason}.")
         ]
-    if len(set(rows)) > 1:
+    if None not in rows and len(set(rows)) > 1:
         base_rows = f" (the base has {rows[2]})" if len(rows) > 2 else ""
         why = f"Rows differ in number{base_rows}, and tokens cannot be compared: {reason}."
         return [Mismatch("blocking", "vocabulary", *shown, why)]
-    why = f"Tokens cannot be compared, so rows are blended by number: {reason}."
+    why = f"Tokens are not compared, so rows are blended by number: {reason}."
     return [Mismatch("notice", "vocabulary", *shown, why)] if speaks else []
 
 
@@ -2148,7 +2221,7 @@ def match_rows(
         "matched": int((is_blended & in_place).sum()),
         "moved": int((is_blended & ~in_place).sum()),
         "kept": int((has_token & ~is_blended).sum()),
-        "padding": int((~has_token).sum()) - len(appended),
+        "padding": int(((found[donor] >= 0) & ~has_token).sum()),
         "appended": len(appended),
         "left_out": 0 if appended else len(tokens[other].keys() - tokens[donor].keys()),
     }
@@ -2196,8 +2269,6 @@ SILENT_KEY = re.compile(
     r"|^output_|return_dict|torchscript|pretraining_tp|task_specific_params|finetuning_task|auto_map|unsloth"
     r"|router_aux_loss|^use_bfloat16$|^bad_words|^prefix$|problem_type"
 )
-# Keys whose value is the id of a token: they follow the tokenizer.
-TOKEN_ID_KEY = re.compile(r"token_(id|index)s?$|suppress_tokens$|forced_decoder_ids$")
 CAPACITY_KEY = re.compile(r"max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length")
 DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
@@ -2375,31 +2446,26 @@ def is_known_buffer(info: TensorInfo) -> bool:
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:
     """Whether the head shares the embedding's weights, as the config tells; None where it is silent."""
-    for scope in (config, config.get("text_config")):
-        if isinstance(scope, dict) and isinstance(scope.get("tie_word_embeddings"), bool):
-            return scope["tie_word_embeddings"]
-    return None
+    stated = (scope.get("tie_word_embeddings") for scope in [config, *language_scopes(config)])
+    return next((value for value in stated if isinstance(value, bool)), None)
 
 
 def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
     """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
-    if is_tied(other.config) is False or not head.name.endswith("weight"):
-        return None
-    if len(head.shape) != 2 or not holds_tokens(head, vocabulary_rows(owner)):
+    if is_tied(other.config) is False or len(head.shape) != 2 or head.name not in token_tensors(owner):
         return None
     candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
     return candidates[0] if len(candidates) == 1 else None
 
 
 def token_matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The matrices with a row for each token, the input embedding first: one, or one and its head or copies."""
-    rows = vocabulary_rows(checkpoint)
-    found = [info for info in checkpoint.tensors.values() if len(info.shape) == 2 and holds_tokens(info, rows)]
+    """The matrices with a row for each token, the input embedding first; then its head, its copies, or others."""
+    found = [info for info in token_tensors(checkpoint).values() if len(info.shape) == 2 and info.shape[0] != 1]
     # Where several share their weights, an embedding is stored under its own name or as the shared one.
-    ranks = (("shared",), ("embeddings", "embed_tokens", "embed_in", "wte"), ("emb",))
+    ranks = (re.compile(r"shared"), EMBEDDING_NAME, re.compile(r"embeddings|embed_tokens|wte"), re.compile("emb"))
 
     def rank(info: TensorInfo) -> int:
-        return next((place for place, marks in enumerate(ranks) if any(mark in info.name for mark in marks)), 9)
+        return next((place for place, mark in enumerate(ranks) if mark.search(info.name)), len(ranks))
 
     return sorted(found, key=lambda info: (rank(info), natural_order(info.name)))
 
@@ -2411,6 +2477,13 @@ def copies_of_embedding(checkpoint: Checkpoint) -> list[TensorInfo]:
     """
     embedding, *others = token_matrices(checkpoint) or [None]
     return [info for info in others if info.shape == embedding.shape and have_same_bytes(embedding, info)]
+
+
+def own_heads(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """Heads that differ from the embedding: as large, and not an embedding of another kind by name."""
+    embedding, *others = token_matrices(checkpoint) or [None]
+    heads = [info for info in others if not re.search(r"emb(?!ed_out)|wte|shared", info.name)]
+    return [info for info in heads if info.shape == embedding.shape and not have_same_bytes(embedding, info)]
 
 
 def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
@@ -2441,7 +2514,7 @@ def settle_heads(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
     if not is_tied(primary.config):
         return primary, []
     copies = [info.name for info in copies_of_embedding(primary)]
-    heads = [info.name for info in token_matrices(primary)[1:] if info.name not in copies]
+    heads = [info.name for info in own_heads(primary)]
     found = []
     if copies:
         why = "Tied to the embedding and equal to it; the child does without the copy."
@@ -2587,24 +2660,30 @@ def rows_of(vocabulary: Vocabulary | None, *sources: TensorInfo | None) -> RowMa
     """The map of rows for tensors that have one for each token on every side; None where rows go by number."""
     if vocabulary is None or vocabulary.row_map is None:
         return None
-    counts = vocabulary.parent_rows
-    follows = all(info is None or holds_tokens(info, count) for info, count in zip(sources, counts))
+    follows = all(info is None or info.name in names for info, names in zip(sources, vocabulary.tensors))
     return vocabulary.row_map if follows else None
 
 
 def check_ground(left: TensorInfo, ground: TensorInfo | None, rows: RowMap | None) -> list[Mismatch]:
     """The base model's tensor that a pair's task vectors start from must be there, of the same shape."""
-    if ground is not None and ground.shape[rows is not None :] == left.shape[rows is not None :]:
+    if ground is not None and same_shape(left, ground, rows):
         return []
     there = "missing" if ground is None else str(list(ground.shape))
     why = "The base model must hold every tensor that both parents learned on."
     return [Mismatch("blocking", f"{left.name} of the base", str(list(left.shape)), there, why)]
 
 
+def same_shape(left: TensorInfo, right: TensorInfo, rows: RowMap | None) -> bool:
+    """Whether two tensors can be blended: of one shape, or of one shape for each token where rows follow tokens."""
+    if rows is None:
+        return left.shape == right.shape
+    return len(left.shape) == len(right.shape) and beside_tokens(left.shape) == beside_tokens(right.shape)
+
+
 def compare_tensors(left: TensorInfo, right: TensorInfo, rows: RowMap | None = None) -> list[Mismatch]:
     """Shape and dtype of one tensor on both sides. rows: where rows follow tokens, their number may differ."""
     found = []
-    if left.shape[rows is not None :] != right.shape[rows is not None :]:
+    if not same_shape(left, right, rows):
         shapes = str(list(left.shape)), str(list(right.shape))
         rows_only = len(left.shape) == len(right.shape) and left.shape[1:] == right.shape[1:]
         why = "Vocabularies of different size." if rows_only else "Tensors of different shape cannot be blended."
@@ -2867,7 +2946,8 @@ def check_talk(
     shown = sizes if sizes[0] != sizes[1] else ["one", "another"]
     line = functools.partial(Mismatch, subject="chat template", primary=shown[0], secondary=shown[1])
     if vocabulary.role is None:
-        return [line("notice", consequence="The child has none, for neither parent has a tokenizer.")], None
+        severity = "notice" if asked == "auto" else "blocking"
+        return [line(severity, consequence="Without a tokenizer, which neither parent has, it is of no use.")], None
     donor = parents[vocabulary.role]
     role = {"primary": "secondary", "secondary": "primary"}[vocabulary.role] if asked == "auto" else asked
     if asked == "auto" and templates[vocabulary.role]:
@@ -2914,17 +2994,21 @@ def child_generation_config(
     donor = vocabulary.role or source
     settings = stated[source]
     if settings and source != donor:
-        settings = follow_tokens(settings, stated[donor] or parents[donor].config, vocabulary, source)
+        settings = follow_tokens(settings, stated[donor] or stated_ids(parents[donor].config), vocabulary, source)
     if template_role not in (None, donor):
         ends = [
-            ids_of({**parents[role].config, **part}.get("eos_token_id"), vocabulary, role)
-            for role, part in ((donor, settings), (template_role, stated[template_role]))
+            number
+            for role in (donor, template_role)
+            for number in ids_of(
+                {**stated_ids(parents[role].config), **stated[role]}.get("eos_token_id"), vocabulary, role
+            )
         ]
-        settings = {**settings, "eos_token_id": list(dict.fromkeys(ends[0] + ends[1]))}
+        settings |= {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
     kept, found = {}, []
     for key, value in settings.items():
         ids = value if isinstance(value, list) else [value]
-        astray = [n for n in ids if TOKEN_ID_KEY.search(key) and type(n) is int and not has_row(n, vocabulary)]
+        is_id = TOKEN_ID_KEY.search(key) is not None
+        astray = [n for n in ids if is_id and type(n) is int and not has_row(n, vocabulary)]
         rest = [n for n in ids if n not in astray]
         if astray:
             why = f"The child's vocabulary has no {format_names(list(map(str, astray)))}; left out."
@@ -2988,10 +3072,10 @@ def check_parity(
     dtype, slices, tokenizer, template: as in MergeRecipe. base: what both parents' task vectors start from, where
     they are asked for. Reads headers and small files; of weights, only a head that should not be there.
     """
-    vocabulary, found = align_vocabularies(primary, secondary, tokenizer, base)
-    settled, heads = settle_heads(primary)
     alike, renamed = name_like(secondary, primary)
     ground = None if base is None else name_like(base, primary)[0]
+    vocabulary, found = align_vocabularies(primary, alike, tokenizer, ground)
+    settled, heads = settle_heads(primary)
     pairs, unpaired = pair_tensors(settled, alike, slices, ground, vocabulary)
     talk, offered = check_talk(primary, secondary, vocabulary, template)
     found += [
@@ -3189,7 +3273,8 @@ def plan_job(pair: TensorPair, recipe: MergeRecipe) -> TensorJob:
         return job("copy", t, copied, rows=rows.first(order)) if rows else job("copy", t, copied[:1])
     sources = (info, pair.secondary) if pair.base is None else (info, pair.secondary, pair.base)
     rule = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
-    granularity = recipe.granularity if len(info.shape) > 1 else "tensor"  # a single axis is one vector either way
+    one_axis = len(info.shape) < 2 or (rows is not None and info.shape[0] == 1)
+    granularity = "tensor" if one_axis else recipe.granularity  # a single axis is one vector either way
     return job(rule, t, sources, weights, granularity, rows)
 
 
@@ -3702,6 +3787,8 @@ def matrix_width(job: TensorJob) -> int:
     mergekit's nuslerp_row_wise takes vectors along dimension 0, which here are columns of a matrix of shape[0] rows;
     without it they run along the last dimension.
     """
+    if job.granularity == "tensor":
+        return job.row_elements
     return job.shape[-1] if job.granularity == "column" else math.prod(job.shape[1:])
 
 
@@ -4213,6 +4300,7 @@ def adapt_tokenizer(plan: MergePlan, folder: Path) -> Iterator[str]:
     appended = plan.parity.vocabulary.appended
     if appended:
         tokenizer = open_tokenizer(folder / "tokenizer.json")
+        settle_tokenizer(tokenizer, folder)
         extend_tokenizer(tokenizer, [(token.content, token.flags) for token in appended])
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
         yield "tokenizer.json"
@@ -4253,7 +4341,11 @@ def write_child_config(plan: MergePlan, folder: Path) -> str:
         for key, part in config.items():
             if isinstance(part, dict):  # a model inside a model states its own
                 config[key] = {k: plan.recipe.dtype if k in DTYPE_KEYS else v for k, v in part.items()}
-    config = with_value(config, "vocab_size", vocabulary.parent_rows[0], vocabulary.rows)
+    rows = vocabulary.parent_rows[0]
+    if rows != vocabulary.rows and not any("vocab_size" in scope for scope in language_scopes(config)):
+        place = next((key for key in LANGUAGE_CONFIGS if isinstance(config.get(key), dict)), None)
+        config |= {"vocab_size": rows} if place is None else {place: {**config[place], "vocab_size": rows}}
+    config = with_value(config, "vocab_size", rows, vocabulary.rows)
     stated_tie, tie = is_tied(config), true_tie(plan.primary)
     if stated_tie is None and tie is not None:
         config["tie_word_embeddings"] = tie
@@ -4284,11 +4376,11 @@ def true_tie(primary: Checkpoint) -> bool | None:
     matrices = token_matrices(primary)
     if stated is False or not matrices:
         return stated
-    copies = copies_of_embedding(primary)
-    if len(matrices) - 1 == len(copies):
-        return stated if stated is not None or any(key in primary.config for key in LANGUAGE_CONFIGS) else True
-    heads = [info for info in matrices[1:] if info not in copies]
-    return None if stated is None and any("emb" in info.name for info in heads) else False
+    if own_heads(primary):
+        return False
+    if stated or any(key in primary.config for key in LANGUAGE_CONFIGS):
+        return stated
+    return True if len(matrices) == 1 + len(copies_of_embedding(primary)) else None
 
 
 def recipe_text(plan: MergePlan, child: Path) -> str:
@@ -4707,9 +4799,12 @@ def compare_tokenizer_with_rows(plan: MergePlan, folder: Path) -> tuple[str | No
     if not path.is_file() or rows is None:
         return None, None
     try:
-        highest = max(open_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
+        ids = open_tokenizer(path).get_vocab(with_added_tokens=True).values()
     except SlerpMergeError as error:
         return None, error.message.replace(str(path), path.name)
+    highest = max(ids, default=-1)
+    if len(set(ids)) < len(ids):
+        return None, f"the tokenizer gives {len(ids) - len(set(ids))} of its tokens the id of another"
     if highest >= rows:
         return None, f"the tokenizer knows the id {highest}, but the embedding has only {rows} rows"
     return f"every token id (up to {highest}) has its row among {rows}", None
@@ -4719,9 +4814,9 @@ def ids_without_rows(plan: MergePlan, folder: Path) -> list[str]:
     """Warnings of the ids in config.json, such as eos_token_id, that the embedding has no row for."""
     vocabulary = plan.parity.vocabulary
     warnings = []
-    for key, value in read_json(folder / "config.json").items():
+    for key, value in stated_ids(read_json(folder / "config.json")).items():
         ids = value if isinstance(value, list) else [value]
-        if TOKEN_ID_KEY.search(key) and any(type(n) is int and n >= 0 and not has_row(n, vocabulary) for n in ids):
+        if any(type(n) is int and n >= 0 and not has_row(n, vocabulary) for n in ids):
             rows = vocabulary.rows
             warnings.append(f"config.json: {key} is {shorten(value)}, the embedding has only {rows} rows")
     return warnings

@@ -239,6 +239,83 @@ def test_a_row_map_tells_blended_from_kept():
     ]
 
 
+REVERSED = [WORDS[0], *reversed(WORDS[1:])]
+
+
+def add_tensors(folder: Path, **more: torch.Tensor) -> None:
+    replace_tensors(folder, {**load_tensors(folder), **{name.replace("__", "."): t for name, t in more.items()}})
+
+
+def test_positions_norms_and_layers_as_long_as_the_vocabulary_stay_in_their_order(tmp_path):
+    """Where the vocabulary is as large as something else, names tell; nothing else is put into another order."""
+    shapes = {"wpe__weight": (40, 3), "embeddings__LayerNorm__bias": (40,), "transform__dense__weight": (40, 40)}
+    folders = []
+    for seed, (role, words) in enumerate({"primary": WORDS, "secondary": REVERSED}.items()):
+        folders.append(make_parent(tmp_path / role, seed, words, transform_size=40))
+        generator = torch.Generator().manual_seed(seed)
+        add_tensors(folders[-1], **{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    report = merge(*folders, tmp_path / "child", 0.3)
+    assert_rows_follow_tokens(report, "primary", 0.3)
+    left, right, child = map(load_tensors, (*folders, report.child))
+    for name in (name.replace("__", ".") for name in shapes):
+        exact = reference_slerp(left[name], right[name], 0.3)
+        assert distance(child[name], left[name], right[name], exact) <= 1.0, name
+
+
+def test_a_bias_of_one_row_follows_tokens_too(tmp_path):
+    """BART and its kin keep (1, tokens)."""
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    biases = torch.randn(1, 40), torch.randn(1, 80)
+    for folder, bias in zip((primary, secondary), biases):
+        add_tensors(folder, final_logits_bias=bias)
+    there = [rows_by_token(secondary)[word] for word in WORDS]
+    for granularity in ("tensor", "row"):
+        settings = {"method": "nuslerp", "granularity": granularity, "overwrite": True}
+        found = load_tensors(merge(primary, secondary, tmp_path / "child", 0.3, **settings).child)["final_logits_bias"]
+        assert found.shape == (1, 40)
+        v0, v1 = biases[0], biases[1][:, there]
+        assert distance(found, v0, v1, reference_slerp(v0, v1, 0.3)) <= 1.0
+    grown = load_tensors(merge(primary, secondary, tmp_path / "grown", 0.3, tokenizer="secondary").child)
+    assert torch.equal(grown["final_logits_bias"][:, 20:60], biases[1][:, 20:60])
+
+
+def test_a_config_that_does_not_state_its_vocabulary_is_no_obstacle(tmp_path):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    for folder in (primary, secondary):
+        edit_json(folder / "config.json", vocab_size=...)
+    assert_rows_follow_tokens(merge(primary, secondary, tmp_path / "child", 0.3, tokenizer="union"), "primary", 0.3)
+
+
+def test_moved_tokens_of_an_embedding_that_is_not_found_are_told(tmp_path):
+    folders = []
+    for seed, (role, words) in enumerate({"primary": WORDS, "secondary": REVERSED}.items()):
+        folder = make_parent(tmp_path / role, seed, words)
+        edit_json(folder / "config.json", vocab_size=...)
+        tensors = load_tensors(folder)
+        tensors["strange.weight"] = tensors.pop(EMBEDDING)
+        replace_tensors(folder, tensors)
+        folders.append(folder)
+    (line,) = (m for m in merge(*folders, tmp_path / "child").plan.parity.mismatches if m.subject == "vocabulary")
+    assert (line.severity, "by number" in line.consequence) == ("notice", True)
+    with pytest.raises(SlerpMergeError, match="no union of tokens"):
+        merge(*folders, tmp_path / "other", tokenizer="union")
+
+
+def test_lines_of_a_vocabulary_end_where_lines_end(tmp_path):
+    words = ["w0", "\u2028", "\x85", "\x0b", *WORDS[1:]]
+    primary, secondary = (make_parent(tmp_path / role, n, words) for n, role in enumerate(("primary", "secondary")))
+    (secondary / "tokenizer.json").unlink()
+    (secondary / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    assert merge(primary, secondary, tmp_path / "child").plan.parity.vocabulary.row_map is None
+
+
+@pytest.mark.parametrize("key", ["9" * 5000, "\u0663", "-1", "x"])
+def test_ids_of_settings_that_are_no_numbers_are_let_pass(tmp_path, key):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    edit_json(secondary / "tokenizer_config.json", added_tokens_decoder={key: {"content": "<|x|>"}})
+    assert counts(merge(primary, secondary, tmp_path / "child"))["rows"] == 40
+
+
 # ── Union ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -297,6 +374,48 @@ def test_a_union_of_what_cannot_be_read_is_refused(tmp_path):
     (secondary / "vocab.txt").write_text("\n".join(GROWN))
     with pytest.raises(SlerpMergeError, match=r"needs tokenizer\.json"):
         merge(primary, secondary, tmp_path / "child", tokenizer="union")
+
+
+def test_a_union_keeps_tokens_that_settings_alone_add(tmp_path):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, rows=41)
+    edit_json(primary / "tokenizer_config.json", added_tokens_decoder={"40": {"content": "<|x|>", "special": True}})
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN)
+    child = merge(primary, secondary, tmp_path / "child", tokenizer="union").child
+    known = rows_by_token(child)
+    assert known["<|x|>"] == 40
+    assert known["new0"] == 41
+    assert AutoTokenizer.from_pretrained(child).convert_tokens_to_ids("<|x|>") == 40
+    assert bits(load_tensors(child)[EMBEDDING][40]) == bits(load_tensors(primary)[EMBEDDING][40])
+
+
+def test_a_union_that_would_give_an_id_twice_is_refused(tmp_path):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, rows=60)
+    content = json.loads((primary / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {word: n + 10 * (n >= 20) for n, word in enumerate(WORDS)}
+    (primary / "tokenizer.json").write_text(json.dumps(content))
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN)
+    with pytest.raises(SlerpMergeError, match="leave gaps"):
+        merge(primary, secondary, tmp_path / "child", tokenizer="union")
+    edit_json(primary / "tokenizer_config.json", added_tokens_decoder={"55": {"content": "<|x|>"}})
+    with pytest.raises(SlerpMergeError, match="do not agree on the id"):
+        merge(primary, secondary, tmp_path / "child", tokenizer="union")
+
+
+def test_a_union_with_ids_beyond_the_embedding_is_refused(tmp_path):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, rows=38)
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN)
+    with pytest.raises(SlerpMergeError, match="beyond the 38 rows"):
+        merge(primary, secondary, tmp_path / "child", tokenizer="union")
+
+
+def test_two_tokens_of_one_id_are_told(tmp_path):
+    primary, secondary = (make_parent(tmp_path / role, n, WORDS) for n, role in enumerate(("primary", "secondary")))
+    for folder in (primary, secondary):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["model"]["vocab"]["twin"] = 7
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    (warning,) = merge(primary, secondary, tmp_path / "child").warnings
+    assert "gives 1 of its tokens the id of another" in warning
 
 
 # ── Heads ───────────────────────────────────────────────────────────────────────────────────────
@@ -358,6 +477,18 @@ def test_a_head_that_is_left_out_is_told(tmp_path):
     )
     (line,) = report.plan.parity.of_severity("mended")
     assert (line.subject, line.primary) == (HEAD, "stored although tied")
+
+
+@pytest.mark.parametrize("tied", [True, ...])
+def test_another_matrix_with_a_row_for_each_token_is_no_head(tmp_path, tied):
+    """Gemma 3n and 4 have an embedding for each layer beside the one that is the head."""
+    folders = [make_head(tmp_path / role, n, "none", tie_word_embeddings=tied) for n, role in enumerate(("a", "b"))]
+    for seed, folder in enumerate(folders):
+        generator = torch.Generator().manual_seed(seed)
+        add_tensors(folder, model__embed_tokens_per_layer__weight=torch.randn(48, HIDDEN, generator=generator))
+    report = merge(*folders, tmp_path / "child")
+    assert json.loads((report.child / "config.json").read_text()).get("tie_word_embeddings", ...) is tied
+    assert report.plan.parity.mismatches == ()
 
 
 def test_a_tied_head_follows_tokens_too(tmp_path):
@@ -507,3 +638,41 @@ def test_a_child_speaks_the_same_whatever_order_the_second_vocabulary_is_in(tmp_
     by_secondary = merge(primary, moved, tmp_path / "by secondary", tokenizer="secondary").child
     assert generate_text(by_secondary, "the") == said[0]
     assert len(load_tensors(by_secondary)[EMBEDDING]) == size + 40
+
+
+def test_an_id_that_stands_for_none_stays_so(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=False)
+    edit_json(primary / "config.json", pad_token_id=-1)
+    child = merge(primary, secondary, tmp_path / "child", tokenizer="secondary").child
+    assert json.loads((child / "config.json").read_text())["pad_token_id"] == -1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_end_of_text_is_found_wherever_it_is_stated(tmp_path, nested):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    (primary / "generation_config.json").unlink()
+    stated = {"eos_token_id": 5, "vocab_size": 44}
+    edit_json(primary / "config.json", eos_token_id=...)
+    edit_json(primary / "config.json", **({"text_config": stated} if nested else stated))
+    edit_json(secondary / "config.json", eos_token_id=..., **({"text_config": {"vocab_size": 82}} if nested else {}))
+    child = merge(primary, secondary, tmp_path / "child", chat_template="secondary").child
+    ends = rows_by_token(child)["<|im_end|>"]
+    assert json.loads((child / "generation_config.json").read_text())["eos_token_id"] == [5, ends, 2]
+
+
+def test_no_end_of_text_anywhere_is_none_in_the_child(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    for folder in (primary, secondary):
+        edit_json(folder / "config.json", eos_token_id=...)
+        (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    child = merge(primary, secondary, tmp_path / "child", chat_template="secondary").child
+    assert json.loads((child / "generation_config.json").read_text()) == {"temperature": 0.6}
+
+
+def test_a_template_without_any_tokenizer_is_refused_where_asked_for(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    (secondary / "chat_template.jinja").write_text("{{ messages }}")
+    report = merge(primary, secondary, tmp_path / "child")
+    assert not (report.child / "chat_template.jinja").exists()
+    with pytest.raises(SlerpMergeError, match="Without a tokenizer"):
+        merge(primary, secondary, tmp_path / "other", chat_template="secondary")
