@@ -80,7 +80,6 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -114,6 +113,8 @@ PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 CARD_NAME = "README.md"
 RECIPE_NAME = "merge_recipe.yaml"
+JOURNAL_NAME = "journal.json"
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 # Copied whole from the tokenizer's donor, so that no two halves of a tokenizer ever meet.
 TOKENIZER_FILES = (
@@ -151,6 +152,18 @@ COMPANION_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
     "*.py",
+)
+
+# All that a merge reads of a parent.
+PARENT_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    GENERATION_NAME,
+    *TOKENIZER_FILES,
+    *TEMPLATE_FILES,
+    *COMPANION_FILES,
 )
 
 # ── Numbers as they lie on disk ──
@@ -373,6 +386,7 @@ class MergeRecipe:
     device: str = "auto"  # auto, cpu, cuda or mps
     threads: int = 0  # 0 chooses
     overwrite: bool = False
+    restart: bool = False  # discards what an earlier run left unfinished
 
     def describe_blend(self) -> str:
         """t, or the weights, in words; slice by slice where there are slices."""
@@ -421,6 +435,9 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     storage: str  # "safetensors" or "pickle"
+    stamps: dict[str, tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # file name: bytes, ns of its last change
 
     @property
     def parameter_count(self) -> int:
@@ -736,6 +753,30 @@ class PlanReady:
 
 
 @dataclass(frozen=True)
+class MergeResumed:
+    """Something of an earlier run stood in the staging folder."""
+
+    kept: int  # finished files that are taken over; 0 where the merge starts anew
+    total: int
+    reason: str  # why it starts anew
+
+
+@dataclass(frozen=True)
+class MergeStopped:
+    """The merge ends early; finished files stay in the staging folder for the next run."""
+
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ChildPublished:
+    """The child stands under its name."""
+
+    child: Path
+
+
+@dataclass(frozen=True)
 class DeviceChosen:
     """Where the arithmetic will run, and why."""
 
@@ -791,6 +832,7 @@ class MergeResult:
     tensors: tuple[TensorMerged, ...]
     seconds: float  # first byte read to last byte written
     device: str
+    resumed_files: int = 0  # taken over from an earlier run
 
     def count(self, rule: str) -> int:
         return sum(merged.blend.rule == rule for merged in self.tensors)
@@ -824,6 +866,7 @@ class MergeReport:
             "total_seconds": self.total_seconds,
             "bytes_per_second": child_bytes / max(self.result.seconds, 1e-9),
             "device": self.result.device,
+            "resumed_files": self.result.resumed_files,
             "threads": self.plan.threads,
             "method": self.plan.recipe.method,
             "blend": self.plan.recipe.describe_blend(),
@@ -843,6 +886,9 @@ Event = (
     ParentOpened
     | ParityChecked
     | PlanReady
+    | MergeResumed
+    | MergeStopped
+    | ChildPublished
     | DeviceChosen
     | BytesMerged
     | TensorMerged
@@ -1448,6 +1494,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         find_weight_files(folder)  # a GGUF or adapter folder is told so by name
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
+    stamps = stamps_of(folder)
     config = read_json(folder / "config.json")
     storage, files = find_weight_files(folder)
     read = read_header if storage == "safetensors" else read_pickle_header
@@ -1460,7 +1507,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_index_is_met(folder, storage, tensors)
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
-    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage)
+    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage, stamps)
+
+
+def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, by name."""
+    found = {}
+    for path in sorted({path for pattern in PARENT_FILES for path in folder.glob(pattern)}):
+        with contextlib.suppress(OSError):  # gone meanwhile; whoever needs it will say so
+            status = path.stat()
+            found[path.name] = (status.st_size, status.st_mtime_ns)
+    return found
 
 
 def check_index_is_met(folder: Path, storage: str, tensors: Mapping[str, TensorInfo]) -> None:
@@ -3416,9 +3473,25 @@ def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     return 65_536 + sum(file.stat().st_size for file in files if file.is_file())
 
 
+def staging_area(save_directory: Path) -> Path:
+    """The hidden folder beside the save directory in which a child grows."""
+    target = save_directory.resolve()
+    return target.with_name(f".{target.name}.slerpmerge-staging")
+
+
+def staged_bytes(save_directory: Path) -> int:
+    """What an earlier run left on the disk; the next takes it over or removes it."""
+    found = 0
+    for path in staging_area(save_directory).rglob("*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            found += min(status.st_size, getattr(status, "st_blocks", math.inf) * 512)
+    return found
+
+
 def check_disk_space(plan: MergePlan) -> None:
     """Raises SlerpMergeError where the child does not fit on its disk."""
-    if plan.disk_needed_bytes > plan.disk_free_bytes:
+    if plan.disk_needed_bytes > plan.disk_free_bytes + staged_bytes(plan.recipe.save_directory):
         raise SlerpMergeError(
             f"The child needs {format_bytes(plan.disk_needed_bytes)}, but only {format_bytes(plan.disk_free_bytes)} "
             f"are free at {existing_folder(plan.recipe.save_directory)}.",
@@ -3469,104 +3542,340 @@ class FolderLock:
 
     def release(self) -> None:
         """Lets go, and leaves no trace in the folder."""
-        self._stream.close()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        for _ in range(
+            2
+        ):  # before it is let go of, so that nobody locks a file about to go; Windows only lets it after
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            self._stream.close()
+
+
+@contextlib.contextmanager
+def interruptions_held() -> Iterator[None]:
+    """Lets Ctrl-C and the like wait until a step that must not be cut in two is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[Any] = []
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler is not None}
+    for number in before:
+        signal.signal(number, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in held[:1]:
+        if callable(before[number]):
+            before[number](number, frame)
+
+
+class BackgroundSync:
+    """One thread that asks the disk for finished files while the merge goes on."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.Queue[tuple[Path, Callable[[], None]] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._work, name="sync", daemon=True)
+        self._thread.start()
+
+    def submit(self, path: Path, then: Callable[[], None] = lambda: None) -> None:
+        """Asks for one file; `then` is called once it is on the disk."""
+        self._tasks.put((path, then))
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                if not self._given_up and self._error is None:
+                    sync_to_disk(task[0])
+                    if not self._given_up:
+                        task[1]()
+            except BaseException as error:  # handed to whoever waits
+                self._error = error
+
+    def wait(self, seconds: float = math.inf) -> None:
+        """Until all is on the disk that was asked for; raises what went wrong. After `seconds` the rest is given up."""
+        self._tasks.put(None)
+        limit = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < limit:
+            self._thread.join(0.1)  # a wait without end would be deaf to Ctrl-C on Windows
+        self._given_up = True
+        if self._error is not None and seconds == math.inf:
+            raise self._error
+
+
+def plan_identity(plan: MergePlan) -> dict[str, Any]:
+    """All that the bits of the child's files depend on, as JSON can hold it."""
+    import hashlib
+
+    settled = ("save_directory", "threads", "overwrite", "restart")  # these change no bit
+    values = {field.name: getattr(plan.recipe, field.name) for field in dataclasses.fields(plan.recipe)}
+    recipe = {
+        name: str(value.resolve()) if isinstance(value, Path) else repr(value)
+        for name, value in values.items()
+        if name not in settled
+    }
+    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
+    layout = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
+    stamps = {
+        role: {name: list(stamp) for name, stamp in parent.stamps.items()}
+        for role, parent in parents.items()
+        if parent is not None
+    }
+    return {"version": __version__, "recipe": recipe, "parents": stamps, "layout": layout}
+
+
+def identity_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Why files made for one identity are of no use for another, in words; None where they are."""
+    if before["version"] != now["version"]:
+        return f"slerpmerge {before['version']} began it"
+    for name, value in now["recipe"].items():
+        if before["recipe"].get(name) != value:
+            return f"its {name.replace('_', ' ')} was another"
+    for role, stamps in now["parents"].items():
+        changed = [name for name, _ in set_of(stamps) ^ set_of(before["parents"].get(role, {}))]
+        if changed:
+            return f"the {role}'s {min(changed)} has changed since"
+    return None if before["layout"] == now["layout"] else "its files were laid out differently"
+
+
+def set_of(stamps: Mapping[str, Sequence[int]]) -> set[tuple[str, tuple[int, ...]]]:
+    """Stamps as a set, to be held against others."""
+    return {(name, tuple(stamp)) for name, stamp in stamps.items()}
+
+
+class Journal:
+    """Which files of an unfinished child are finished and on the disk, and for what recipe and parents they were made.
+
+    One JSON object, replaced as a whole by one rename, with its own checksum: a torn one is as good as none.
+    """
+
+    def __init__(self, area: Path, plan: MergePlan) -> None:
+        self.path = area / JOURNAL_NAME
+        self.folder = area / "child"
+        self.shards = {shard.file_name: shard for shard in plan.shards}
+        self.identity = plan_identity(plan)
+        self.device = ""  # where the arithmetic ran; another could round differently
+        self.finished: dict[str, list[TensorMerged]] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
+
+    def load(self) -> str:
+        """Takes over the finished files that an earlier run left; returns why there are none, or nothing."""
+        import hashlib
+
+        try:
+            text, _, checksum = read_bytes(self.path).rpartition(b"\n")
+            if hashlib.sha256(text).hexdigest().encode() != checksum:
+                return "its journal is torn"
+            content = json.loads(text)
+            if (reason := identity_difference(content["identity"], self.identity)) is not None:
+                return reason
+            for name, entry in content["files"].items():
+                jobs = {job.name: job for job in self.shards[name].jobs}
+                merged = [
+                    TensorMerged(jobs[tensor], Blend(*blend), seconds, non_finite)
+                    for tensor, blend, seconds, non_finite in entry["tensors"]
+                ]
+                status = (self.folder / name).stat()
+                if [status.st_size, status.st_mtime_ns] == entry["stamp"] and len(merged) == len(jobs):
+                    self.finished[name], self._stamps[name] = merged, tuple(entry["stamp"])
+            self.device = str(content["device"])
+        except (SlerpMergeError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            self.finished = {}
+            return "its journal cannot be read"
+        return "" if self.finished else "none of its files was finished"
+
+    def add(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
+        """Records a file that is on the disk."""
+        import hashlib
+
+        status = (self.folder / file_name).stat()
+        self.finished[file_name], self._stamps[file_name] = list(tensors), (status.st_size, status.st_mtime_ns)
+        files = {
+            name: {
+                "stamp": list(self._stamps[name]),
+                "tensors": [
+                    [m.job.name, dataclasses.astuple(m.blend), m.seconds, m.non_finite] for m in self.finished[name]
+                ],
+            }
+            for name in self.finished
+        }
+        text = json.dumps({"identity": self.identity, "device": self.device, "files": files}).encode()
+        fresh = self.path.with_suffix(".new")
+        try:
+            fresh.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
+            sync_to_disk(fresh)
+            fresh.replace(self.path)
+        except OSError as error:
+            raise explain_os_error(error, self.path, "write") from error
+
+
+def leftover_remarks(plan: MergePlan) -> Iterator[str]:
+    """What a run that ended early left for this one, in words."""
+    journal = Journal(staging_area(plan.recipe.save_directory), plan)
+    if journal.path.is_file() and not plan.recipe.restart:
+        reason = journal.load()
+        kept = f"{len(journal.finished)} of {len(plan.shards)} files of an earlier run are kept."
+        yield f"An unfinished child stands there and gives way: {reason}." if reason else kept
 
 
 class StagedChild:
-    """The child while it grows: a hidden folder beside the save directory, published by one rename.
+    """The child while it grows: in a hidden folder beside the save directory, published by one rename.
 
-    Leaving the `with` block by an error removes it; the save directory is then as it was. Another run that
-    makes the same child is refused meanwhile: a lock in the folder, which dies with its process, tells.
+    Leaving the `with` block by an error keeps the files that are finished, for the same merge to carry on with; where
+    there are none, all is as it was. Another run that makes the same child is refused meanwhile: a lock in the hidden
+    folder, which dies with its process, tells.
     """
 
-    def __init__(self, plan: MergePlan) -> None:
+    def __init__(self, plan: MergePlan, observe: Observer) -> None:
+        self.plan = plan
+        self.observe = observe
         self.target = plan.recipe.save_directory.resolve()
-        self.overwrite = plan.recipe.overwrite
-        self.folder = self.target.with_name(f".{self.target.name}.slerpmerge-staging")
+        self.area = staging_area(self.target)
+        self.folder = self.area / "child"
+        self.replaced = self.area / "replaced"  # a child that stood there before, until the new one does
+        self.journal = Journal(self.area, plan)
+        self._is_trusted = True
         self._made: list[Path] = []
-        self._syncer = ThreadPoolExecutor(1, "sync")
-        self._syncs: list[Future[None]] = []
 
     def __enter__(self) -> StagedChild:
         try:
-            for folder in reversed([self.target.parent, *self.target.parent.parents]):
+            for folder in reversed([self.area, *self.area.parents]):
                 if not folder.exists():
                     folder.mkdir()
                     self._made.append(folder)
-            if self.folder.exists():
-                FolderLock(self.folder).release()  # raises where another run is alive
-                shutil.rmtree(self.folder)  # left by a run that was killed
-            self.folder.mkdir()
-            self._lock = FolderLock(self.folder)
-        except SlerpMergeError:
+            self._lock = FolderLock(self.area)
+        except OSError as error:
+            self._remove_made()
+            raise explain_os_error(error, self.area, "make the folder") from error
+        except BaseException:
             self._remove_made()
             raise
+        try:
+            self._take_over()
         except BaseException as error:
-            self._discard()
+            self._leave()
             if isinstance(error, OSError):
-                raise explain_os_error(error, self.folder, "make the folder") from error
+                raise explain_os_error(error, self.area, "prepare the folder") from error
             raise
+        self._sync = BackgroundSync()
         return self
 
-    def sync_soon(self, path: Path) -> None:
-        """Asks the disk for a finished file in the background, while the merge goes on."""
-        self._syncs.append(self._syncer.submit(sync_to_disk, path))
+    def _take_over(self) -> None:
+        """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
+        if self.replaced.is_dir() and not self.target.exists():
+            self.replaced.rename(self.target)
+        if self.target.is_dir() and any(self.target.iterdir()):
+            check_replaceable(self.target, self.plan.recipe.overwrite)
+        leftover = self.folder.is_dir() and any(self.folder.iterdir())
+        reason = "as asked" if self.plan.recipe.restart else self.journal.load()
+        self._remove_unfinished()
+        self.folder.mkdir(exist_ok=True)
+        if leftover:
+            self.observe(MergeResumed(len(self.journal.finished), len(self.plan.shards), reason))
+
+    def finish_file(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
+        """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""
+        self._sync.submit(self.folder / file_name, lambda: self.journal.add(file_name, tensors))
+
+    def distrust(self) -> None:
+        """Says that nothing of this child is of use to a later run."""
+        self._is_trusted = False
 
     def sync(self) -> float:
         """Waits until every file is on the disk; returns the seconds waited."""
         started = time.perf_counter()
         for path in self.folder.rglob("*"):
-            if path.is_file() and path.suffix != ".safetensors" and path.name != ".lock":
-                self.sync_soon(path)
-        for pending in self._syncs:
-            pending.result()
+            if path.is_file() and path.name not in self.journal.shards:
+                self._sync.submit(path)
+        self._sync.wait()
         sync_to_disk(self.folder)
         return time.perf_counter() - started
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._syncer.shutdown(wait=True, cancel_futures=True)
-        self._lock.release()
         if error is not None:
-            self._discard()
+            # A person who pressed Ctrl-C does not wait for the disk.
+            self._sync.wait(30 if isinstance(error, Exception) else 0.5)
+            with interruptions_held():
+                self._leave()
             return
         try:
-            self._publish()
+            with interruptions_held():
+                self._publish()
         except BaseException as fault:
-            self._discard()
+            if self.folder.exists():
+                self._leave()
             if isinstance(fault, OSError):
                 raise explain_os_error(fault, self.target, "put the finished child at") from fault
             raise
 
     def _publish(self) -> None:
-        replaced = None
         if self.target.is_dir():
             if any(self.target.iterdir()):
-                check_replaceable(self.target, self.overwrite)
-                replaced = self.target.with_name(f".{self.target.name}.slerpmerge-replaced")
-                shutil.rmtree(replaced, ignore_errors=True)
-                self.target.rename(replaced)
+                check_replaceable(self.target, self.plan.recipe.overwrite)
+                shutil.rmtree(self.replaced, ignore_errors=True)
+                self.target.rename(self.replaced)
             else:
                 self.target.rmdir()  # not every system renames onto an empty folder
         try:
             self.folder.rename(self.target)
         except BaseException:
-            if replaced is not None:
-                replaced.rename(self.target)
+            if self.replaced.exists():
+                self.replaced.rename(self.target)
             raise
         sync_to_disk(self.target.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
+        self.observe(ChildPublished(self.target))
+        self._remove_area()
 
-    def _discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._remove_made()
+    def _leave(self) -> None:
+        """After an error: only what the next run can use stays."""
+        if not self._is_trusted:
+            self.journal.finished.clear()
+        if self.journal.finished:
+            self._remove_unfinished()
+            self._lock.release()
+            self.observe(MergeStopped(len(self.journal.finished), len(self.plan.shards)))
+        else:
+            self._remove_area()
+            self._remove_made()
+
+    def _remove_unfinished(self) -> None:
+        for path in list(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in self.journal.finished:
+                path.unlink()
+        if not self.journal.finished:
+            self.journal.path.unlink(missing_ok=True)
+        if self.target.exists():
+            shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _remove_area(self) -> None:
+        for folder in (self.folder, self.replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
+            self.journal.path.unlink(missing_ok=True)
+        self._lock.release()
+        shutil.rmtree(self.area, ignore_errors=True)
 
     def _remove_made(self) -> None:
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody else put something there meanwhile
                 folder.rmdir()
+
+
+def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
+    """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
+    for parent in (plan.primary, plan.secondary, plan.base):
+        changed = set_of(parent.stamps) ^ set_of(stamps_of(parent.folder)) if parent is not None else ()
+        if changed:
+            child.distrust()
+            raise SlerpMergeError(
+                f"{parent.folder} changed during the merge: {format_names(sorted({name for name, _ in changed}))}.",
+                "Nothing was saved, for the child would be of neither. Leave the parents alone and run it again.",
+            )
 
 
 def sync_to_disk(path: Path) -> None:
@@ -3757,6 +4066,7 @@ class TensorProgress:
     job: TensorJob
     number: int
     writer: ShardWriter
+    known: TensorMerged | None  # of a file that an earlier run finished
     spans: tuple[range, ...]  # of element numbers
     sums: list[Sums | None]
     unfinished: int = 0  # spans of the pass at hand
@@ -4091,10 +4401,12 @@ class MergeStream:
         number = 0
         for shard in plan.shards:
             writer = ShardWriter(self.child.folder, shard)
-            writer.create()
+            known = {merged.job.name: merged for merged in self.child.journal.finished.get(shard.file_name, ())}
+            if not known:
+                writer.create()
             for job in shard.jobs:
-                spans = cut_spans(job)
-                yield TensorProgress(job, number, writer, spans, [None] * len(spans))
+                spans = () if known else cut_spans(job)
+                yield TensorProgress(job, number, writer, known.get(job.name), spans, [None] * len(spans))
                 number += 1
 
     def run(self) -> tuple[TensorMerged, ...]:
@@ -4114,7 +4426,10 @@ class MergeStream:
         progress.started = time.perf_counter()
         self.in_order.append(progress)
         self.spans_under_way += len(progress.spans)
-        if progress.job.is_measured:
+        if progress.known is not None:
+            self.observe(BytesMerged(progress.job.byte_count))
+            self.finish(progress)
+        elif progress.job.is_measured:
             self.begin_pass(progress, "measure")
         else:
             progress.blend = Blend(1.0, 0.0, "copy", f"t = {progress.job.t:g}", None)
@@ -4184,13 +4499,15 @@ class MergeStream:
         while self.in_order and self.in_order[0].finished:
             first = self.in_order.popleft()
             seconds = first.finished - first.started
-            merged = TensorMerged(first.job, first.blend, seconds, first.non_finite)
+            merged = first.known or TensorMerged(first.job, first.blend, seconds, first.non_finite)
             self.done.append(merged)
             self.observe(merged)
             first.writer.unfinished -= 1
             if not first.writer.unfinished:
-                self.child.sync_soon(first.writer.path)
-                self.observe(ShardWritten(first.writer.path.name, first.writer.shard.byte_count))
+                shard = first.writer.shard
+                if first.known is None:
+                    self.child.finish_file(shard.file_name, self.done[-len(shard.jobs) :])
+                self.observe(ShardWritten(shard.file_name, shard.byte_count))
 
 
 @contextlib.contextmanager
@@ -4208,7 +4525,12 @@ def stream_merge(plan: MergePlan, child: StagedChild, observe: Observer) -> Merg
 
     Raises SlerpMergeError where a parent cannot be read or the child cannot be written.
     """
-    device, reason = choose_device(plan.recipe.device, plan.threads)
+    kept = len(child.journal.finished)
+    if kept and plan.recipe.device == "auto":
+        device, reason = child.journal.device, "where the finished files were made"
+    else:
+        device, reason = choose_device(plan.recipe.device, plan.threads)
+    child.journal.device = device
     observe(DeviceChosen(device, reason))
     with torch_threads_kept():
         started = time.perf_counter()
@@ -4216,7 +4538,7 @@ def stream_merge(plan: MergePlan, child: StagedChild, observe: Observer) -> Merg
             tensors = MergeStream(plan, child, team, observe).run()
         seconds = time.perf_counter() - started
     write_index(plan, child.folder)
-    return MergeResult(tensors, seconds, device)
+    return MergeResult(tensors, seconds, device, kept)
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
@@ -4594,8 +4916,12 @@ def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, obser
 
     Raises SlerpMergeError where the child is not what was planned. What only may be wrong is a warning.
     """
-    verify_headers(plan, child.folder)
-    recomputed, spots = verify_values(plan, child.folder, result)
+    try:
+        verify_headers(plan, child.folder)
+        recomputed, spots = verify_values(plan, child.folder, result)
+    except SlerpMergeError:
+        child.distrust()
+        raise
     checks = [
         f"{len(result.tensors)} tensors stand under the primary's names and shapes",
         f"{recomputed} tensors recomputed whole and {spots} in part from the parents, all equal",
@@ -4920,6 +5246,7 @@ def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
     observe(ParityChecked(parity))
     parity.raise_if_blocking()
     plan = plan_merge(recipe, primary, secondary, parity, base)
+    plan = dataclasses.replace(plan, remarks=(*plan.remarks, *leftover_remarks(plan)))
     observe(PlanReady(plan))
     return plan
 
@@ -4930,11 +5257,12 @@ def execute_merge(plan: MergePlan, observe: Observer) -> MergeReport:
     Raises SlerpMergeError where the world does not let it; parents and save directory are then as before.
     """
     started = time.perf_counter()
-    with StagedChild(plan) as child:
+    with StagedChild(plan, observe) as child:
         result = stream_merge(plan, child, observe)
         copy_companions(plan, child, result, observe)
         verified = verify_child(plan, child, result, observe)
         sync_seconds = child.sync()
+        check_parents_unchanged(plan, child)
     total_seconds = time.perf_counter() - started
     warnings = (plan.kinship.warning,) if plan.kinship.warning else ()
     warnings += verified.warnings
@@ -5369,6 +5697,8 @@ class MergeView:
             return
         if isinstance(event, PlanReady):
             self.total_bytes = event.plan.child_bytes
+        elif isinstance(event, MergeResumed) and event.kept:
+            self.console.print(f"Carrying on: {event.kept} of {event.total} files stand already.", highlight=False)
         elif isinstance(event, DeviceChosen):
             self.start(event)
         elif isinstance(event, BytesMerged):
@@ -5423,7 +5753,8 @@ class MergeView:
 
     def stop(self) -> None:
         if self.live is not None:
-            self.live.stop()
+            with contextlib.suppress(OSError):  # a terminal that is gone needs no tidying
+                self.live.stop()
             self.live = None
 
 
@@ -5684,6 +6015,8 @@ def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+NOTHING_WRITTEN = "Nothing was written."
+CLEANED_UP = "The unfinished child was removed; all else is as it was."
 
 
 def parse_size(text: str) -> int:
@@ -5760,6 +6093,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="check and plan, write nothing")
     add("--yes", action="store_true", help="take every default and start without asking")
     add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
+    add("--restart", action="store_true", default=None, help="discard what an earlier run left unfinished")
     add("--verify", choices=("quick", "full"), help="full: also load the child with transformers")
     add("--json", action="store_true", help="print the report as one JSON object, alone on stdout")
     add("--quiet", action="store_true", help="say nothing but errors")
@@ -5783,7 +6117,7 @@ class CommandLine:
         self.console = Console(stderr=arguments.json, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.view = MergeView(self.console, quiet=arguments.quiet or arguments.json)
-        self.wrote = "Nothing was written."
+        self.wrote = NOTHING_WRITTEN
 
     def show(self, picture: RenderableType) -> None:
         if not (self.arguments.quiet or self.arguments.json):
@@ -5844,13 +6178,12 @@ class CommandLine:
         if not self.arguments.yes and not wizard.confirm("Start the merge?", default=plan.kinship.warning is None):
             self.show("Nothing was written.")
             return EXIT_DONE
-        self.wrote = "The unfinished child was removed; both parents are as they were."
+        self.wrote = CLEANED_UP
         started = time.perf_counter()
         wait_for_torch()
         with self.view:
             report = execute_merge(plan, self.observe)
         report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
-        self.wrote = f"The child stands in {report.child}."
         self.show(render_report(self.console, report))
         report = self.verify_fully(report, wizard)
         if self.arguments.json:
@@ -5873,7 +6206,13 @@ class CommandLine:
     def observe(self, event: Event) -> None:
         if isinstance(event, ParityChecked) and not event.report.of_severity("blocking"):
             self.show(render_parity(self.console, event.report))
-        if isinstance(event, PlanReady):
+        if isinstance(event, MergeStopped):
+            self.wrote = (
+                f"{event.kept} of {event.total} weight files are finished and kept; the same command carries on."
+            )
+        elif isinstance(event, ChildPublished):
+            self.wrote = f"The child stands in {event.child}."
+        elif isinstance(event, PlanReady):
             self.show(render_plan(self.console, event.plan))
             if self.arguments.dry_run or len({job.t for job in event.plan.jobs}) > 1:
                 self.show(render_curves(self.console, event.plan))
@@ -5886,10 +6225,7 @@ class CommandLine:
             wanted = wizard.confirm("Load the child with transformers, to be sure?", default=True)
         if not wanted:
             return report
-        try:
-            checks = verify_with_transformers(report.child)
-        except SlerpMergeError as error:
-            raise SlerpMergeError(error.message, f"{error.hint} {self.wrote}") from error
+        checks = verify_with_transformers(report.child)
         for check in checks:
             self.show(f"{mark_of(self.console, 'mended')} {check}")
         return dataclasses.replace(report, checks=report.checks + checks)
@@ -5921,6 +6257,32 @@ def wait_for_torch() -> None:
         gc.enable()
 
 
+class Terminated(KeyboardInterrupt):
+    """The system asked the process to end, as it does before a machine goes away or when a terminal is lost."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_end_it() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP end a merge as Ctrl-C does: tidily, and with what is finished kept."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in STOP_SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool and returns its exit status. Every fault of the world ends here, in one message."""
     import colorama
@@ -5934,25 +6296,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     command_line = CommandLine(arguments)
     try:
-        return command_line.run()
+        with signals_end_it():
+            return command_line.run()
     except SlerpMergeError as error:
         fault = error
-    except (KeyboardInterrupt, EOFError):
-        print(f"\nStopped. {command_line.wrote}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, EOFError) as error:
+        by = f" by {signal.Signals(error.number).name}" if isinstance(error, Terminated) else ""
+        with contextlib.suppress(OSError):  # the terminal may be what was lost
+            print(f"\nStopped{by}. {command_line.wrote}", file=sys.stderr)
+        return 128 + error.number if isinstance(error, Terminated) else EXIT_INTERRUPTED
     except ImportError as error:
         fault = SlerpMergeError(f"A package cannot be loaded: {error}.", "pip install -r requirements.txt")
     except (OSError, MemoryError) as error:
-        fault = SlerpMergeError(f"The system refused: {str(error) or 'out of memory'}.", command_line.wrote)
+        fault = SlerpMergeError(
+            f"The system refused: {str(error) or 'out of memory'}.", "Free some of it and try again."
+        )
     from rich.console import Console
 
     errors = Console(stderr=True, highlight=False)
-    errors.print(render_error(errors, fault), soft_wrap=not errors.is_terminal)
+    if command_line.wrote not in (NOTHING_WRITTEN, CLEANED_UP):
+        fault = SlerpMergeError(fault.message, f"{fault.hint} {command_line.wrote}")
+    with contextlib.suppress(OSError):
+        errors.print(render_error(errors, fault), soft_wrap=not errors.is_terminal)
     return EXIT_REFUSED
 
 
 if __name__ == "__main__":
     gc.disable()  # loading makes a million objects that stay; to look for garbage among them took 0.5 s
     status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
     sys.exit(status)

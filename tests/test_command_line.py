@@ -702,18 +702,27 @@ class TestBadInput:
             raise fault
 
         monkeypatch.setattr(slerpmerge, "copy_companions", fail)
-        assert_refused(run(*MERGE), cause, "removed")
+        assert_refused(run(*MERGE), cause, "1 of 1 weight files are finished and kept; the same command carries on")
+        assert not (tmp_path / "child").exists()
+        monkeypatch.setattr(slerpmerge, "write_index", fail)
+        assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
+        monkeypatch.setattr(slerpmerge, "choose_device", fail)
+        assert_refused(run(*MERGE, "--restart"), cause, "Free some of it")
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
-    def test_ctrl_c_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("place", "words"), [("copy_companions", "1 of 1 weight files are finished"), ("choose_device", "removed")]
+    )
+    def test_ctrl_c_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, place, words):
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(slerpmerge, "copy_companions", interrupt)
+        monkeypatch.setattr(slerpmerge, place, interrupt)
         outcome = run(*MERGE)
         assert outcome.status == 130
-        assert "removed" in outcome.err
-        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+        assert words in outcome.err
+        assert not (tmp_path / "child").exists()
+        assert run(*MERGE, "--dry-run").status == 0
 
 
 class TestOddNames:

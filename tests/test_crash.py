@@ -1,20 +1,27 @@
-"""Whatever interrupts a merge, the save directory holds a whole child, or what it held before, and nothing else."""
+"""Whatever interrupts a merge, the save directory holds a whole child or what it held before; the next run goes on."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import slerpmerge
 from slerpmerge import (
@@ -23,14 +30,18 @@ from slerpmerge import (
     CompanionCopied,
     DeviceChosen,
     FileHandles,
+    MergeRecipe,
+    MergeResumed,
+    MergeStopped,
     ParentOpened,
     ParityChecked,
     PlanReady,
     ShardWritten,
     SlerpMergeError,
     TensorMerged,
+    prepare_merge,
 )
-from tests.builders import add_tokenizer, load_tensors, make_pair
+from tests.builders import DEVICE, add_tokenizer, load_tensors, make_pair
 from tests.conftest import fingerprint
 from tests.test_merge import assert_same_bits, merge, staging_beside
 
@@ -81,19 +92,178 @@ def command_line(primary: Path, secondary: Path, child: Path, *more: str) -> lis
 # ── Errors and Ctrl-C from within ───────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The child of a pair, three files of it, that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return load_tensors(merge(*make_pair(folder), folder / "child", max_shard_bytes=5000).child)
+
+
+def left_behind(child: Path) -> list[str]:
+    """What an interrupted merge keeps for the next: its journal and finished files, and nothing that is not whole."""
+    area = child.with_name(f".{child.name}.slerpmerge-staging")
+    if not area.exists():
+        return []
+    assert names(area) == ["child", "journal.json"]
+    kept = json.loads((area / "journal.json").read_bytes().rpartition(b"\n")[0])["files"]
+    assert names(area / "child") == sorted(kept) != []
+    for file in (area / "child").iterdir():
+        load_file(file)
+    return sorted(kept)
+
+
 @pytest.mark.parametrize(
     ("error", "moment", "number"),
     [*((KeyboardInterrupt, *moment) for moment in MOMENTS), *((RuntimeError, *moment) for moment in MOMENTS[::4])],
 )
-def test_an_interruption_at_any_moment_leaves_nothing(tmp_path, parents, error, moment, number):
+def test_after_an_interruption_at_any_moment_the_same_merge_carries_on(
+    tmp_path, parents, undisturbed, error, moment, number
+):
     primary, secondary = make_pair(tmp_path)
     add_tokenizer(primary)
     parents.watch(primary, secondary)
+    child, settings = tmp_path / "new" / "deep" / "child", {"max_shard_bytes": 5000, "threads": 3}
+    events: list[object] = []
     observe = at(moment, number, lambda: throw(error("stop")))
     with pytest.raises(error):
-        merge(primary, secondary, tmp_path / "new" / "deep" / "child", observe=observe, max_shard_bytes=9000, threads=3)
-    assert names(tmp_path) == ["primary", "secondary"]
+        merge(primary, secondary, child, observe=lambda event: (events.append(event), observe(event)), **settings)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("merge-", "sync"))]
+    kept = left_behind(child)
+    stopped = [(event.kept, event.total) for event in events if isinstance(event, MergeStopped)]
+    assert stopped == ([(len(kept), 3)] if kept else [])
+    assert names(tmp_path) == (["new", "primary", "secondary"] if kept else ["primary", "secondary"])
+    events.clear()
+    report = merge(primary, secondary, child, observe=events.append, **settings)
+    resumed = [(event.kept, event.reason) for event in events if isinstance(event, MergeResumed)]
+    assert resumed == ([(len(kept), "")] if kept else [])
+    assert report.as_dict()["resumed_files"] == len(kept)
+    assert_same_bits(load_tensors(report.child), undisturbed)
+    assert names(child.parent) == ["child"]
+
+
+INTERRUPTED = {"max_shard_bytes": 5000, "threads": 1}
+
+
+def interrupted(folder: Path, **settings: Any) -> tuple[Path, Path, Path]:
+    """(primary, secondary, save directory) of a merge that was stopped when two of its three files were finished."""
+    primary, secondary = make_pair(folder)
+    child = folder / "child"
+
+    def stop() -> None:
+        journal = staging_beside(child).with_name("journal.json")
+        while not journal.exists() or len(left_in(journal)) < 2:
+            time.sleep(0.005)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(primary, secondary, child, observe=at(ShardWritten, 2, stop), **{**INTERRUPTED, **settings})
+    assert len(left_behind(child)) == 2
+    return primary, secondary, child
+
+
+def left_in(journal: Path) -> list[str]:
+    return list(json.loads(journal.read_bytes().rpartition(b"\n")[0])["files"])
+
+
+def resumed(primary: Path, secondary: Path, child: Path, **settings: Any) -> tuple[int, str]:
+    """(files taken over, why it started anew) of a second run, whose child is then right."""
+    events: list[object] = []
+    before = names(child.parent)
+    t = settings.pop("t", 0.5)
+    report = merge(primary, secondary, child, t, observe=events.append, **{**INTERRUPTED, **settings})
+    (found,) = (event for event in events if isinstance(event, MergeResumed))
+    assert [event.total for event in events if isinstance(event, MergeResumed)] == [len(report.plan.shards)]
+    merged = [event.job.name for event in events if isinstance(event, TensorMerged)]
+    assert merged == [job.name for job in report.plan.jobs]
+    assert sum(event.byte_count for event in events if isinstance(event, BytesMerged)) == report.plan.child_bytes
+    other = merge(primary, secondary, child.with_name("other"), t, **{**INTERRUPTED, **settings})
+    assert_same_bits(load_tensors(report.child), load_tensors(other.child))
+    assert (child / "README.md").read_text() == (other.child / "README.md").read_text().replace("# other", "# child")
+    assert names(child.parent) == sorted({*before, "child", "other"} - {".child.slerpmerge-staging"})
+    return found.kept, found.reason
+
+
+def touch(file: Path) -> None:
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+def test_finished_files_are_taken_over_and_not_written_again(tmp_path):
+    primary, secondary, child = interrupted(tmp_path)
+    before = {file.name: file.stat().st_mtime_ns for file in staging_beside(child).iterdir()}
+    assert resumed(primary, secondary, child) == (2, "")
+    assert {name: (child / name).stat().st_mtime_ns for name in before} == before
+
+
+@pytest.mark.parametrize(
+    "settings", [{"threads": 4}, {"overwrite": True}, {"device": "cpu"} if DEVICE == "cpu" else {"threads": 2}]
+)
+def test_what_changes_no_bit_does_not_start_anew(tmp_path, settings):
+    assert resumed(*interrupted(tmp_path), **settings) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"t": 0.3}, "its schedule was another"),
+        ({"method": "lerp"}, "its method was another"),
+        ({"dtype": "float16"}, "its dtype was another"),
+        ({"max_shard_bytes": 5001}, "its max shard bytes was another"),
+        ({"restart": True}, "as asked"),
+    ],
+)
+def test_another_recipe_starts_anew_and_says_why(tmp_path, settings, reason):
+    assert resumed(*interrupted(tmp_path), **settings) == (0, reason)
+
+
+def test_another_version_starts_anew(tmp_path, monkeypatch):
+    folders = interrupted(tmp_path)
+    monkeypatch.setattr(slerpmerge, "__version__", "99.0")
+    assert resumed(*folders) == (0, "slerpmerge 0.1.0 began it")
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_another_parent_starts_anew(tmp_path, role, file):
+    folders = interrupted(tmp_path)
+    touch(tmp_path / role / file)
+    assert resumed(*folders) == (0, f"the {role}'s {file} has changed since")
+
+
+@pytest.mark.parametrize("keep", [0, 0.3, 0.9, 1], ids=str)
+def test_a_torn_journal_is_as_good_as_none(tmp_path, keep):
+    folders = interrupted(tmp_path)
+    journal = staging_beside(folders[2]).with_name("journal.json")
+    content = journal.read_bytes()
+    journal.write_bytes(content[: int(keep * len(content))] if keep < 1 else content.replace(b"slerp", b"slurp"))
+    assert resumed(*folders) == (0, "its journal is torn")
+
+
+def test_a_journal_that_lies_is_as_good_as_none(tmp_path):
+    folders = interrupted(tmp_path)
+    journal = staging_beside(folders[2]).with_name("journal.json")
+    for content in (b"[]", b'{"identity": 3}', b"[" * 100_000):
+        journal.write_bytes(content + b"\n" + hashlib.sha256(content).hexdigest().encode())
+        plan = prepare_merge(MergeRecipe(*folders, max_shard_bytes=5000, device=DEVICE), lambda event: None)
+        assert plan.remarks == ("An unfinished child stands there and gives way: its journal cannot be read.",)
+    assert resumed(*folders) == (0, "its journal cannot be read")
+
+
+def test_a_finished_file_that_was_changed_is_made_again(tmp_path):
+    folders = interrupted(tmp_path)
+    touch(sorted(staging_beside(folders[2]).iterdir())[0])
+    assert resumed(*folders) == (1, "")
+
+
+def test_the_plan_tells_of_finished_files_and_counts_their_room(tmp_path, monkeypatch):
+    primary, secondary, child = interrupted(tmp_path)
+    recipe = MergeRecipe(primary, secondary, child, max_shard_bytes=5000, device=DEVICE)
+    plan = prepare_merge(recipe, lambda event: None)
+    assert plan.remarks == ("2 of 3 files of an earlier run are kept.",)
+    room = plan.disk_needed_bytes - sum(file.stat().st_size for file in staging_beside(child).iterdir())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
+    prepare_merge(recipe, lambda event: None)
 
 
 def test_an_interruption_leaves_an_empty_save_directory_and_its_neighbours(tmp_path):
@@ -151,13 +321,13 @@ def test_folders_made_on_the_way_are_removed_where_the_last_cannot_be(tmp_path, 
 @pytest.mark.parametrize(("moment", "number"), [(DeviceChosen, 1), (TensorMerged, 11), (ChildVerified, 1)])
 def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(tmp_path, moment, number):
     primary, secondary = make_pair(tmp_path)
-    child = merge(primary, secondary, tmp_path / "child", 0.2, max_shard_bytes=9000).child
+    child = merge(primary, secondary, tmp_path / "child", 0.2, max_shard_bytes=5000).child
     (child / "notes.txt").write_text("mine")
     before = fingerprint(child)
     with pytest.raises(KeyboardInterrupt):
         merge(primary, secondary, child, 0.7, overwrite=True, observe=at(moment, number, interrupt))
     assert fingerprint(child) == before
-    assert names(tmp_path) == ["child", "primary", "secondary"]
+    left_behind(child)
     merge(primary, secondary, child, 0.7, overwrite=True)
     assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
     assert names(tmp_path) == ["child", "primary", "secondary"]
@@ -183,7 +353,9 @@ def test_what_somebody_puts_there_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(SlerpMergeError, match="is not empty"):
         merge(primary, secondary, child, observe=at(TensorMerged, 5, act))
     assert (child / "thesis.txt").read_text() == "mine"
-    assert names(tmp_path) == ["child", "primary", "secondary"]
+    assert left_behind(child) == ["model.safetensors"]
+    (child / "thesis.txt").rename(tmp_path / "thesis.txt")
+    assert merge(primary, secondary, child).as_dict()["resumed_files"] == 1
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -202,8 +374,24 @@ def test_an_existing_child_is_back_when_the_last_step_fails(tmp_path, monkeypatc
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(SlerpMergeError if error is OSError else KeyboardInterrupt):
         merge(primary, secondary, child, 0.7, overwrite=True)
-    assert names(tmp_path) == ["child", "primary", "secondary"]
     assert fingerprint(child) == before
+    assert left_behind(child) == ["model.safetensors"]
+    monkeypatch.undo()
+    assert merge(primary, secondary, child, 0.7, overwrite=True).as_dict()["resumed_files"] == 1
+    assert names(tmp_path) == ["child", "primary", "secondary"]
+
+
+def test_a_child_half_replaced_when_the_process_was_killed_is_back_at_the_next_start(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    child = merge(primary, secondary, tmp_path / "child", 0.2).child
+    before = fingerprint(child)
+    area = tmp_path / ".child.slerpmerge-staging"
+    area.mkdir()
+    child.rename(area / "replaced")
+    with pytest.raises(SlerpMergeError, match="is not empty"):
+        merge(primary, secondary, child, 0.7)
+    assert fingerprint(child) == before
+    assert names(tmp_path) == ["child", "primary", "secondary"]
 
 
 # ── The world changes under the merge ───────────────────────────────────────────────────────────
@@ -282,6 +470,18 @@ def test_a_disk_that_cannot_sync_fails_the_merge(tmp_path, monkeypatch):
     assert names(tmp_path) == ["primary", "secondary"]
 
 
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+@pytest.mark.parametrize("how", [touch, lambda file: file.rename(file.with_name("elsewhere"))], ids=["changed", "gone"])
+def test_a_parent_that_is_another_by_the_end_has_no_child(tmp_path, role, how):
+    primary, secondary = make_pair(tmp_path)
+    for folder in (primary, secondary):
+        add_tokenizer(folder)
+    observe = at(ChildVerified, 1, lambda: how(tmp_path / role / "tokenizer.json"))
+    with pytest.raises(SlerpMergeError, match=rf"{role} changed during the merge: tokenizer\.json"):
+        merge(primary, secondary, tmp_path / "child", observe=observe)
+    assert names(tmp_path) == ["primary", "secondary"]
+
+
 def test_open_files_stay_few(tmp_path):
     """A model can have hundreds of shards; a reader keeps only some of them open."""
     folder = tmp_path / "files"
@@ -329,7 +529,7 @@ def observe(event):
 
 slerpmerge.execute_merge(
     slerpmerge.prepare_merge(
-        slerpmerge.MergeRecipe(*map(Path, sys.argv[1:]), device="cpu", max_shard_bytes=9000), observe
+        slerpmerge.MergeRecipe(*map(Path, sys.argv[1:]), device="cpu", max_shard_bytes=5000), observe
     ),
     observe,
 )
@@ -357,6 +557,20 @@ def test_a_killed_merge_leaves_nothing_under_the_asked_name_and_the_next_succeed
     assert report.warnings == ()
 
 
+def test_a_child_that_fails_its_check_is_of_no_use_to_the_next_run(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+
+    def tamper() -> None:
+        file = staging_beside(tmp_path / "child") / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-20_000:] = bytes(20_000)
+        file.write_bytes(content)
+
+    with pytest.raises(SlerpMergeError, match="did not pass its own check"):
+        merge(primary, secondary, tmp_path / "child", observe=at(CompanionCopied, 1, tamper))
+    assert names(tmp_path) == ["primary", "secondary"]
+
+
 def test_a_second_merge_to_the_same_place_does_not_take_the_firsts_away(tmp_path):
     primary, secondary = make_pair(tmp_path)
     child = tmp_path / "child"
@@ -376,13 +590,13 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
     staged = []
 
     def act() -> None:
-        staged.append(staging_beside(tmp_path / "child"))
+        staged.append(staging_beside(tmp_path / "child").parent)
         shutil.copytree(staged[0], tmp_path / "kept")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         merge(primary, secondary, tmp_path / "child", observe=at(TensorMerged, 20, act))
-    (tmp_path / "kept" / "model-00001-of-00099.safetensors").write_bytes(b"from another recipe")
+    (tmp_path / "kept" / "child" / "model-00001-of-00099.safetensors").write_bytes(b"from another recipe")
     (tmp_path / "kept").rename(staged[0])
     child = merge(primary, secondary, tmp_path / "child").child
     assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]

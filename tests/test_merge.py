@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import slerpmerge
 from slerpmerge import (
     BytesMerged,
+    ChildPublished,
     ChildVerified,
     CompanionCopied,
     DeviceChosen,
@@ -67,7 +68,7 @@ def merge(
 def staging_beside(save_directory: Path) -> Path:
     """The hidden folder in which the child of a merge under way stands."""
     (folder,) = (path for path in save_directory.parent.iterdir() if path.name.startswith(".") and path.is_dir())
-    return folder
+    return folder / "child"
 
 
 def merge_tensors(
@@ -551,7 +552,7 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     kinds = [type(event) for event in events if not isinstance(event, BytesMerged | TensorMerged | ShardWritten)]
     assert kinds == [
         ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, CompanionCopied, CompanionCopied,
-        CompanionCopied, ChildVerified,
+        CompanionCopied, ChildVerified, ChildPublished,
     ]  # fmt: skip
     made = [event.file_name for event in events if isinstance(event, CompanionCopied)]
     assert made == ["config.json", "merge_recipe.yaml", "README.md"]
