@@ -99,6 +99,7 @@ COLINEAR_DOT = 0.9995  # |cosine| above which SLERP is numerically a straight li
 TINY_NORM = 1e-8  # a norm at or below this has no direction worth following
 CHUNK_ELEMENTS = 524_288  # elements read, computed and written at once: few enough calls, and near the cache
 NORM_ROW = 256  # elements whose squares are added one after the other; a longer sum in float32 loses digits
+MOST_PIECES = 16  # that a chunk is cut into for an accelerator short of memory; then the processor takes over
 SPAN_CHUNKS = 4  # chunks that one worker takes at a time
 MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 
@@ -1430,6 +1431,7 @@ def list_shards(folder: Path, index_name: str) -> tuple[Path, ...]:
                 f"{index_path} names a file outside its own folder: {file_name!r}.",
                 "An index has no business there. Do not trust this download; get the model from its source.",
             )
+        check_path(folder / file_name, "file")
         if not (folder / file_name).is_file():
             raise SlerpMergeError(
                 f"{index_path} names {file_name}, which is not there.", "Download the missing file into that folder."
@@ -1494,6 +1496,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         find_weight_files(folder)  # a GGUF or adapter folder is told so by name
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
+    check_links(folder)
     stamps = stamps_of(folder)
     config = read_json(folder / "config.json")
     storage, files = find_weight_files(folder)
@@ -1508,6 +1511,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
     return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage, stamps)
+
+
+def stays_within(path: Path, folder: Path) -> bool:
+    """Whether a file of a model lies in its folder, links followed, or where a hub's cache keeps what it links to."""
+    real = path.resolve()
+    of_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    return of_cache or is_inside(real, folder.resolve())
+
+
+def check_links(folder: Path) -> None:
+    """Raises SlerpMergeError where a file of a model is a link to somewhere else."""
+    found = [path for pattern in PARENT_FILES for path in folder.glob(pattern)]
+    found += [path for inside in found if inside.is_dir() for path in inside.rglob("*")]
+    for path in found:
+        if not stays_within(path, folder):
+            raise SlerpMergeError(
+                f"{path} is a link that leads outside its folder, to {path.resolve()}.",
+                "A model has no business there. If you made the link yourself, put the file itself in its place.",
+            )
 
 
 def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -3972,13 +3994,21 @@ class ChunkArithmetic:
 
     def __init__(self, device: str, cast_dtype: str | None = None) -> None:
         self.device = device
+        self.elements = CHUNK_ELEMENTS  # that it takes at once, at most
         self.cast = getattr(torch, cast_dtype) if cast_dtype else None
         self._scratch: dict[tuple[int, Any], torch.Tensor] = {}
 
     def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
         if (side, dtype) not in self._scratch:
-            self._scratch[side, dtype] = torch.empty(CHUNK_ELEMENTS, dtype=dtype, device=self.device)
+            self._scratch[side, dtype] = torch.empty(self.elements, dtype=dtype, device=self.device)
         return self._scratch[side, dtype]
+
+    def shrink(self) -> None:
+        """Gives its memory back, and takes half as much from now on."""
+        self._scratch.clear()
+        self.elements = -(-self.elements // 2)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def load(self, side: int, raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The chunk in working precision on the device; itself where it already is."""
@@ -4127,12 +4157,42 @@ class MergeWorker:
 
     def arithmetic_for(self, dtype: torch.dtype) -> ChunkArithmetic:
         """MPS has no float64; what needs it is done on the processor."""
-        device = "cpu" if self.device == "mps" and dtype == torch.float64 else self.device
-        return self.arithmetic.setdefault(device, ChunkArithmetic(device, self.cast_dtype))
+        return self.arithmetic_on("cpu" if self.device == "mps" and dtype == torch.float64 else self.device)
+
+    def arithmetic_on(self, device: str) -> ChunkArithmetic:
+        if device not in self.arithmetic:
+            self.arithmetic[device] = ChunkArithmetic(device, self.cast_dtype)
+        return self.arithmetic[device]
 
     @staticmethod
     def working_dtype(job: TensorJob) -> torch.dtype:
         return torch.float64 if any(info.dtype == "F64" for info in job.sources) else torch.float32
+
+    def compute(
+        self, dtype: torch.dtype, count: int, run: Callable[[ChunkArithmetic, slice], Any], whole: bool = False
+    ) -> list[Any]:
+        """Results of `run` over the `count` elements of a chunk: on the device, where it has the memory at once.
+
+        Else in ever smaller pieces, and at last on the processor, as all that follows. A chunk that must stay whole
+        goes there at once.
+        """
+        while True:
+            arithmetic = self.arithmetic_for(dtype)
+            if whole and count > arithmetic.elements:
+                arithmetic = self.arithmetic_on("cpu")
+            step = count if whole else min(count, arithmetic.elements)
+            try:
+                return [run(arithmetic, slice(start, start + step)) for start in range(0, count, step)]
+            except RuntimeError as error:
+                if arithmetic.device == "cpu":
+                    raise
+                if "out of memory" not in str(error).lower():
+                    cause = (str(error).splitlines() or ["no reason given"])[0]
+                    hint = "Run it again with --device cpu."
+                    raise SlerpMergeError(f"The device {arithmetic.device} failed: {cause}.", hint) from error
+                arithmetic.shrink()
+                if arithmetic.elements < CHUNK_ELEMENTS / MOST_PIECES:
+                    self.device = "cpu"
 
     def read_chunks(self, job: TensorJob, span: range, blended: bool) -> Iterator[tuple[range, list[torch.Tensor]]]:
         """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next.
@@ -4173,60 +4233,76 @@ class MergeWorker:
         """First pass over a span of a pair."""
         job = progress.job
         dtype = self.working_dtype(job)
-        arithmetic = self.arithmetic_for(dtype)
         sums, identical = [], True
         columns = None
         for _, chunk in self.read_chunks(job, progress.spans[number], blended=True):
             left, right, *_ = chunk
             alike = left.dtype == right.dtype
             if job.sources[0].is_float:
+                found = self.measure_chunk(job, chunk, dtype)
                 if job.granularity == "row":
-                    part = arithmetic.measure_vectors(chunk, dtype, matrix_width(job), axis=0)
-                    columns = part if columns is None else columns + part
-                    sums.append(tuple(part.sum(dim=1).tolist()))
-                else:
-                    sums.append(arithmetic.measure(chunk, dtype))
-                alike = alike and could_be_equal(sums[-1])
+                    columns = found[0] if columns is None else columns + found[0]
+                    found = [tuple(found[0].sum(dim=1).tolist())]
+                sums += found
+                alike = alike and all(map(could_be_equal, found))
             identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
         return Sums(*(tuple(row[place] for row in sums) for place in range(3)), identical, columns)
+
+    def measure_chunk(self, job: TensorJob, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Any]:
+        """Three sums of products of each piece of a chunk, or of each of its columns where these are the vectors."""
+        if job.granularity == "row":
+            width = matrix_width(job)
+            return self.compute(dtype, len(chunk[0]), lambda on, _: on.measure_vectors(chunk, dtype, width, 0), True)
+        return self.compute(dtype, len(chunk[0]), lambda on, piece: on.measure([raw[piece] for raw in chunk], dtype))
 
     def blend(self, progress: TensorProgress, number: int) -> int:
         """Second pass over a span: blends or copies it, writes it. Returns its non-finite values, where asked."""
         job, blend, span = progress.job, progress.blend, progress.spans[number]
         width = DTYPE_BYTES[job.dtype]
-        dtype = self.working_dtype(job)
-        arithmetic = self.arithmetic_for(dtype)
         write = progress.writer.begin(self.handles, job.offset + span.start * width)
         non_finite = 0
         for part, chunk in self.read_chunks(job, span, blended=False):
             out = self.out.typed(job.dtype)[: len(part)]
             if blend.rule == "copy":
-                out.copy_(arithmetic.round(chunk[0]) if chunk[0].is_floating_point() else chunk[0])
-            elif progress.vector_weights is not None:
-                arithmetic.blend_vectors(chunk, dtype, progress.vector_weights, matrix_width(job), out)
-            elif job.granularity == "column":
-                sums = arithmetic.measure_vectors(chunk, dtype, matrix_width(job), axis=1)
-                weights = [part.unsqueeze(1) for part in vector_weights(sums, job.t)]
-                arithmetic.blend_vectors(chunk, dtype, weights, matrix_width(job), out)
+                out.copy_(
+                    self.arithmetic_for(torch.float32).round(chunk[0]) if chunk[0].is_floating_point() else chunk[0]
+                )
             else:
-                arithmetic.blend(chunk, dtype, (blend.primary_weight, blend.secondary_weight), out)
+                self.blend_chunk(progress, chunk, out)
             if job.rows is not None:
-                self.keep_rows(job, part, chunk, arithmetic, out)
+                self.keep_rows(job, part, chunk, out)
             if progress.check_finite:
                 non_finite += count_non_finite(out)
             write(self.out.memory[: len(part) * width])
         return non_finite
 
-    @staticmethod
-    def keep_rows(
-        job: TensorJob, part: range, chunk: Sequence[torch.Tensor], arithmetic: ChunkArithmetic, out: torch.Tensor
-    ) -> None:
+    def blend_chunk(self, progress: TensorProgress, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """out = w0 * v0 + w1 * v1, with the tensor's weights, or those of each of its vectors."""
+        job, dtype = progress.job, self.working_dtype(progress.job)
+        weights = progress.blend.primary_weight, progress.blend.secondary_weight
+        if progress.vector_weights is None and job.granularity != "column":
+            self.compute(
+                dtype, len(out), lambda on, piece: on.blend([raw[piece] for raw in chunk], dtype, weights, out[piece])
+            )
+            return
+
+        def by_vectors(on: ChunkArithmetic, _: slice) -> None:
+            own = progress.vector_weights
+            if own is None:
+                sums = on.measure_vectors(chunk, dtype, matrix_width(job), axis=1)
+                own = [part.unsqueeze(1) for part in vector_weights(sums, job.t)]
+            on.blend_vectors(chunk, dtype, own, matrix_width(job), out)
+
+        self.compute(dtype, len(out), by_vectors, whole=True)
+
+    def keep_rows(self, job: TensorJob, part: range, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Puts the rows of tokens that a single parent has into `out` as they are."""
         width = job.row_elements
         for side, raw in enumerate(chunk[:2]):
             places = torch.from_numpy(numpy.flatnonzero(job.rows.is_kept(side)[rows_in(job, part)]))
             if len(places):
-                out.view(-1, width)[places] = arithmetic.round(raw.view(-1, width)[places]).to(out.dtype)
+                kept = self.arithmetic_for(torch.float32).round(raw.view(-1, width)[places])
+                out.view(-1, width)[places] = kept.to(out.dtype)
 
 
 def squared_norm(values: torch.Tensor) -> float:

@@ -187,8 +187,9 @@ def test_a_single_file_wins_over_an_index(tmp_path):
 
 
 def test_links_into_a_cache_are_followed_and_the_model_has_its_public_name(tmp_path):
-    real = make_checkpoint(tmp_path / "blobs", llama_tensors(1), shards=2)
-    snapshot = tmp_path / "models--some-org--some-model" / "snapshots" / "0123abcd"
+    cache = tmp_path / "models--some-org--some-model"
+    real = make_checkpoint(cache / "blobs", llama_tensors(1), shards=2)
+    snapshot = cache / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
     for file in real.iterdir():
         try:

@@ -176,8 +176,9 @@ def test_code_of_the_primary_is_copied_and_never_run(tmp_path, monkeypatch):
 def test_files_of_a_hubs_cache_are_copied_and_not_linked(tmp_path, parents):
     primary, secondary = make_pair(tmp_path)
     add_tokenizer(primary)
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
-    blobs.mkdir()
+    cache = tmp_path / "hub" / "models--org--name"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, file in enumerate(sorted(primary.iterdir())):
         file.rename(blobs / str(number))
@@ -191,10 +192,30 @@ def test_files_of_a_hubs_cache_are_copied_and_not_linked(tmp_path, parents):
     assert (child / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "model.safetensors", "modeling.py", "additional_chat_templates/x.jinja"]
+)
+def test_a_link_that_leads_out_of_its_folder_is_refused(tmp_path, parents, name):
+    """A published child would carry what it leads to."""
+    primary, secondary = make_pair(tmp_path)
+    (tmp_path / "secret").write_text("{}")
+    file = primary / name
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    try:
+        file.symlink_to(tmp_path / "secret")
+    except OSError:
+        pytest.skip("links cannot be made here")
+    parents.watch(secondary)
+    with pytest.raises(SlerpMergeError, match="is a link that leads outside its folder, to .*secret"):
+        merge(primary, secondary, tmp_path / "child")
+    assert not (tmp_path / "child").exists()
+
+
 def test_a_companion_that_cannot_be_read_is_named(tmp_path):
     primary, secondary = make_pair(tmp_path)
     try:
-        (primary / "modeling_custom.py").symlink_to(tmp_path / "gone")
+        (primary / "modeling_custom.py").symlink_to(primary / "gone")
     except OSError:
         pytest.skip("links cannot be made here")
     with pytest.raises(SlerpMergeError, match=r"Could not copy .*modeling_custom\.py"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -601,3 +602,151 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
     child = merge(primary, secondary, tmp_path / "child").child
     assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
     assert names(tmp_path) == ["child", "primary", "secondary"]
+
+
+# ── Killed, at any moment ───────────────────────────────────────────────────────────────────────
+
+# Loads everything once; then, for each line it is given, a copy of itself merges, slowly enough to be hit.
+MERGES_ON_DEMAND = """
+import json, os, sys, time
+import numpy, torch, slerpmerge
+from pathlib import Path
+
+def observe(event):
+    time.sleep(0.003)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    *folders, cut = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        recipe = slerpmerge.MergeRecipe(*map(Path, folders), device="cpu", max_shard_bytes=cut, overwrite=True)
+        slerpmerge.execute_merge(slerpmerge.prepare_merge(recipe, observe), observe)
+        os._exit(0)
+    print(process, flush=True)
+    print(os.waitpid(process, 0)[1], flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process cannot be copied there")
+@pytest.mark.parametrize("overwriting", [False, True])
+def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents, overwriting):
+    """25 merges in all, each killed up to three times at moments drawn by chance."""
+    primary, secondary = make_pair(tmp_path)
+    add_tokenizer(primary)
+    parents.watch(primary, secondary)
+    expected = fingerprint(merge(primary, secondary, tmp_path / "expected" / "child", max_shard_bytes=2000).child)
+    chance, kills, carried_on = random.Random(7 + overwriting), 0, 0
+    command = [sys.executable, "-c", MERGES_ON_DEMAND]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent
+    ) as server:
+        assert server.stdout.readline() == "ready\n"
+        for number in range(13 if overwriting else 12):
+            child = tmp_path / str(number) / "child"
+            before = {}
+            if overwriting:
+                before = fingerprint(merge(primary, secondary, child, 0.1).child)
+            for _ in range(chance.randint(1, 3)):
+                print(json.dumps([str(primary), str(secondary), str(child), 2000]), file=server.stdin, flush=True)
+                process = int(server.stdout.readline())
+                time.sleep(chance.uniform(0.005, 0.25))
+                os.kill(process, signal.SIGKILL)
+                kills += int(server.stdout.readline()) == signal.SIGKILL
+                # The whole right child, what stood there before, or nothing.
+                found = fingerprint(child) if child.exists() else {}
+                assert found in (expected, before, {})
+            report = merge(primary, secondary, child, max_shard_bytes=2000, overwrite=True)
+            carried_on += report.as_dict()["resumed_files"] > 0
+            assert fingerprint(child) == expected
+            assert names(child.parent) == ["child"]
+        server.stdin.close()
+    assert kills >= 12, "too few were hit"
+    assert carried_on >= 4, "too few had anything to carry on with"
+
+
+SLOW_MAIN = """
+import sys, time, slerpmerge
+
+observe = slerpmerge.MergeView.observe
+
+def slowly(view, event):
+    observe(view, event)
+    if isinstance(event, slerpmerge.ShardWritten):
+        print("written", flush=True)
+    if isinstance(event, slerpmerge.TensorMerged):
+        time.sleep(0.03)
+
+slerpmerge.MergeView.observe = slowly
+sys.exit(slerpmerge.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signals")
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("SIGINT", 130, "Stopped. "),
+        ("SIGTERM", 128 + 15, "Stopped by SIGTERM. "),
+        ("SIGHUP", 128 + 1, "Stopped by SIGHUP. "),
+    ],
+)
+def test_a_signal_ends_it_with_one_line_and_the_same_command_carries_on(tmp_path, parents, name, status, words):
+    primary, secondary = make_pair(tmp_path)
+    parents.watch(primary, secondary)
+    arguments = command_line(primary, secondary, tmp_path / "child", "--max-shard-size", "2000")[2:]
+    command = [sys.executable, "-c", SLOW_MAIN, *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=SCRIPT.parent
+    ) as process:
+        for _ in range(2):
+            while process.stdout.readline() != "written\n":
+                assert process.poll() is None
+        time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        started = time.monotonic()
+        _, said = process.communicate(timeout=20)
+    assert time.monotonic() - started < 2
+    assert process.returncode == status
+    assert said.strip().startswith(words)
+    assert said.strip().count("\n") == 0
+    kept = int(re.search(r"(\d+) of \d+ weight files are finished and kept; the same command carries on", said)[1])
+    assert kept >= 1
+    again = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0
+    assert f"Carrying on: {kept} of" in again.stdout
+    expected = load_tensors(merge(primary, secondary, tmp_path / "expected", max_shard_bytes=2000).child)
+    assert_same_bits(load_tensors(tmp_path / "child"), expected)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 KB that lies in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a disk can be mounted by root on Linux alone")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full_keeps_what_is_finished(tmp_path, parents, small_disk):
+    primary, secondary = make_pair(tmp_path)
+    parents.watch(primary, secondary)
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as stream:
+            while stream.write(bytes(512)):
+                pass
+
+    settings = {"max_shard_bytes": 2000, "threads": 1}
+    with pytest.raises(SlerpMergeError, match="No space left on device") as caught:
+        merge(primary, secondary, small_disk / "child", observe=at(ShardWritten, 3, fill), **settings)
+    assert "Free some space" in caught.value.hint
+    (small_disk / "filler").unlink()
+    report = merge(primary, secondary, small_disk / "child", **settings)
+    assert report.as_dict()["resumed_files"] >= 1
+    assert_same_bits(load_tensors(report.child), load_tensors(merge(primary, secondary, tmp_path / "other").child))
+    assert names(small_disk) == ["child"]

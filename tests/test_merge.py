@@ -603,3 +603,61 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
     for name in child:
         t = 1.0 if "mlp" in name else 0.75 if ".layers.1." in name else 0.25
         assert distance(child[name], left[name], right[name], reference_slerp(left[name], right[name], t)) <= 0.51, name
+
+
+# ── An accelerator that is short of memory ──────────────────────────────────────────────────────
+
+
+def scarce(limit: int, tried: list[tuple[str, int]]) -> type[slerpmerge.ChunkArithmetic]:
+    """Arithmetic that plays an accelerator on the processor, with memory for `limit` elements at a time."""
+
+    class Scarce(slerpmerge.ChunkArithmetic):
+        def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
+            if (side, dtype) not in self._scratch:
+                self._scratch[side, dtype] = torch.empty(self.elements, dtype=dtype)
+            return self._scratch[side, dtype]
+
+        def load_pair(self, chunk: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+            tried.append((self.device, chunk[0].numel()))
+            if self.device != "cpu" and chunk[0].numel() > limit:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().load_pair(chunk, dtype)
+
+    return Scarce
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        (10**9, {}),
+        (32, {}),
+        (0, {}),
+        (0, {"method": "nuslerp", "granularity": "row"}),
+        (32, {"method": "nuslerp", "granularity": "column"}),
+    ],
+)
+def test_an_accelerator_short_of_memory_gets_smaller_pieces_then_the_processor_takes_over(
+    tmp_path, monkeypatch, limit, settings
+):
+    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", SMALL_CHUNK)
+    expected = load_tensors(merge(*make_pair(tmp_path), tmp_path / "expected", 0.3, **settings).child)
+    tried: list[tuple[str, int]] = []
+    monkeypatch.setattr(slerpmerge, "ChunkArithmetic", scarce(limit, tried))
+    monkeypatch.setattr(slerpmerge, "choose_device", lambda asked, threads: ("cuda", "as asked"))
+    parents = tmp_path / "primary", tmp_path / "secondary"
+    child = load_tensors(merge(*parents, tmp_path / "child", 0.3, **settings).child)
+    for name, tensor in child.items():
+        assert distance(tensor, expected[name], expected[name], expected[name].double()) <= 1, name
+    done = {device for device, count in tried if device == "cpu" or count <= limit}
+    assert done == ({"cuda"} if limit and not settings else {"cpu"} if not limit else {"cuda", "cpu"})
+
+
+def test_an_accelerator_that_fails_is_named(tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered\nCompile with ...")
+
+    monkeypatch.setattr(slerpmerge.ChunkArithmetic, "load_pair", fail)
+    monkeypatch.setattr(slerpmerge, "choose_device", lambda asked, threads: ("cuda", "as asked"))
+    with pytest.raises(slerpmerge.SlerpMergeError, match="The device cuda failed: CUDA error: an illegal") as caught:
+        merge(*make_pair(tmp_path), tmp_path / "child")
+    assert "--device cpu" in caught.value.hint
