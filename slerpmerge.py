@@ -6092,7 +6092,7 @@ def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
 
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 NOTHING_WRITTEN = "Nothing was written."
-CLEANED_UP = "The unfinished child was removed; all else is as it was."
+CLEANED_UP = "The unfinished child was removed; both parents are as they were."
 
 
 def parse_size(text: str) -> int:

@@ -4,6 +4,7 @@
     python tests/bench_merge.py --layers 70                 one three times as large
     python tests/bench_merge.py --method lerp --t 0,0.5,1   another blend
     python tests/bench_merge.py --also "--method lerp" "--t 0,0.5,1"   more blends, held against the first
+    python tests/bench_merge.py --sync                      until everything is on the disk
     python tests/bench_merge.py --peer PATH_TO_MERGEKIT_YAML
 
 The floor comes first: reading both parents and writing one copy, in the same run and cache state.
@@ -143,8 +144,8 @@ def settle(folder: Path | None = None) -> None:
         scratch.unlink()
 
 
-def measure_floor(folder: Path) -> float:
-    """Seconds to read both parents and write one copy, with one thread and plain reads."""
+def measure_floor(folder: Path, sync: bool = False) -> float:
+    """Seconds to read both parents and write one copy, with one thread and plain reads; sync: until the disk has it."""
     copy = folder / "copy"
     copy.mkdir()
     settle(folder)
@@ -158,6 +159,8 @@ def measure_floor(folder: Path) -> float:
                     if target:
                         target.write(buffer[:count])
             if target:
+                if sync:
+                    os.fsync(target.fileno())
                 target.close()
     seconds = time.perf_counter() - started
     remove(copy)
@@ -321,6 +324,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--peer", metavar="PATH_TO_MERGEKIT_YAML", help="also measure mergekit on the same pair")
     parser.add_argument("--accuracy", action="store_true", help="also hold every element against float64")
+    parser.add_argument(
+        "--sync", action="store_true", help="also hold it against a copy that is on the disk by the end"
+    )
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -342,11 +348,14 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
     in_own_process("build", str(folder), str(arguments.layers))
     measure_floor(folder)  # brings the parents into the cache, as a second run would find them
     plain = f"--method {arguments.method} --t {arguments.t}"
-    floors, peers = [], []
+    floors, synced, peers = [], [], []
     merges: dict[str, list[dict[str, float]]] = {blend: [] for blend in [plain, *arguments.also]}
     for number in range(arguments.runs):
         floors.append(measure_floor(folder))
         print(f"run {number + 1}: floor {floors[-1]:.2f} s")
+        if arguments.sync:
+            synced.append(measure_floor(folder, sync=True))
+            print(f"run {number + 1}: floor with its copy on the disk {synced[-1]:.2f} s")
         for blend, rows in merges.items():
             rows.append(measure_slerpmerge(folder, arguments, blend))
             print(f"run {number + 1}: {blend}: {rows[-1]}")
@@ -371,6 +380,10 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
         "sync_seconds": round(median(ours, "sync"), 2),
         "peak_megabytes": round(median(ours, "peak") / 1e6),
     }
+    if synced:
+        result["synced_floor_seconds"] = round(statistics.median(synced), 3)
+        ratios = ((row["merge"] + row["sync"]) / seconds for row, seconds in zip(ours, synced))
+        result["synced_over_floor"] = round(statistics.median(ratios), 2)
     if arguments.also:
         result["also"] = {
             blend: {

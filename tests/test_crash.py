@@ -750,3 +750,47 @@ def test_a_disk_that_is_really_full_keeps_what_is_finished(tmp_path, parents, sm
     assert report.as_dict()["resumed_files"] >= 1
     assert_same_bits(load_tensors(report.child), load_tensors(merge(primary, secondary, tmp_path / "other").child))
     assert names(small_disk) == ["child"]
+
+
+RECORDED_MERGE = """
+import os, sys
+
+written = set()
+
+def record(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path, mode, flags = arguments
+        if set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            written.add(os.path.abspath(os.fsdecode(path)))
+    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
+        written.add(os.path.abspath(os.fsdecode(arguments[0])))
+    elif event in ("os.rename", "os.link", "os.symlink", "shutil.copyfile"):
+        written.update(os.path.abspath(os.fsdecode(path)) for path in arguments[event == "shutil.copyfile" : 2])
+
+import slerpmerge
+sys.addaudithook(record)
+status = slerpmerge.main(sys.argv[1:])
+print("\\n".join(sorted(written)), file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_nothing_is_written_but_the_child_and_its_staging_folder(tmp_path, parents):
+    primary, secondary = make_pair(tmp_path)
+    for folder in (primary, secondary):
+        add_tokenizer(folder)
+    parents.watch(primary, secondary)
+    arguments = command_line(primary, secondary, tmp_path / "child", "--quiet", "--max-shard-size", "5000")[2:]
+    done = subprocess.run(
+        [sys.executable, "-c", RECORDED_MERGE, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=SCRIPT.parent,
+        timeout=60,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    allowed = tmp_path / "child", tmp_path / ".child.slerpmerge-staging"
+    written = [Path(line) for line in done.stderr.splitlines()]
+    assert [path for path in written if not any(folder in (path, *path.parents) for folder in allowed)] == []
+    assert tmp_path / ".child.slerpmerge-staging" / "child" / "config.json" in written

@@ -272,7 +272,7 @@ def test_no_file_tells_of_the_machine_it_was_made_on():
 def test_the_readme_names_every_flag_and_no_other():
     stated = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
     known = {flag for action in slerpmerge.build_parser()._actions for flag in action.option_strings}
-    bench = {"--peer", "--layers", "--runs"}  # of tests/bench_merge.py
+    bench = {"--peer", "--layers", "--runs", "--sync"}  # of tests/bench_merge.py
     assert known - {"-h", "--help"} <= stated
     assert stated <= known | bench
 

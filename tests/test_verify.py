@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -332,3 +333,13 @@ def test_a_child_larger_than_memory_should_hold_is_loaded_without_its_weights(tm
     verify_with_transformers(model)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown * (1 if sys.platform == "darwin" else 1024) < 100e6 < end
+
+
+def test_a_tokenizer_that_asks_for_code_of_its_own_gets_none_run(tmp_path, real_model):
+    model = copy_model(real_model, tmp_path / "model")
+    (model / "tokenization_custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    auto_map = {"AutoTokenizer": ["tokenization_custom.CustomTokenizer", None]}
+    edit_json(model / "tokenizer_config.json", tokenizer_class="CustomTokenizer", auto_map=auto_map)
+    with contextlib.suppress(SlerpMergeError):  # some versions fall back to a tokenizer of their own
+        verify_with_transformers(model)
+    assert not (tmp_path / "ran").exists()
