@@ -51,6 +51,7 @@ A newcomer reads §10 first.
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -1356,15 +1357,22 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]
             raise broken_file(path, "it was written on a big-endian machine")
         state, _ = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
         prefix = table[: -len("data.pkl")] + "data/"
+        offsets = sorted([*(member.header_offset for member in members.values()), archive.start_dir])
         extents = {}
         for name, member in members.items():
             if name.startswith(prefix):
                 if member.compress_type != zipfile.ZIP_STORED:
                     raise broken_file(path, "its tensors are compressed, which torch never does")
                 stream.seek(member.header_offset)
-                local_header = struct.unpack("<26xHH", stream.read(30))  # lengths of the name and extra fields
-                begin = member.header_offset + 30 + sum(local_header)
-                extents[name[len(prefix) :]] = range(begin, begin + member.file_size)
+                mark, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
+                begin = member.header_offset + 30 + name_length + extra_length
+                extent = range(begin, begin + member.file_size)
+                # What follows is the next header, behind a description of the data at most.
+                following = offsets[bisect.bisect_right(offsets, member.header_offset)]
+                stated = mark, stream.read(name_length)
+                if stated != (b"PK\3\4", name.encode()) or not 0 <= following - extent.stop <= 24:
+                    raise broken_file(path, f"the place of its storage {name!r} is stated in two ways")
+                extents[name[len(prefix) :]] = extent
     return state, extents
 
 

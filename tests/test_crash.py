@@ -617,10 +617,10 @@ def observe(event):
 
 print("ready", flush=True)
 for line in sys.stdin:
-    *folders, cut = json.loads(line)
+    *folders, device, cut = json.loads(line)
     process = os.fork()
     if process == 0:
-        recipe = slerpmerge.MergeRecipe(*map(Path, folders), device="cpu", max_shard_bytes=cut, overwrite=True)
+        recipe = slerpmerge.MergeRecipe(*map(Path, folders), device=device, max_shard_bytes=cut, overwrite=True)
         slerpmerge.execute_merge(slerpmerge.prepare_merge(recipe, observe), observe)
         os._exit(0)
     print(process, flush=True)
@@ -648,7 +648,9 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
             if overwriting:
                 before = fingerprint(merge(primary, secondary, child, 0.1).child)
             for _ in range(chance.randint(1, 3)):
-                print(json.dumps([str(primary), str(secondary), str(child), 2000]), file=server.stdin, flush=True)
+                print(
+                    json.dumps([str(primary), str(secondary), str(child), DEVICE, 2000]), file=server.stdin, flush=True
+                )
                 process = int(server.stdout.readline())
                 time.sleep(chance.uniform(0.005, 0.25))
                 os.kill(process, signal.SIGKILL)
