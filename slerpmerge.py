@@ -72,6 +72,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import struct
 import sys
 import tempfile
@@ -106,8 +107,10 @@ MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 
 # ── Files ──
 MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders expect
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit for a header
-MAX_JSON_BYTES = 64_000_000  # config, index, tokenizer: a larger one is not believed
+MAX_HEADER_BYTES = 16_000_000  # of tensors' names and places; the largest models have a tenth of it in a file
+MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
+MAX_TOKENIZER_BYTES = 64_000_000
+MAX_DIMENSIONS = 64
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 WEIGHTS_SINGLE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -1029,6 +1032,8 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
         "ENOENT": "Check the path; it may have been moved or deleted.",
         "EIO": "The disk reports a fault; copy or download the file again.",
     }
+    if not doing.startswith("read"):
+        hints["EIO"] = "The disk reports a fault; choose a save directory on another one."
     name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
     return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
 
@@ -1149,7 +1154,8 @@ def parse_header_entry(path: Path, name: str, entry: Any, data_start: int) -> Te
     """One tensor's line of a safetensors header, believed only after its parts agree with each other."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        well_typed = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        well_typed = isinstance(dtype, str) and len(shape) <= MAX_DIMENSIONS
+        well_typed = well_typed and all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         well_typed = False
     if not well_typed:
@@ -1263,7 +1269,7 @@ class DescriptionUnpickler(pickle.Unpickler):
         numbers = (first, *shape, *strides)
         if not isinstance(storage, PickledStorage) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise pickle.UnpicklingError("a tensor's description is not understood")
-        if len(shape) != len(strides):
+        if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
             raise pickle.UnpicklingError("a tensor has not as many strides as dimensions")
         return PickledTensor(storage, first, tuple(shape), tuple(strides))
 
@@ -1352,8 +1358,10 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]
         table = next((name for name in members if name.split("/", 1)[-1] == "data.pkl"), None)
         if table is None or members[table].file_size > MAX_HEADER_BYTES:
             raise broken_file(path, "it has no table of tensors, or one of absurd size")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+            raise broken_file(path, "a part of it is compressed, which torch never does")
         byte_order = members.get(table[: -len("data.pkl")] + "byteorder")
-        if byte_order is not None and archive.read(byte_order) != b"little":
+        if byte_order is not None and (byte_order.file_size > 16 or archive.read(byte_order) != b"little"):
             raise broken_file(path, "it was written on a big-endian machine")
         state, _ = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
         prefix = table[: -len("data.pkl")] + "data/"
@@ -1361,8 +1369,6 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]
         extents = {}
         for name, member in members.items():
             if name.startswith(prefix):
-                if member.compress_type != zipfile.ZIP_STORED:
-                    raise broken_file(path, "its tensors are compressed, which torch never does")
                 stream.seek(member.header_offset)
                 mark, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
                 begin = member.header_offset + 30 + name_length + extra_length
@@ -1504,10 +1510,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         find_weight_files(folder)  # a GGUF or adapter folder is told so by name
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
-    check_links(folder)
-    stamps = stamps_of(folder)
-    config = read_json(folder / "config.json")
+    check_files(folder)
     storage, files = find_weight_files(folder)
+    for file in files:
+        check_kind(file, folder)
+    stamps = stamps_of(folder, [file.name for file in files])
+    config = read_json(folder / "config.json")
     read = read_header if storage == "safetensors" else read_pickle_header
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -1528,22 +1536,37 @@ def stays_within(path: Path, folder: Path) -> bool:
     return of_cache or is_inside(real, folder.resolve())
 
 
-def check_links(folder: Path) -> None:
-    """Raises SlerpMergeError where a file of a model is a link to somewhere else."""
-    found = [path for pattern in PARENT_FILES for path in folder.glob(pattern)]
-    found += [path for inside in found if inside.is_dir() for path in inside.rglob("*")]
-    for path in found:
-        if not stays_within(path, folder):
-            raise SlerpMergeError(
-                f"{path} is a link that leads outside its folder, to {path.resolve()}.",
-                "A model has no business there. If you made the link yourself, put the file itself in its place.",
-            )
+def nested_files(folder: Path) -> Iterator[Path]:
+    """Every file and folder below a folder; folders that are links are named and not entered."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            yield Path(place, name)
 
 
-def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, by name."""
+def check_kind(path: Path, folder: Path) -> None:
+    """Raises SlerpMergeError where a file of a model is a link to somewhere else, or no file at all."""
+    if not stays_within(path, folder):
+        raise SlerpMergeError(
+            f"{path} is a link that leads outside its folder, to {path.resolve()}.",
+            "A model has no business there. If you made the link yourself, put the file itself in its place.",
+        )
+    if path.exists() and not (path.is_file() or (path.is_dir() and not path.is_symlink())):
+        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Remove it, or download the model again.")
+
+
+def check_files(folder: Path) -> None:
+    """Holds every file of a model that a merge may read or copy against `check_kind`."""
+    for path in [path for pattern in PARENT_FILES for path in folder.glob(pattern)]:
+        check_kind(path, folder)
+        for inside in nested_files(path) if path.is_dir() else ():
+            check_kind(inside, folder)
+
+
+def stamps_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, `names` among them."""
     found = {}
-    for path in sorted({path for pattern in PARENT_FILES for path in folder.glob(pattern)}):
+    known = {path for pattern in PARENT_FILES for path in folder.glob(pattern)}
+    for path in sorted(known | {folder / name for name in names}):
         with contextlib.suppress(OSError):  # gone meanwhile; whoever needs it will say so
             status = path.stat()
             found[path.name] = (status.st_size, status.st_mtime_ns)
@@ -1647,10 +1670,35 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
+def staging_area(save_directory: Path) -> Path:
+    """The hidden folder beside the save directory in which a child grows."""
+    target = save_directory.resolve()
+    return target.with_name(f".{target.name}.slerpmerge-staging")
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a path is a file itself, and no link, pipe or folder."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_plain_folder(path: Path) -> bool:
+    """Whether a path is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrite: bool) -> None:
     """Raises SlerpMergeError where a child must not, or cannot, be put at `save_directory`."""
     check_path(save_directory, "save directory")
     target = save_directory.resolve()
+    check_path(staging_area(target), "folder in which the child would grow,")
+    if os.path.ismount(target):
+        raise SlerpMergeError(
+            f"The save directory {save_directory} is a disk of its own, which no finished child can take the place of.",
+            f"Give a folder on it, such as {save_directory / 'child'}.",
+        )
     for parent in parents:
         folder = parent.resolve()
         if is_inside(target, folder) or is_inside(folder, target):
@@ -2115,8 +2163,8 @@ def open_tokenizer(path: Path) -> Any:
     """A tokenizer.json as the tokenizers library has it. Raises SlerpMergeError where that cannot read it."""
     from tokenizers import Tokenizer
 
-    if file_size(path) > MAX_JSON_BYTES:
-        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_JSON_BYTES)}.", "Download it again.")
+    if file_size(path) > MAX_TOKENIZER_BYTES:
+        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "Download it again.")
     try:
         return Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
@@ -2165,7 +2213,9 @@ def have_same_tokens(first: Path, second: Path) -> bool:
     shared = {"tokenizer.json"} & names[0] & names[1] or names[0] & names[1]
     return (
         bool(shared)
-        and all(read_bytes(first / name) == read_bytes(second / name) for name in shared)
+        and all(
+            len({read_bytes(folder / name, MAX_TOKENIZER_BYTES) for folder in (first, second)}) == 1 for name in shared
+        )
         and added_tokens(first) == added_tokens(second)
     )
 
@@ -3500,13 +3550,8 @@ def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound for the tokenizer, config and card beside the weights."""
     patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES)
     files = (file for parent in parents for pattern in patterns for file in parent.folder.glob(pattern))
-    return 65_536 + sum(file.stat().st_size for file in files if file.is_file())
-
-
-def staging_area(save_directory: Path) -> Path:
-    """The hidden folder beside the save directory in which a child grows."""
-    target = save_directory.resolve()
-    return target.with_name(f".{target.name}.slerpmerge-staging")
+    every = (inside for file in files for inside in ([file] if file.is_file() else nested_files(file)))
+    return 65_536 + sum(file.stat().st_size for file in every if file.is_file())
 
 
 def staged_bytes(save_directory: Path) -> int:
@@ -3551,48 +3596,63 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".lock"
-        self._stream = open(self._path, "ab")  # noqa: SIM115  held until release
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        while True:
+            if os.path.lexists(self._path) and not is_plain_file(self._path):
+                raise SlerpMergeError(f"{self._path} is in the way; it is no file of this tool's.", "Remove it.")
+            self._descriptor = os.open(self._path, flags, 0o600)
+            try:
+                self._hold()
+            except OSError as error:
+                os.close(self._descriptor)
+                raise SlerpMergeError(
+                    f"Another run is making this child just now, in {folder}.",
+                    "Wait for it, stop it, or give another save directory.",
+                ) from error
+            with contextlib.suppress(OSError):
+                if os.name == "nt" or os.path.samestat(os.fstat(self._descriptor), self._path.lstat()):
+                    return
+            os.close(self._descriptor)  # its holder removed it just before; look again
+
+    def _hold(self) -> None:
+        """Raises OSError where another process holds the lock. A disk without locks, as some in networks, has none."""
         try:
             if os.name == "nt":
                 import msvcrt
 
-                msvcrt.locking(self._stream.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK):
-                return  # this disk has no locks, as some network disks; go on without
-            self._stream.close()
-            raise SlerpMergeError(
-                f"Another run is making this child just now, in {folder}.",
-                "Wait for it, stop it, or give another save directory.",
-            ) from error
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK):
+                raise
 
     def release(self) -> None:
         """Lets go, and leaves no trace in the folder."""
-        for _ in range(
-            2
-        ):  # before it is let go of, so that nobody locks a file about to go; Windows only lets it after
+        try:
+            self._path.unlink()  # while it is held, so that nobody gets hold of a file about to go
+            os.close(self._descriptor)
+        except OSError:  # Windows removes no open file
+            os.close(self._descriptor)
             with contextlib.suppress(OSError):
                 self._path.unlink()
-            self._stream.close()
 
 
 @contextlib.contextmanager
-def interruptions_held() -> Iterator[None]:
-    """Lets Ctrl-C and the like wait until a step that must not be cut in two is over."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def interruptions_held() -> Iterator[list[Any]]:
+    """Lets Ctrl-C and the like wait until a step that must not be cut in two is over. Yields those that do."""
     held: list[Any] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield held
+        return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     before = {number: handler for number, handler in before.items() if handler is not None}
     for number in before:
         signal.signal(number, lambda number, frame: held.append((number, frame)))
     try:
-        yield
+        yield held
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -3612,35 +3672,41 @@ class BackgroundSync:
         self._thread.start()
 
     def submit(self, path: Path, then: Callable[[], None] = lambda: None) -> None:
-        """Asks for one file; `then` is called once it is on the disk."""
+        """Asks for one file; `then` is called once it is on the disk. Raises what went wrong with one before it."""
+        if self._error is not None:
+            raise self._error
         self._tasks.put((path, then))
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             try:
-                if not self._given_up and self._error is None:
+                if not self._given_up:
                     sync_to_disk(task[0])
                     if not self._given_up:
                         task[1]()
             except BaseException as error:  # handed to whoever waits
                 self._error = error
 
-    def wait(self, seconds: float = math.inf) -> None:
-        """Until all is on the disk that was asked for; raises what went wrong. After `seconds` the rest is given up."""
+    def finish(self) -> None:
+        """Waits until all is on the disk that was asked for; raises what went wrong."""
+        self.stop(math.inf)
+        if self._error is not None:
+            raise self._error
+
+    def stop(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Waits for what was asked for until `seconds` are over or it is `enough`, then gives up the rest."""
         self._tasks.put(None)
         limit = time.monotonic() + seconds
-        while self._thread.is_alive() and time.monotonic() < limit:
+        while self._thread.is_alive() and time.monotonic() < limit and not enough():
             self._thread.join(0.1)  # a wait without end would be deaf to Ctrl-C on Windows
         self._given_up = True
-        if self._error is not None and seconds == math.inf:
-            raise self._error
 
 
 def plan_identity(plan: MergePlan) -> dict[str, Any]:
     """All that the bits of the child's files depend on, as JSON can hold it."""
     import hashlib
 
-    settled = ("save_directory", "threads", "overwrite", "restart")  # these change no bit
+    settled = ("save_directory", "threads", "overwrite", "restart", "chat_template")  # these change no weight
     values = {field.name: getattr(plan.recipe, field.name) for field in dataclasses.fields(plan.recipe)}
     recipe = {
         name: str(value.resolve()) if isinstance(value, Path) else repr(value)
@@ -3692,37 +3758,55 @@ class Journal:
         self._stamps: dict[str, tuple[int, int]] = {}
 
     def load(self) -> str:
-        """Takes over the finished files that an earlier run left; returns why there are none, or nothing."""
+        """Takes over the finished files that an earlier run left; returns why there are none, or nothing.
+
+        Raises SlerpMergeError where the disk does not let it be read.
+        """
         import hashlib
 
+        if not is_plain_file(self.path):
+            return "it has no journal"
+        text, _, checksum = read_bytes(self.path, MAX_TOKENIZER_BYTES).rpartition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != checksum:
+            return "its journal is torn"
         try:
-            text, _, checksum = read_bytes(self.path).rpartition(b"\n")
-            if hashlib.sha256(text).hexdigest().encode() != checksum:
-                return "its journal is torn"
             content = json.loads(text)
             if (reason := identity_difference(content["identity"], self.identity)) is not None:
                 return reason
-            for name, entry in content["files"].items():
-                jobs = {job.name: job for job in self.shards[name].jobs}
-                merged = [
-                    TensorMerged(jobs[tensor], Blend(*blend), seconds, non_finite)
-                    for tensor, blend, seconds, non_finite in entry["tensors"]
-                ]
-                status = (self.folder / name).stat()
-                if [status.st_size, status.st_mtime_ns] == entry["stamp"] and len(merged) == len(jobs):
-                    self.finished[name], self._stamps[name] = merged, tuple(entry["stamp"])
-            self.device = str(content["device"])
-        except (SlerpMergeError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            self.finished = {}
+            found = {name: (entry["stamp"], self.read_tensors(name, entry)) for name, entry in content["files"].items()}
+            device = str(content["device"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "its journal cannot be read"
+        if device != "cpu" and not accelerators().get(device):
+            return f"it was begun on {device}, which is not there now"
+        self.device = device
+        for name, (stamp, merged) in found.items():
+            if is_plain_file(self.folder / name) and list(self.stamp(name)) == stamp:
+                self._stamps[name], self.finished[name] = self.stamp(name), merged
         return "" if self.finished else "none of its files was finished"
+
+    def read_tensors(self, file_name: str, entry: Mapping[str, Any]) -> list[TensorMerged]:
+        """The tensors of a finished file as they were recorded. Raises ValueError and the like where that is not so."""
+        jobs = {job.name: job for job in self.shards[file_name].jobs}
+        merged = []
+        for name, (primary_weight, secondary_weight, rule, reason, angle), seconds, non_finite in entry["tensors"]:
+            numbers = float(primary_weight), float(secondary_weight), None if angle is None else float(angle)
+            blend = Blend(*numbers[:2], str(rule), str(reason), numbers[2])
+            merged.append(TensorMerged(jobs.pop(name), blend, float(seconds), int(non_finite)))
+        if jobs:
+            raise ValueError("tensors are missing")
+        return merged
+
+    def stamp(self, file_name: str) -> tuple[int, int]:
+        """(bytes, nanoseconds of the last change) of a file of the child."""
+        status = (self.folder / file_name).lstat()
+        return status.st_size, status.st_mtime_ns
 
     def add(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
         """Records a file that is on the disk."""
         import hashlib
 
-        status = (self.folder / file_name).stat()
-        self.finished[file_name], self._stamps[file_name] = list(tensors), (status.st_size, status.st_mtime_ns)
+        self.finished[file_name], self._stamps[file_name] = list(tensors), self.stamp(file_name)
         files = {
             name: {
                 "stamp": list(self._stamps[name]),
@@ -3735,17 +3819,20 @@ class Journal:
         text = json.dumps({"identity": self.identity, "device": self.device, "files": files}).encode()
         fresh = self.path.with_suffix(".new")
         try:
-            fresh.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
+            fresh.unlink(missing_ok=True)
+            with open(fresh, "xb") as stream:
+                stream.write(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
             sync_to_disk(fresh)
             fresh.replace(self.path)
         except OSError as error:
+            del self.finished[file_name]
             raise explain_os_error(error, self.path, "write") from error
 
 
 def leftover_remarks(plan: MergePlan) -> Iterator[str]:
     """What a run that ended early left for this one, in words."""
     journal = Journal(staging_area(plan.recipe.save_directory), plan)
-    if journal.path.is_file() and not plan.recipe.restart:
+    if is_plain_file(journal.path) and not plan.recipe.restart:
         reason = journal.load()
         kept = f"{len(journal.finished)} of {len(plan.shards)} files of an earlier run are kept."
         yield f"An unfinished child stands there and gives way: {reason}." if reason else kept
@@ -3772,30 +3859,43 @@ class StagedChild:
 
     def __enter__(self) -> StagedChild:
         try:
+            if os.path.lexists(self.area) and not is_plain_folder(self.area):
+                raise SlerpMergeError(f"{self.area} is in the way; it is no folder of this tool's.", "Remove it.")
             for folder in reversed([self.area, *self.area.parents]):
                 if not folder.exists():
                     folder.mkdir()
                     self._made.append(folder)
             self._lock = FolderLock(self.area)
-        except OSError as error:
+        except BaseException as error:
             self._remove_made()
-            raise explain_os_error(error, self.area, "make the folder") from error
-        except BaseException:
-            self._remove_made()
+            if isinstance(error, OSError):
+                raise explain_os_error(error, self.area, "make the folder") from error
             raise
         try:
-            self._take_over()
-        except BaseException as error:
-            self._leave()
+            with interruptions_held():
+                resumed = self._take_over()
+            if resumed is not None:
+                self.observe(resumed)
+            self._sync = BackgroundSync()
+        except BaseException as error:  # nothing is removed that a later run could use
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                self.area.rmdir()
+            self._remove_made()
             if isinstance(error, OSError):
                 raise explain_os_error(error, self.area, "prepare the folder") from error
             raise
-        self._sync = BackgroundSync()
         return self
 
-    def _take_over(self) -> None:
+    def _take_over(self) -> MergeResumed | None:
         """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
-        if self.replaced.is_dir() and not self.target.exists():
+        for path in (self.folder, self.replaced):
+            if os.path.lexists(path) and not is_plain_folder(path):
+                path.unlink()  # a link or a file; what a link leads to is none of ours
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        if self.replaced.is_dir() and (is_empty or not self.target.exists()):
+            if is_empty:
+                self.target.rmdir()
             self.replaced.rename(self.target)
         if self.target.is_dir() and any(self.target.iterdir()):
             check_replaceable(self.target, self.plan.recipe.overwrite)
@@ -3803,8 +3903,7 @@ class StagedChild:
         reason = "as asked" if self.plan.recipe.restart else self.journal.load()
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
-        if leftover:
-            self.observe(MergeResumed(len(self.journal.finished), len(self.plan.shards), reason))
+        return MergeResumed(len(self.journal.finished), len(self.plan.shards), reason) if leftover else None
 
     def finish_file(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
         """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""
@@ -3820,15 +3919,15 @@ class StagedChild:
         for path in self.folder.rglob("*"):
             if path.is_file() and path.name not in self.journal.shards:
                 self._sync.submit(path)
-        self._sync.wait()
+        self._sync.finish()
         sync_to_disk(self.folder)
         return time.perf_counter() - started
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            # A person who pressed Ctrl-C does not wait for the disk.
-            self._sync.wait(30 if isinstance(error, Exception) else 0.5)
-            with interruptions_held():
+            with interruptions_held() as held:
+                # A person who pressed Ctrl-C does not wait for the disk.
+                self._sync.stop(30 if isinstance(error, Exception) else 0.5, enough=lambda: bool(held))
                 self._leave()
             return
         try:
@@ -3872,23 +3971,31 @@ class StagedChild:
             self._remove_made()
 
     def _remove_unfinished(self) -> None:
-        for path in list(self.folder.iterdir()) if self.folder.is_dir() else ():
-            if path.is_dir() and not path.is_symlink():
+        for path in list(self.folder.iterdir()) if is_plain_folder(self.folder) else ():
+            if is_plain_folder(path):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name not in self.journal.finished:
                 path.unlink()
         if not self.journal.finished:
-            self.journal.path.unlink(missing_ok=True)
-        if self.target.exists():
+            self._remove_journal()
+        if self.target.is_dir() and any(self.target.iterdir()):
             shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _remove_journal(self) -> None:
+        for path in (self.journal.path, self.journal.path.with_suffix(".new")):
+            if is_plain_folder(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _remove_area(self) -> None:
         for folder in (self.folder, self.replaced):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
-            self.journal.path.unlink(missing_ok=True)
+            self._remove_journal()
         self._lock.release()
-        shutil.rmtree(self.area, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the next run may be there already
+            self.area.rmdir()
 
     def _remove_made(self) -> None:
         for folder in reversed(self._made):
@@ -3899,7 +4006,9 @@ class StagedChild:
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
     """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
     for parent in (plan.primary, plan.secondary, plan.base):
-        changed = set_of(parent.stamps) ^ set_of(stamps_of(parent.folder)) if parent is not None else ()
+        if parent is None:
+            continue
+        changed = set_of(parent.stamps) ^ set_of(stamps_of(parent.folder, parent.stamps))
         if changed:
             child.distrust()
             raise SlerpMergeError(
@@ -4191,12 +4300,12 @@ class MergeWorker:
             step = count if whole else min(count, arithmetic.elements)
             try:
                 return [run(arithmetic, slice(start, start + step)) for start in range(0, count, step)]
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:
                 if arithmetic.device == "cpu":
                     raise
                 if "out of memory" not in str(error).lower():
                     cause = (str(error).splitlines() or ["no reason given"])[0]
-                    hint = "Run it again with --device cpu."
+                    hint = "Run it again with --device cpu; it then starts anew."
                     raise SlerpMergeError(f"The device {arithmetic.device} failed: {cause}.", hint) from error
                 arithmetic.shrink()
                 if arithmetic.elements < CHUNK_ELEMENTS / MOST_PIECES:
@@ -4442,7 +4551,10 @@ def choose_device(asked: str, threads: int) -> tuple[str, str]:
         return asked, "as asked"
     if not available:
         return "cpu", "there is no accelerator, and a merge hardly needs one"
-    rates = {"cpu": probe_device("cpu") * threads, **{name: probe_device(name) for name in available}}
+    rates = {"cpu": probe_device("cpu") * threads}
+    for name in available:
+        with contextlib.suppress(RuntimeError, AssertionError):  # it has no memory left, or does not work
+            rates[name] = probe_device(name)
     best = max(rates, key=lambda name: rates[name])
     shown = ", ".join(f"{name} {format_bytes(rate)}/s" for name, rate in rates.items())
     return best, f"the fastest in a short probe ({shown}); reading and writing bound a merge, not arithmetic"
@@ -6359,7 +6471,9 @@ def signals_end_it() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, end) for number in STOP_SIGNALS if number != signal.SIGINT}
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+    # What is ignored on purpose, as nohup has it, stays so.
+    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -6367,42 +6481,50 @@ def signals_end_it() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status. Every fault of the world ends here, in one message."""
+def prepare_terminal() -> None:
+    """Makes old consoles understand colours, and names that a terminal cannot show stop nothing."""
     import colorama
 
     colorama.just_fix_windows_console()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not stop a merge
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if os.environ.get("NO_COLOR"):  # older versions of prompt_toolkit do not know it
         os.environ.setdefault("PROMPT_TOOLKIT_COLOR_DEPTH", "DEPTH_1_BIT")
-    arguments = build_parser().parse_args(argv)
-    command_line = CommandLine(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status. Every fault of the world ends here, in one message."""
+    command_line: CommandLine | None = None
     try:
+        prepare_terminal()
         with signals_end_it():
+            command_line = CommandLine(build_parser().parse_args(argv))
             return command_line.run()
     except SlerpMergeError as error:
         fault = error
     except (KeyboardInterrupt, EOFError) as error:
         by = f" by {signal.Signals(error.number).name}" if isinstance(error, Terminated) else ""
         with contextlib.suppress(OSError):  # the terminal may be what was lost
-            print(f"\nStopped{by}. {command_line.wrote}", file=sys.stderr)
+            print(f"\nStopped{by}. {command_line.wrote if command_line else NOTHING_WRITTEN}", file=sys.stderr)
         return 128 + error.number if isinstance(error, Terminated) else EXIT_INTERRUPTED
     except ImportError as error:
         fault = SlerpMergeError(f"A package cannot be loaded: {error}.", "pip install -r requirements.txt")
     except (OSError, MemoryError) as error:
-        fault = SlerpMergeError(
-            f"The system refused: {str(error) or 'out of memory'}.", "Free some of it and try again."
-        )
+        cause = str(error) or "out of memory"
+        fault = SlerpMergeError(f"The system refused: {cause}.", "Mend that and try again.")
+    show_fault(fault, command_line.wrote if command_line else NOTHING_WRITTEN)
+    return EXIT_REFUSED
+
+
+def show_fault(fault: SlerpMergeError, wrote: str) -> None:
+    """The one message that an error ends in, and what stands where if something does."""
     from rich.console import Console
 
     errors = Console(stderr=True, highlight=False)
-    if command_line.wrote not in (NOTHING_WRITTEN, CLEANED_UP):
-        fault = SlerpMergeError(fault.message, f"{fault.hint} {command_line.wrote}")
+    hint = fault.hint if wrote in (NOTHING_WRITTEN, CLEANED_UP) else f"{fault.hint} {wrote}"
     with contextlib.suppress(OSError):
-        errors.print(render_error(errors, fault), soft_wrap=not errors.is_terminal)
-    return EXIT_REFUSED
+        errors.print(render_error(errors, SlerpMergeError(fault.message, hint)), soft_wrap=not errors.is_terminal)
 
 
 if __name__ == "__main__":

@@ -707,7 +707,7 @@ class TestBadInput:
         monkeypatch.setattr(slerpmerge, "write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
         monkeypatch.setattr(slerpmerge, "choose_device", fail)
-        assert_refused(run(*MERGE, "--restart"), cause, "Free some of it")
+        assert_refused(run(*MERGE, "--restart"), cause, "Mend that")
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     @pytest.mark.parametrize(

@@ -212,6 +212,38 @@ def test_a_link_that_leads_out_of_its_folder_is_refused(tmp_path, parents, name)
     assert not (tmp_path / "child").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_that_would_be_copied_without_end_are_refused(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    templates = primary / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "x.jinja").write_text("x")
+    (templates / "again").symlink_to(templates)
+    with pytest.raises(SlerpMergeError, match="again is neither a file nor a folder"):
+        merge(primary, secondary, tmp_path / "child")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes there")
+@pytest.mark.parametrize("name", ["modeling.py", "tokenizer.json", "config.json"])
+def test_a_pipe_in_a_model_is_refused_at_once(tmp_path, name):
+    primary, secondary = make_pair(tmp_path)
+    (primary / name).unlink(missing_ok=True)
+    os.mkfifo(primary / name)
+    with pytest.raises(SlerpMergeError, match=r"is neither a file nor a folder|has no config\.json"):
+        merge(primary, secondary, tmp_path / "child")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_shard_of_any_name_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    (primary / "model.safetensors").rename(tmp_path / "secret")
+    (primary / "weights").symlink_to(tmp_path / "secret")
+    index = {"weight_map": dict.fromkeys(llama_tensors(1), "weights")}
+    (primary / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SlerpMergeError, match="weights is a link that leads outside"):
+        merge(primary, secondary, tmp_path / "child")
+
+
 def test_a_companion_that_cannot_be_read_is_named(tmp_path):
     primary, secondary = make_pair(tmp_path)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -796,3 +797,201 @@ def test_nothing_is_written_but_the_child_and_its_staging_folder(tmp_path, paren
     written = [Path(line) for line in done.stderr.splitlines()]
     assert [path for path in written if not any(folder in (path, *path.parents) for folder in allowed)] == []
     assert tmp_path / ".child.slerpmerge-staging" / "child" / "config.json" in written
+
+
+# ── What stands in the way ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def area(tmp_path) -> Path:
+    """The staging folder of `child`, as yet empty."""
+    folder = tmp_path / ".child.slerpmerge-staging"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("name", ["child", "replaced", "journal.json", ".lock", "."])
+def test_a_link_in_the_staging_folder_is_not_followed(tmp_path, area, name):
+    primary, secondary = make_pair(tmp_path)
+    precious = tmp_path / "precious"
+    (precious / "sub").mkdir(parents=True)
+    (precious / "sub" / "b").write_text("mine")
+    (precious / "child").mkdir()
+    (precious / "child" / "a.txt").write_text("mine")
+    before = fingerprint(precious)
+    if name == ".":
+        area.rmdir()
+    (area if name == "." else area / name).symlink_to(precious)
+    try:
+        merge(primary, secondary, tmp_path / "child")
+    except SlerpMergeError as error:
+        assert "is in the way" in error.message
+    else:
+        assert not (tmp_path / "child").is_symlink()
+    assert fingerprint(precious) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes there")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None), lambda path: Path(path).write_text("x")])
+@pytest.mark.parametrize("name", ["child", "replaced", "journal.json", "journal.new", ".lock"])
+def test_whatever_stands_in_the_staging_folder_is_no_dead_end(tmp_path, area, name, make):
+    primary, secondary = make_pair(tmp_path)
+    make(area / name)
+    try:
+        merge(primary, secondary, tmp_path / "child")
+    except SlerpMergeError as error:
+        assert (name, "Remove it" in error.hint) == (".lock", True)
+    else:
+        assert names(tmp_path) == ["child", "primary", "secondary"]
+
+
+def fail(error: BaseException) -> Callable[..., None]:
+    return lambda *_: throw(error)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")], ids=repr)
+@pytest.mark.parametrize("place", ["load", "_take_over"])
+def test_an_error_while_taking_over_loses_nothing(tmp_path, monkeypatch, error, place):
+    folders = interrupted(tmp_path)
+    before = fingerprint(staging_beside(folders[2]))
+    with monkeypatch.context() as patch:
+        patch.setattr(slerpmerge, "leftover_remarks", lambda plan: ())
+        patch.setattr(slerpmerge.Journal if place == "load" else slerpmerge.StagedChild, place, fail(error))
+        with pytest.raises((KeyboardInterrupt, SlerpMergeError)):
+            merge(*folders, **INTERRUPTED)
+    assert fingerprint(staging_beside(folders[2])) == before
+    assert resumed(*folders) == (2, "")
+
+
+def test_a_finished_child_is_kept_where_the_old_one_may_not_be_replaced(tmp_path, area):
+    """The old child was aside when the process was killed; the next run was not told to overwrite."""
+    primary, secondary = make_pair(tmp_path)
+    child = merge(primary, secondary, tmp_path / "child", 0.2).child
+    with pytest.raises(SlerpMergeError, match="is not empty"):
+        merge(
+            primary,
+            secondary,
+            tmp_path / "new",
+            observe=at(ChildVerified, 1, lambda: shutil.copytree(child, tmp_path / "new")),
+        )
+    finished = tmp_path / ".new.slerpmerge-staging"
+    before = fingerprint(finished)
+    (tmp_path / "new").rename(finished / "replaced")
+    with pytest.raises(SlerpMergeError, match="is not empty"):
+        merge(primary, secondary, tmp_path / "new")
+    assert {name: value for name, value in fingerprint(finished).items() if name != ".lock"} == before
+    assert merge(primary, secondary, tmp_path / "new", overwrite=True).as_dict()["resumed_files"] == 1
+
+
+def test_an_empty_folder_does_not_cost_the_old_child(tmp_path, area):
+    primary, secondary = make_pair(tmp_path)
+    child = merge(primary, secondary, tmp_path / "child", 0.2, restart=True).child
+    before = fingerprint(child)
+    area.mkdir()
+    child.rename(area / "replaced")
+    child.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(TensorMerged, 1, interrupt))
+    assert fingerprint(child) == before
+
+
+def test_a_disk_that_cannot_sync_is_noticed_soon(tmp_path, monkeypatch):
+    """The next file to be finished finds out, not the end of hours."""
+    primary, secondary = make_pair(tmp_path)
+    written = []
+
+    def observe(event: object) -> None:
+        if isinstance(event, ShardWritten):
+            written.append(event.file_name)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(os, "fsync", fail(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(SlerpMergeError, match="Input/output error") as caught:
+        merge(primary, secondary, tmp_path / "child", observe=observe, max_shard_bytes=1000)
+    assert len(written) < 4
+    assert "another one" in caught.value.hint
+    assert names(tmp_path) == ["primary", "secondary"]
+
+
+def test_a_lock_whose_file_is_gone_holds_nobody_out(tmp_path):
+    """Who waited at a file that its holder then removed must not think that it holds the folder."""
+    first = slerpmerge.FolderLock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    second = slerpmerge.FolderLock(tmp_path)
+    with pytest.raises(SlerpMergeError, match="Another run"):
+        slerpmerge.FolderLock(tmp_path)
+    second.release()
+    slerpmerge.FolderLock(tmp_path).release()
+    os.close(first._descriptor)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [["a", "b", "c", "d", "e"], [0.5, 0.5, "slerp"], [None, 1, "", "", 0], "slerp", 3])
+def test_a_journal_of_wrong_types_is_as_good_as_none(tmp_path, content):
+    folders = interrupted(tmp_path)
+    journal = staging_beside(folders[2]).with_name("journal.json")
+    said = json.loads(journal.read_bytes().rpartition(b"\n")[0])
+    next(iter(said["files"].values()))["tensors"][0][1] = content
+    text = json.dumps(said).encode()
+    journal.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
+    assert resumed(*folders) == (0, "its journal cannot be read")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is about a device that is not there")
+def test_a_device_that_is_gone_is_told(tmp_path, monkeypatch):
+    folders = interrupted(tmp_path, device="auto")
+    journal = staging_beside(folders[2]).with_name("journal.json")
+    text = journal.read_bytes().rpartition(b"\n")[0].replace(b'"device": "cpu"', b'"device": "cuda"')
+    journal.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
+    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": False})
+    assert resumed(*folders, device="auto") == (0, "it was begun on cuda, which is not there now")
+
+
+def test_a_device_without_memory_is_not_chosen(monkeypatch):
+    def probe(device: str) -> float:
+        return 1.0 if device == "cpu" else throw(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+
+    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": True})
+    monkeypatch.setattr(slerpmerge, "probe_device", probe)
+    assert slerpmerge.choose_device("auto", 2)[0] == "cpu"
+
+
+def test_a_chat_template_does_not_start_anew(tmp_path):
+    folders = interrupted(tmp_path)
+    plan = prepare_merge(MergeRecipe(*folders, max_shard_bytes=5000, device=DEVICE), lambda event: None)
+    recipe = dataclasses.replace(plan.recipe, chat_template="secondary")
+    assert slerpmerge.plan_identity(plan) == slerpmerge.plan_identity(dataclasses.replace(plan, recipe=recipe))
+
+
+def test_a_save_directory_that_is_a_disk_of_its_own_is_refused_at_once(tmp_path, small_disk):
+    primary, secondary = make_pair(tmp_path)
+    with pytest.raises(SlerpMergeError, match="is a disk of its own") as caught:
+        prepare_merge(MergeRecipe(primary, secondary, small_disk), lambda event: None)
+    assert str(small_disk / "child") in caught.value.hint
+
+
+def test_a_name_too_long_to_grow_beside_is_refused_at_once(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    with pytest.raises(SlerpMergeError, match="no usable path"):
+        prepare_merge(MergeRecipe(primary, secondary, tmp_path / ("x" * 250)), lambda event: None)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signals")
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    arguments = command_line(primary, secondary, tmp_path / "child", "--max-shard-size", "2000")[2:]
+    command = [sys.executable, "-c", SLOW_MAIN, *arguments]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=SCRIPT.parent,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:
+        while process.stdout.readline() != "written\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGHUP)
+        process.stdout.read()
+    assert process.returncode == 0
+    assert (tmp_path / "child").exists()
