@@ -9,6 +9,7 @@
 #   "torch>=2.4",
 #   "transformers>=4.45",
 #   "tokenizers>=0.20",
+#   "huggingface-hub>=0.23.2",
 #   "safetensors>=0.4.5",
 #   "numpy>=1.24",
 #   "pyyaml>=6.0",
@@ -61,6 +62,7 @@ import gc
 import heapq
 import importlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -392,6 +394,7 @@ class MergeRecipe:
     threads: int = 0  # 0 chooses
     overwrite: bool = False
     restart: bool = False  # discards what an earlier run left unfinished
+    recipe_file: Path | None = None  # where the blend was read from, if from a file
 
     def describe_blend(self) -> str:
         """t, or the weights, in words; slice by slice where there are slices."""
@@ -1048,6 +1051,38 @@ def clean_path(text: str) -> Path:
     return Path(os.path.expandvars(text)).expanduser()
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name, as the Hugging Face hub has it
+
+
+def find_model(text: str) -> Path:
+    """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache."""
+    path = clean_path(text)
+    if not path.exists():
+        slashed = Path(str(path).replace("\\", "/"))  # as Windows writes it
+        if slashed.exists():
+            return slashed
+        if HUB_NAME.fullmatch(path.as_posix()) and (snapshot := cached_snapshot(path.as_posix())) is not None:
+            return snapshot
+    return path
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The newest snapshot of org/name in the Hugging Face cache that is there whole; None where there is none."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    snapshots = sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime) if folder.is_dir() else []
+    return next((snapshot for snapshot in snapshots if open_if_whole(snapshot) is not None), None)
+
+
+def open_if_whole(folder: Path) -> Checkpoint | None:
+    """A model's headers; None where the folder holds no whole model."""
+    try:
+        return open_checkpoint(folder)
+    except (SlerpMergeError, OSError):
+        return None
+
+
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A small file, whole. Raises SlerpMergeError where it cannot be read or is larger than `limit` bytes."""
     try:
@@ -1093,6 +1128,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_there(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty where there is none."""
     return read_json(path) if path.is_file() else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A small JSON file, as people like to read it."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, UTF-8. Raises SlerpMergeError where the disk refuses."""
+    try:
+        # Half a surrogate pair from a stranger's config stays the escape it was.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    except OSError as error:
+        raise explain_os_error(error, path, "write") from error
 
 
 def file_size(path: Path) -> int:
@@ -1504,9 +1553,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_path(folder, "folder")
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.is_file() else "does not exist"
-        raise SlerpMergeError(
-            f"The folder {folder} {what}.", "Give the folder that holds a model's config.json and weights."
-        )
+        hint = "Give the folder that holds a model's config.json and weights."
+        if HUB_NAME.fullmatch(folder.as_posix()):
+            hint += f" A model of the hub must be there first: hf download {folder.as_posix()}"
+        raise SlerpMergeError(f"The folder {folder} {what}.", hint)
     if not (folder / "config.json").is_file():
         find_weight_files(folder)  # a GGUF or adapter folder is told so by name
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
@@ -1668,6 +1718,11 @@ class TensorReader:
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path is a folder or lies somewhere below it."""
     return path == folder or folder in path.parents
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above `path` that exists: where its bytes will come to lie."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
 
 
 def staging_area(save_directory: Path) -> Path:
@@ -1915,7 +1970,7 @@ class RecipeReader:
             fields["normalize"] = self.flag("normalize", True)
         if self.method == "nuslerp" and not self.flag("nuslerp_flatten", True):
             fields["granularity"] = "row" if self.flag("nuslerp_row_wise", False) else "column"
-        return {**fields, **self.dtypes(), **self.tokenizer(sides), **own}
+        return {**fields, **self.dtypes(), **self.tokenizer(sides), **own, "recipe_file": self.file.path}
 
     def models(self) -> list[tuple[list[dict[str, Any]], list[tuple[Path, Any, dict[str, Any]]]]]:
         """For each slice, or the one whole: (scopes of its parameters, [(folder, node, keys) of each source])."""
@@ -2817,13 +2872,16 @@ def same_shape(left: TensorInfo, right: TensorInfo, rows: RowMap | None) -> bool
     return len(left.shape) == len(right.shape) and beside_tokens(left.shape) == beside_tokens(right.shape)
 
 
+DIFFERENT_VOCABULARIES = "Vocabularies of different size."
+
+
 def compare_tensors(left: TensorInfo, right: TensorInfo, rows: RowMap | None = None) -> list[Mismatch]:
     """Shape and dtype of one tensor on both sides. rows: where rows follow tokens, their number may differ."""
     found = []
     if not same_shape(left, right, rows):
         shapes = str(list(left.shape)), str(list(right.shape))
         rows_only = len(left.shape) == len(right.shape) and left.shape[1:] == right.shape[1:]
-        why = "Vocabularies of different size." if rows_only else "Tensors of different shape cannot be blended."
+        why = DIFFERENT_VOCABULARIES if rows_only else "Tensors of different shape cannot be blended."
         found.append(Mismatch("blocking", left.name, *shapes, why))
     if left.dtype != right.dtype and not (left.is_float and right.is_float):
         why = "Only real numbers of different dtypes can be blended."
@@ -3195,6 +3253,18 @@ def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatc
     return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
 
 
+def misfit(primary: Checkpoint, other: Checkpoint) -> str | None:
+    """Why a model cannot be merged with the primary, in a few words; None where headers show no reason."""
+    if primary.folder.resolve() == other.folder.resolve():
+        return "the primary itself"
+    found = check_quantisation(primary, other) + compare_configs(primary, other)
+    found += pair_tensors(primary, name_like(other, primary)[0])[1]
+    for m in found:
+        if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
+            return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
+    return None
+
+
 def check_parity(
     primary: Checkpoint,
     secondary: Checkpoint,
@@ -3481,11 +3551,6 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     return count / max(seconds, 1e-6)
 
 
-def existing_folder(path: Path) -> Path:
-    """The nearest folder above `path` that exists: where its bytes will come to lie."""
-    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
-
-
 def estimate_memory(threads: int, granularity: str = "tensor") -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
     per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers of two bytes a value, three in float32
@@ -3706,7 +3771,14 @@ def plan_identity(plan: MergePlan) -> dict[str, Any]:
     """All that the bits of the child's files depend on, as JSON can hold it."""
     import hashlib
 
-    settled = ("save_directory", "threads", "overwrite", "restart", "chat_template")  # these change no weight
+    settled = (
+        "save_directory",
+        "threads",
+        "overwrite",
+        "restart",
+        "chat_template",
+        "recipe_file",
+    )  # these change no weight
     values = {field.name: getattr(plan.recipe, field.name) for field in dataclasses.fields(plan.recipe)}
     recipe = {
         name: str(value.resolve()) if isinstance(value, Path) else repr(value)
@@ -4751,20 +4823,6 @@ def write_index(plan: MergePlan, folder: Path) -> None:
     write_json(folder / WEIGHTS_INDEX, index)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A small JSON file, as people like to read it."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small text file, UTF-8. Raises SlerpMergeError where the disk refuses."""
-    try:
-        # Half a surrogate pair from a stranger's config stays the escape it was.
-        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-    except OSError as error:
-        raise explain_os_error(error, path, "write") from error
-
-
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 # §8  Companions: tokenizer, config, model card
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -5569,7 +5627,7 @@ def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 WIDEST_PANEL = 110  # longer lines are hard to read
 NARROW_COLUMNS = 80  # below this, tables become stacked lines
 REFRESHES_PER_SECOND = 8
-PLAIN_STEP_PERCENT = 10  # how often a line is printed where there is no terminal
+PLAIN_STEP_PERCENT = 5  # how often a line is printed where there is no terminal
 MARKS = {"blocking": ("✗", "x", "red"), "mended": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
 MOST_NOTICES = 12
 
@@ -5821,6 +5879,7 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
         ("tensors", describe_outcome(report)),
         ("time", f"{merging}, {format_seconds(report.total_seconds)} in all"),
         ("tokenizer", f"from the {plan.tokenizer_role}" if plan.tokenizer_role else "none"),
+        *(("mended", f"{m.subject}: {m.consequence}") for m in plan.parity.of_severity("mended")[:MOST_NOTICES]),
     ]
     lines: list[RenderableType] = [fact_table(console, facts), Text()]
     lines += [Text.assemble(mark_of(console, "mended"), " ", displayable(console, check)) for check in report.checks]
@@ -5855,7 +5914,13 @@ def next_commands(report: MergeReport) -> list[str]:
     else:
         code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({child}))"
     plain = not set('"$`!%\\') & set(code)  # double quotes are understood everywhere, but keep these special
-    return [f'python -c "{code}"' if plain or os.name == "nt" else f"python -c {shlex.quote(code)}"]
+    speak = f'python -c "{code}"' if plain or os.name == "nt" else f"python -c {shlex.quote(code)}"
+    folder = shlex.quote(str(report.child))
+    return [
+        speak,
+        f"python llama.cpp/convert_hf_to_gguf.py {folder}",
+        f"hf upload {shlex.quote(report.child.name)} {folder}",
+    ]
 
 
 def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
@@ -5865,6 +5930,43 @@ def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
     arrow = "→" if is_unicode(console) else "->"
     cause, remedy = displayable(console, error.message), displayable(console, error.hint)
     return Text.assemble(mark_of(console, "blocking"), " ", cause, "\n", (f"{arrow} ", "bold"), remedy)
+
+
+ANGLE_COLOURS = ((5, "blue"), (15, "cyan"), (30, "green"), (60, "yellow"), (91, "red"), (181, "magenta"))
+
+
+class LayerStrip:
+    """One cell for each layer of the language model, coloured by the angle between the parents there."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        places = Counter(place for name in names if (place := find_layer(name)) is not None)
+        stacks = Counter(stack for stack, _ in places.elements())
+        self.stack = max(stacks, key=lambda stack: stacks[stack], default=None)
+        self.layers = sorted(layer for stack, layer in places if stack == self.stack)
+        self.angles: dict[int, list[float]] = {}
+
+    def add(self, event: TensorMerged) -> None:
+        """Takes a finished tensor's angle."""
+        place = find_layer(event.job.name)
+        if place is not None and place[0] == self.stack and event.blend.angle_degrees is not None:
+            self.angles.setdefault(place[1], []).append(event.blend.angle_degrees)
+
+    def render(self, console: Console) -> Text:
+        """The strip, in as many cells as there is room for; where there is no Unicode, an angle's tens."""
+        from rich.text import Text
+
+        count = min(len(self.layers), max(10, console.width - 12))
+        text = Text("layers  " if count else "", style="dim", no_wrap=True)
+        for cell in range(count):
+            part = self.layers[cell * len(self.layers) // count : (cell + 1) * len(self.layers) // count]
+            angles = [angle for layer in part for angle in self.angles.get(layer, ())]
+            if not angles:
+                text.append("·" if is_unicode(console) else ".")
+                continue
+            mean = sum(angles) / len(angles)
+            colour = next(colour for limit, colour in ANGLE_COLOURS if mean < limit)
+            text.append("█" if is_unicode(console) else str(min(int(mean / 10), 9)), style=f"not dim {colour}")
+        return text
 
 
 class MergeView:
@@ -5880,6 +5982,7 @@ class MergeView:
         self.merged_bytes = 0
         self.next_percent = PLAIN_STEP_PERCENT
         self.line = ""
+        self.strip = LayerStrip(())
 
     def __enter__(self) -> MergeView:
         return self
@@ -5893,6 +5996,7 @@ class MergeView:
             return
         if isinstance(event, PlanReady):
             self.total_bytes = event.plan.child_bytes
+            self.strip = LayerStrip(job.name for job in event.plan.jobs)
         elif isinstance(event, MergeResumed) and event.kept:
             self.console.print(f"Carrying on: {event.kept} of {event.total} files stand already.", highlight=False)
         elif isinstance(event, DeviceChosen):
@@ -5901,6 +6005,7 @@ class MergeView:
             self.advance(event.byte_count)
         elif isinstance(event, TensorMerged):
             self.line = describe_tensor(event)
+            self.strip.add(event)
         elif isinstance(event, ChildVerified):
             self.stop()
 
@@ -5945,7 +6050,7 @@ class MergeView:
         self.progress.update(self.task, speed=f"{format_bytes(speed)}/s" if speed else "")
         overflow = "ellipsis" if is_unicode(self.console) else "crop"
         line = Text(displayable(self.console, self.line), style="dim", no_wrap=True, overflow=overflow)
-        return Group(self.progress.get_renderable(), line)
+        return Group(self.progress.get_renderable(), self.strip.render(self.console), line)
 
     def stop(self) -> None:
         if self.live is not None:
@@ -6042,13 +6147,17 @@ def answer_check(check: Callable[[str], object]) -> Callable[[str], bool | str]:
     return validate
 
 
-def proposed_save_directory(primary: Path, secondary: Path) -> Path:
-    """A readable name under the current folder that is not taken yet."""
+def proposed_save_directory(primary: Path, secondary: Path, settings: Mapping[str, Any] | None = None) -> Path:
+    """A readable name under the current folder that is not taken yet: of both parents, and of the blend if given."""
     whole = [public_name(folder.resolve(), {}).rpartition("/")[2] for folder in (primary, secondary)]
     names = [re.sub(r"[^\w.-]+", "-", name) or "model" for name in whole]
-    first = Path(f"{names[0]}-{names[1]}-slerp")
+    settings = settings or {}
+    blend = [settings.get("method", "slerp")]
+    if (schedule := settings.get("schedule")) is not None and len(list(schedule.values())) == 1:
+        blend.append(f"{next(schedule.values()):g}")
+    first = "-".join([*names, *blend])
     numbered = (Path(f"{first}-{number}") for number in range(2, 1000))
-    return next(path for path in (first, *numbered) if not path.exists())
+    return next(path for path in (Path(first), *numbered) if not path.exists())
 
 
 def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
@@ -6075,21 +6184,208 @@ def check_recipe_parents(fields: dict[str, Any], parents: tuple[Path, Path]) -> 
     return fields
 
 
+FOUND_LEVELS = 2  # folders below the current one that are looked into for models
+FOUND_ENTRIES = 2000  # entries of folders that are looked at, at most
+
+
+class ModelFinder:
+    """Looks, in the background, for models on this machine: last used places, folders hereabouts, the hub's cache."""
+
+    def __init__(self, places: Sequence[Path]) -> None:
+        self.places = places
+        self.found: list[Checkpoint] = []
+        self.primary: Path | None = None  # once it is answered, what fits it comes first
+        self._misfits: dict[tuple[Path, Path], str | None] = {}
+        self._thread = threading.Thread(target=self._look, name="finder", daemon=True)
+
+    def start(self) -> None:
+        """Begins to look; the person reads and types meanwhile."""
+        self._thread.start()
+
+    def _look(self) -> None:
+        seen = set()
+        for folder in self._folders():
+            with contextlib.suppress(OSError):
+                real = folder.resolve()
+                if real not in seen and (folder / "config.json").is_file():
+                    seen.add(real)
+                    if (checkpoint := open_if_whole(folder)) is not None:
+                        self.found.append(checkpoint)
+                        self.misfit_of(checkpoint)
+
+    def _folders(self) -> Iterator[Path]:
+        yield from self.places
+        yield from folders_below(Path(), FOUND_LEVELS)
+        yield from folders_below(Path("models"), FOUND_LEVELS)
+        from huggingface_hub import constants, scan_cache_dir
+
+        if not Path(constants.HF_HUB_CACHE).is_dir():
+            return
+        for repository in sorted(scan_cache_dir().repos, key=lambda repository: repository.repo_id):
+            if repository.repo_type == "model":
+                snapshots = sorted(repository.revisions, key=lambda revision: -revision.last_modified)
+                whole = (revision.snapshot_path for revision in snapshots if open_if_whole(revision.snapshot_path))
+                yield from itertools.islice(whole, 1)
+
+    def misfit_of(self, checkpoint: Checkpoint) -> str | None:
+        """Why a found model cannot be merged with the primary; None where it can, or where there is no primary yet."""
+        if self.primary is None:
+            return None
+        key = self.primary, checkpoint.folder
+        if key not in self._misfits:
+            primary = open_if_whole(self.primary)
+            self._misfits[key] = misfit(primary, checkpoint) if primary is not None else None
+        return self._misfits[key]
+
+    def offers(self, text: str) -> list[tuple[str, str]]:
+        """(what to type, what it is) of found models whose name holds `text`; those that fit the primary first."""
+        offers = []
+        for checkpoint in list(self.found):
+            name, reason = self.name_of(checkpoint), self.misfit_of(checkpoint)
+            if text.lower() in name.lower():
+                count, size = format_count(checkpoint.parameter_count), format_bytes(checkpoint.byte_count)
+                size = f"{count} {checkpoint.dtypes[0]} {size}"
+                offers.append((reason is not None, name, f"{size}, {reason}" if reason else size))
+        return [(name, what) for _, name, what in sorted(offers)]
+
+    @staticmethod
+    def name_of(checkpoint: Checkpoint) -> str:
+        """The shortest text that finds a model again: org/name in the cache, a path from here, or its whole path."""
+        if checkpoint.folder.parent.name == "snapshots" and HUB_NAME.fullmatch(checkpoint.name):
+            return checkpoint.name
+        return str(checkpoint.folder)
+
+
+def folders_below(folder: Path, levels: int) -> Iterator[Path]:
+    """A folder, and the folders below it down to some levels; hidden ones are left out."""
+    if not folder.is_dir():
+        return
+    yield folder
+    if levels:
+        with contextlib.suppress(OSError):
+            for path in sorted(itertools.islice(folder.iterdir(), FOUND_ENTRIES)):
+                if path.is_dir() and not path.name.startswith("."):
+                    yield from folders_below(path, levels - 1)
+
+
+def model_completer(finder: ModelFinder | None) -> Completer:
+    """Completes paths, and where there is a finder the models that it found."""
+    from prompt_toolkit.completion import Completer, Completion
+    from prompt_toolkit.document import Document
+    from questionary.prompts.path import GreatUXPathCompleter
+
+    paths = GreatUXPathCompleter(only_directories=True, expanduser=True)
+
+    class ModelCompleter(Completer):
+        def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
+            text = document.text_before_cursor
+            bare = text[1:] if text[:1] in ("'", '"') else text  # a quote before a pasted path
+            offers = finder.offers(bare) if finder is not None else []
+            for name, what in offers:
+                yield Completion(name, -len(text), display=printable(name), display_meta=printable(what))
+            for path in paths.get_completions(Document(bare), event):
+                whole = bare[: len(bare) + path.start_position] + path.text
+                if whole.rstrip("/\\") not in dict(offers):
+                    yield path
+
+    return ModelCompleter()
+
+
+def settings_folder() -> Path:
+    """Where this person's programs keep their settings, as the system has it."""
+    if os.name == "nt":
+        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return base / "slerpmerge"
+
+
+class Memory:
+    """The folders and the blend of the last merge, to be offered again. Nothing else, and nowhere else."""
+
+    most_places = 12
+
+    def __init__(self) -> None:
+        self.path = settings_folder() / "settings.json"
+        try:
+            self.content = read_json_if_there(self.path)
+        except SlerpMergeError:  # a torn file is no loss
+            self.content = {}
+
+    def folder(self, name: str) -> Path | None:
+        """A remembered folder, where it is still there."""
+        value = self.content.get(name)
+        return Path(value) if isinstance(value, str) and Path(value).is_dir() else None
+
+    @property
+    def places(self) -> list[Path]:
+        """Models used of late, the last first."""
+        values = self.content.get("places")
+        return [Path(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
+
+    def remember(self, recipe: MergeRecipe, blend: str | None) -> None:
+        """Keeps what a merge was made of. A disk that does not take it is no reason to stop."""
+        used = [folder.resolve() for folder in (recipe.primary, recipe.secondary)]
+        places = [*used, recipe.save_directory.resolve(), *(place for place in self.places if place not in used)]
+        content = {
+            "primary": str(used[0]),
+            "secondary": str(used[1]),
+            "blend": blend or self.content.get("blend"),
+            "places": list(dict.fromkeys(map(str, places)))[: self.most_places],
+        }
+        with contextlib.suppress(OSError, SlerpMergeError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, content)
+
+    def forget(self) -> bool:
+        """Removes what was remembered; whether there was anything."""
+        try:
+            self.path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+HELP = {
+    "primary": "The model at t = 0. Its config, names and dtype are the child's. Give its folder, or the"
+    " org/name of one in the Hugging Face cache; Tab lists what was found here.",
+    "secondary": "The model at t = 1: best another fine-tune of the same base. Tab lists what fits the primary first.",
+    "save_directory": "A new folder for the child. It appears there whole and checked, or not at all.",
+    "blend": "How much of the secondary each layer gets. A name from the list; a number from 0 to 1; a gradient such as"
+    " 0,0.5,1; filters such as self_attn=0,1 mlp=1,0 0.5; task vectors; or a recipe file.",
+    "start": "y starts, n leaves, c changes an answer and keeps the rest, s saves the merge as a recipe and leaves.",
+    "change": "Say which answer to give anew; the others stay as they are.",
+    "base": "The model that both parents were fine-tuned from.",
+    "recipe": "Where the recipe goes; --recipe reads it again, and mergekit understands it.",
+}
+ANSWER_NAMES = {"primary": "primary", "secondary": "secondary", "save_directory": "save directory", "schedule": "blend"}
+
+
 class Wizard:
     """Asks what no flag has answered. Merges nothing."""
 
-    def __init__(self, console: Console, on_first_prompt: Callable[[], object]) -> None:
+    def __init__(self, console: Console, memory: Memory, on_first_prompt: Callable[[], object]) -> None:
         self.console = console
+        self.memory = memory
+        self.finder = ModelFinder(memory.places)
         self.on_first_prompt = on_first_prompt
         self.asked = False
+        self.blend_text: str | None = None  # the last answer to Blend, as it was typed
 
     def ask(self, question: Any) -> Any:
         """The answer. Raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D."""
         self.let_refusals_wrap(question)
         if not self.asked:
             self.asked = True
-            # Libraries load behind the first prompt's back, once it stands on the screen.
-            once = iter([self.on_first_prompt])
+
+            def begin() -> None:
+                self.finder.start()
+                self.on_first_prompt()
+
+            # Models are found and libraries load behind the first prompt's back, once it stands on the screen.
+            once = iter([begin])
             question.application.after_render += lambda _: next(once, lambda: None)()
         return question.unsafe_ask()
 
@@ -6105,59 +6401,127 @@ class Wizard:
                 window.wrap_lines = to_filter(True)
                 window.dont_extend_height = to_filter(True)
 
-    def ask_folder(self, message: str, check: Callable[[Path], object], default: Path | None = None) -> Path:
+    def ask_text(
+        self,
+        message: str,
+        parse: Callable[[str], Any],
+        subject: str,  # of HELP
+        instruction: str | None = None,
+        completer: Completer | None = None,
+        check: Callable[[Any], object] = lambda value: None,
+    ) -> Any:
+        """What `parse` makes of the answer. Where it or `check` raises, that is refused in place. A ? shows help."""
         import questionary
-        from questionary.prompts.path import GreatUXPathCompleter
+
+        while True:
+            question = questionary.text(
+                message,
+                completer=completer,
+                complete_while_typing=False,
+                validate=answer_check(lambda text: text.strip() == "?" or check(parse(text))),
+                validate_while_typing=False,
+                instruction=instruction,
+            )
+            answer = self.ask(question)
+            if answer.strip() != "?":
+                return parse(answer)
+            self.say(HELP[subject])
+
+    def ask_folder(
+        self,
+        message: str,
+        subject: str,
+        check: Callable[[Path], object],
+        default: Path | None = None,
+        finder: ModelFinder | None = None,
+    ) -> Path:
+        """A folder that passes `check`: a model's where there is a finder for models."""
 
         def parse(text: str) -> Path:
             if not text.strip() and default is None:
-                raise SlerpMergeError("A folder is needed.", "Type or paste its path; Tab completes it.")
-            return clean_path(text) if text.strip() else default
+                raise SlerpMergeError("A folder is needed.", "Type or paste its path; Tab completes it, ? helps.")
+            if not text.strip():
+                return default
+            return find_model(text) if finder is not None else clean_path(text)
 
-        question = questionary.text(
-            message,
-            completer=GreatUXPathCompleter(only_directories=True, expanduser=True),
-            complete_while_typing=False,
-            validate=answer_check(lambda text: check(parse(text))),
-            validate_while_typing=False,
-            instruction=f"({default})" if default is not None else None,
-        )
-        return parse(self.ask(question))
+        shown = str(default) if default is not None else "Tab lists what is here, ? helps"
+        return self.ask_text(message, parse, subject, f"({shown})", model_completer(finder), check)
+
+    def ask_primary(self, default: Path | None) -> dict[str, Any]:
+        check = open_checkpoint
+        return {"primary": self.ask_folder("Primary model", "primary", check, default, self.finder)}
+
+    def ask_secondary(self, primary: Path, default: Path | None) -> dict[str, Any]:
+        def check(folder: Path) -> None:
+            check_fit(primary, folder)
+
+        self.finder.primary = primary
+        if default is not None and (default == primary or open_if_whole(default) is None):
+            default = None
+        found = self.ask_folder("Secondary model", "secondary", check, default, self.finder)
+        if found.resolve() == primary.resolve():
+            self.say("  That is the primary itself; the child will be a copy of it.")
+        return {"secondary": found}
+
+    def ask_save_directory(self, answers: Mapping[str, Any], default: Path | None) -> dict[str, Any]:
+        """The child's folder, and what is to happen to what stands there."""
+        parents = answers["primary"], answers["secondary"]
+        needed, free = open_checkpoint(parents[0]).byte_count, shutil.disk_usage(existing_folder(Path())).free
+        self.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
+        proposed = default or proposed_save_directory(*parents, answers)
+        while True:
+            folder = self.ask_folder(
+                "Save directory",
+                "save_directory",
+                lambda folder: check_save_directory(folder, parents, overwrite=True),
+                proposed,
+            )
+            stands = folder.is_dir() and any(folder.iterdir())
+            if stands and not answers.get("overwrite"):
+                if not self.confirm(f"{folder} holds a model; replace it once the child is whole?", default=False):
+                    proposed = proposed_save_directory(*parents, answers)
+                    continue
+                return {"save_directory": folder, "overwrite": True}
+            unfinished = is_plain_file(staging_area(folder) / JOURNAL_NAME) and "restart" not in answers
+            if unfinished and not self.confirm("An unfinished merge stands there. Carry on with it?", default=True):
+                return {"save_directory": folder, "restart": True}
+            return {"save_directory": folder}
 
     def ask_blend(self, parents: tuple[Path, Path]) -> dict[str, Any]:
         """The fields of MergeRecipe that a blend decides. What is drawn before it is taken."""
-        import questionary
         from prompt_toolkit.completion import WordCompleter
 
         self.show_blends()
         names = [name for name, _, _ in BLENDS] + ["task vectors"]
         completer: Completer = WordCompleter(names, sentence=True, ignore_case=True)
+        default = self.default_blend()
 
-        def parse(text: str) -> dict[str, Any]:
-            text = text.strip() or "even"
+        def parse(text: str) -> tuple[str, dict[str, Any]]:
+            text = text.strip() or default
             if text.lower() == "task vectors":
-                return {"method": "slerp"}
+                return text, {"method": "slerp"}
             if text.strip("'\"").lower().endswith((".yaml", ".yml")):
-                return check_recipe_parents(read_recipe(clean_path(text)), parents)
-            return {"schedule": parse_blend(text)}
+                return text, check_recipe_parents(read_recipe(clean_path(text)), parents)
+            return text, {"schedule": parse_blend(text)}
 
         while True:
-            answer = self.ask(
-                questionary.text(
-                    "Blend",
-                    validate=answer_check(parse),
-                    validate_while_typing=False,
-                    completer=completer,
-                    complete_while_typing=False,
-                    instruction="(even)",
-                )
-            )
-            fields = parse(answer)
+            answer, fields = self.ask_text("Blend", parse, "blend", f"({default})", completer)
+            self.blend_text = answer
             if fields == {"method": "slerp"}:
-                return {"base": self.ask_folder("Base model", open_checkpoint), "schedule": Schedule.constant(0.5)}
-            drawn_already = answer.strip().lower() in ("", *names)
+                base = self.ask_folder("Base model", "base", open_checkpoint, finder=self.finder)
+                return {"base": base, "schedule": Schedule.constant(0.5)}
+            drawn_already = answer.lower() in names
             if drawn_already or "primary" in fields or self.accept_curves(fields["schedule"]):
                 return fields
+
+    def default_blend(self) -> str:
+        """The last blend, where it can be used again; else even."""
+        last = self.memory.content.get("blend")
+        try:
+            parse_blend(last if isinstance(last, str) else "even")
+        except SlerpMergeError:
+            return "even"
+        return last if isinstance(last, str) else "even"
 
     def show_blends(self) -> None:
         """Every blend with its curve over the layers, so that none is taken unseen."""
@@ -6177,6 +6541,42 @@ class Wizard:
             self.say(f"    {component:<12}{curve}")
         return len(schedule.rules) == 1 and len(schedule.rules[0].gradient) == 1 or self.confirm("Take it?", True)
 
+    def decide(self, default_start: bool) -> str:
+        """After the panels: "start", "leave", "change" or "save"."""
+        words = {"y": "start", "yes": "start", "n": "leave", "no": "leave", "c": "change", "s": "save"}
+
+        def parse(text: str) -> str:
+            text = text.strip().lower() or ("y" if default_start else "n")
+            if text not in words:
+                raise SlerpMergeError(f"{text!r} is no answer to this.", HELP["start"])
+            return words[text]
+
+        return self.ask_text("Start the merge?", parse, "start", "(Y/n/c/s/?)" if default_start else "(y/N/c/s/?)")
+
+    def which_answer(self, names: Sequence[str]) -> str:
+        """The field of MergeRecipe to be answered anew."""
+        fields = {ANSWER_NAMES[name]: name for name in names}
+
+        def parse(text: str) -> str:
+            wanted = " ".join(text.lower().split())
+            meant = [field for shown, field in fields.items() if wanted and shown.startswith(wanted)]
+            if len(meant) != 1:
+                raise SlerpMergeError(f"{text!r} is none of them.", f"Say {', '.join(fields)}.")
+            return meant[0]
+
+        return self.ask_text("Change which answer?", parse, "change", f"({', '.join(fields)})")
+
+    def ask_recipe_file(self) -> Path:
+        """Where to save a recipe: a new file."""
+
+        def parse(text: str) -> Path:
+            path = clean_path(text) if text.strip() else Path(RECIPE_NAME)
+            if path.suffix not in (".yaml", ".yml") or path.exists() or not path.resolve().parent.is_dir():
+                raise SlerpMergeError(f"{path} is no new .yaml file in a folder that is there.", "Give another name.")
+            return path
+
+        return self.ask_text("Recipe file", parse, "recipe", f"({RECIPE_NAME})")
+
     def say(self, line: str) -> None:
         self.console.print(line, style="dim", highlight=False, markup=False)
 
@@ -6186,24 +6586,41 @@ class Wizard:
         return bool(self.ask(questionary.confirm(message, default=default, auto_enter=False)))
 
 
-def ask_recipe(preset: Mapping[str, Any], wizard: Wizard) -> MergeRecipe:
-    """The recipe: fields of MergeRecipe that `preset` gives, and the person's answers for the rest."""
+def ask_answers(preset: Mapping[str, Any], wizard: Wizard, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of MergeRecipe: those that `preset` gives, and the person's answers for the rest.
+
+    before: what was answered earlier, or in an earlier run, and is offered again.
+    """
     answers = dict(preset)
     if "primary" not in answers:
-        answers["primary"] = wizard.ask_folder("Primary model", open_checkpoint)
+        answers |= wizard.ask_primary(before.get("primary"))
     if "secondary" not in answers:
-        primary = answers["primary"]
-        answers["secondary"] = wizard.ask_folder("Secondary model", lambda folder: check_fit(primary, folder))
-    parents = answers["primary"], answers["secondary"]
+        answers |= wizard.ask_secondary(answers["primary"], before.get("secondary"))
     if "save_directory" not in answers:
-        answers["save_directory"] = wizard.ask_folder(
-            "Save directory",
-            lambda folder: check_save_directory(folder, parents, answers.get("overwrite", False)),
-            proposed_save_directory(*parents),
-        )
+        answers |= wizard.ask_save_directory(answers, before.get("save_directory"))
     if "schedule" not in answers:
+        parents = answers["primary"], answers["secondary"]
         answers = {**wizard.ask_blend(parents), **answers}  # what was answered or given by a flag goes first
-    return MergeRecipe(**answers)
+    return answers
+
+
+BLEND_FIELDS = (
+    "schedule",
+    "weights",
+    "normalize",
+    "slices",
+    "base",
+    "method",
+    "granularity",
+    "recipe_file",
+    "cast_dtype",
+)
+
+
+def without_answer(answers: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The answers that stay where one is to be given anew."""
+    gone = {"schedule": BLEND_FIELDS, "save_directory": ("save_directory", "overwrite", "restart")}.get(name, (name,))
+    return {key: value for key, value in answers.items() if key not in gone}
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -6263,12 +6680,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
     )
     add = parser.add_argument
-    folder = usage_type(clean_path)
-    add("--primary", type=folder, metavar="FOLDER", help="the primary model (t = 0)")
-    add("--secondary", type=folder, metavar="FOLDER", help="the secondary model (t = 1)")
+    folder, model = usage_type(clean_path), usage_type(find_model)
+    add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
+    add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
     add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp or linear of two models")
-    add("--base", type=folder, metavar="FOLDER", help="blend what both parents learned since this model")
+    add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
     add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
         help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
         "holds it (default 0.5)")  # fmt: skip
@@ -6293,6 +6710,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verify", choices=("quick", "full"), help="full: also load the child with transformers")
     add("--json", action="store_true", help="print the report as one JSON object, alone on stdout")
     add("--quiet", action="store_true", help="say nothing but errors")
+    add("--no-color", action="store_true", help="no colours; the environment's NO_COLOR does the same")
+    add("--forget", action="store_true", help="forget the folders and answers of earlier runs")
     add("--demo", action="store_true", help="make two tiny models, merge them and let the child speak")
     add("--version", action="version", version=f"slerpmerge {__version__}")
     return parser
@@ -6302,6 +6721,35 @@ RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))
 ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "schedule": "--t"}
 
 
+def equivalent_command(recipe: MergeRecipe, more: Sequence[str] = ()) -> str:
+    """The command line that does the same without asking, ready to paste."""
+    defaults = MergeRecipe(recipe.primary, recipe.secondary, recipe.save_directory)
+    words = ["--save-dir", str(recipe.save_directory)]
+    if recipe.recipe_file is not None:
+        words += ["--recipe", str(recipe.recipe_file)]
+    else:
+        words = ["--primary", str(recipe.primary), "--secondary", str(recipe.secondary), *words]
+        for rule in recipe.schedule.rules:
+            values = ",".join(map(shortest_number, rule.gradient))
+            words += ["--t", values if rule.name_filter == "*" else f"{rule.name_filter}={values}"]
+        words += ["--base", str(recipe.base)] if recipe.base is not None else []
+    flags = ("method", "granularity", "dtype", "dot_threshold", "epsilon", "max_shard_bytes", "tokenizer",
+             "chat_template", "device", "threads")  # fmt: skip
+    for name in flags:
+        value = getattr(recipe, name)
+        if value != getattr(defaults, name) and not (recipe.recipe_file and name in ("method", "granularity", "dtype")):
+            flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
+            words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
+    words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if getattr(recipe, name)]
+    quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
+    return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])
+
+
+def shortest_number(value: float) -> str:
+    """A number in the fewest digits that mean it."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
 class CommandLine:
     """One run: flags and answers in, a child or one clear message out."""
 
@@ -6309,10 +6757,15 @@ class CommandLine:
         from rich.console import Console
 
         self.arguments = arguments
+        if arguments.no_color:
+            os.environ["NO_COLOR"] = "1"
+            os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = "DEPTH_1_BIT"
         # With --json the report alone goes to stdout; what people read goes beside it.
         self.console = Console(stderr=arguments.json, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.view = MergeView(self.console, quiet=arguments.quiet or arguments.json)
+        self.memory = Memory()
+        self.wizard = Wizard(self.console, self.memory, load_in_background)
         self.wrote = NOTHING_WRITTEN
 
     def show(self, picture: RenderableType) -> None:
@@ -6320,6 +6773,9 @@ class CommandLine:
             self.console.print(picture)
 
     def run(self) -> int:
+        if self.arguments.forget:
+            self.show("Forgotten." if self.memory.forget() else "There was nothing to forget.")
+            return EXIT_DONE
         if self.arguments.demo:
             return self.run_demo()
         preset = self.preset()
@@ -6328,11 +6784,30 @@ class CommandLine:
             text = f"slerpmerge: no terminal to ask at; give {', '.join(missing)}"
             print(text + " (--yes takes every default that is left)." * ("--yes" in missing), file=sys.stderr)
             return EXIT_USAGE
-        wizard = Wizard(self.console, load_in_background)
         if self.interactive and any(name not in preset for name in ("primary", "secondary", "save_directory")):
             self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
-        recipe = ask_recipe(self.with_defaults(preset), wizard)
-        return self.merge(recipe, wizard)
+        preset = self.with_defaults(preset)
+        remembered = {name: self.memory.folder(name) for name in ("primary", "secondary")}
+        answers = ask_answers(preset, self.wizard, remembered)
+        while True:
+            plan = prepare_merge(MergeRecipe(**answers), self.observe)
+            if self.arguments.dry_run:
+                if self.arguments.json:
+                    print(json.dumps(plan_as_dict(plan)))
+                return EXIT_DONE
+            plan = self.offer_template(plan)
+            decision = self.decide(plan)
+            if decision != "change":
+                break
+            name = self.wizard.which_answer([name for name in ANSWER_NAMES if name not in preset] or list(ANSWER_NAMES))
+            answers = ask_answers(without_answer(answers, name), self.wizard, answers)
+        if decision == "start":
+            return self.merge(plan)
+        if decision == "save":
+            self.save_recipe(plan)
+        else:
+            self.show(NOTHING_WRITTEN)
+        return EXIT_DONE
 
     def preset(self) -> dict[str, Any]:
         """The fields of MergeRecipe that flags and a recipe file give. A flag goes before the file."""
@@ -6362,50 +6837,62 @@ class CommandLine:
         settled = self.arguments.yes or (self.arguments.dry_run and not self.interactive)
         return {"schedule": Schedule.constant(0.5), **preset} if settled else preset
 
-    def merge(self, recipe: MergeRecipe, wizard: Wizard) -> int:
-        plan = prepare_merge(recipe, self.observe)
-        if self.arguments.dry_run:
-            if self.arguments.json:
-                print(json.dumps(plan_as_dict(plan)))
-            return EXIT_DONE
+    def decide(self, plan: MergePlan) -> str:
+        """What to do with a plan: "start", "leave", "change" an answer, or "save" a recipe."""
         if plan.kinship.warning:
             self.show(f"[yellow]{plan.kinship.warning}[/]")
-        plan = self.offer_template(plan, wizard)
-        if not self.arguments.yes and not wizard.confirm("Start the merge?", default=plan.kinship.warning is None):
-            self.show("Nothing was written.")
-            return EXIT_DONE
+        return "start" if self.arguments.yes else self.wizard.decide(plan.kinship.warning is None)
+
+    def save_recipe(self, plan: MergePlan) -> None:
+        """Writes the merge as a recipe, and says how to make the child of it."""
+        path = self.wizard.ask_recipe_file().resolve()
+        write_text(path, recipe_text(plan, path.parent))
+        self.wrote = f"The recipe stands in {path}."
+        self.show(self.wrote)
+        self.show_command(dataclasses.replace(plan.recipe, recipe_file=path))
+
+    def show_command(self, recipe: MergeRecipe) -> None:
+        """The command for scripts that does what was answered."""
+        more = ["--verify", self.arguments.verify] if self.arguments.verify else []
+        self.console.print("The same without questions:", style="dim")
+        self.console.print(printable(equivalent_command(recipe, more)), soft_wrap=True, markup=False)
+
+    def merge(self, plan: MergePlan) -> int:
+        if self.interactive and not self.arguments.yes:
+            self.show_command(plan.recipe)
         self.wrote = CLEANED_UP
         started = time.perf_counter()
         wait_for_torch()
         with self.view:
             report = execute_merge(plan, self.observe)
         report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
+        if self.interactive:
+            self.memory.remember(plan.recipe, self.wizard.blend_text)
         self.show(render_report(self.console, report))
-        report = self.verify_fully(report, wizard)
+        report = self.verify_fully(report)
         if self.arguments.json:
             print(json.dumps(report.as_dict()))
         elif not self.arguments.quiet:
-            self.console.print("Try it:", style="bold")
+            self.console.print("Try it, convert it, share it:", style="bold")
             for command in next_commands(report):
-                self.console.print(command, soft_wrap=True, markup=False)
+                self.console.print(printable(command), soft_wrap=True, markup=False)
         return EXIT_DONE
 
-    def offer_template(self, plan: MergePlan, wizard: Wizard) -> MergePlan:
+    def offer_template(self, plan: MergePlan) -> MergePlan:
         """Asks whether a child without a chat template shall have the other parent's, where that fits its tokens."""
         role = plan.parity.offered_template
         if role is None or self.arguments.yes:
             return plan
-        if not wizard.confirm(f"The child has no chat template; take the {role}'s?", default=True):
+        if not self.wizard.confirm(f"The child has no chat template; take the {role}'s?", default=True):
             return plan
         return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, chat_template=role))
 
     def observe(self, event: Event) -> None:
         if isinstance(event, ParityChecked) and not event.report.of_severity("blocking"):
             self.show(render_parity(self.console, event.report))
-        if isinstance(event, MergeStopped):
-            self.wrote = (
-                f"{event.kept} of {event.total} weight files are finished and kept; the same command carries on."
-            )
+        elif isinstance(event, MergeStopped):
+            files = f"{event.kept} of {event.total} weight files are finished and kept"
+            self.wrote = f"{files}; the same command carries on."
         elif isinstance(event, ChildPublished):
             self.wrote = f"The child stands in {event.child}."
         elif isinstance(event, PlanReady):
@@ -6414,11 +6901,11 @@ class CommandLine:
                 self.show(render_curves(self.console, event.plan))
         self.view.observe(event)
 
-    def verify_fully(self, report: MergeReport, wizard: Wizard) -> MergeReport:
+    def verify_fully(self, report: MergeReport) -> MergeReport:
         """--verify full, or the wizard's offer of it."""
         wanted = self.arguments.verify == "full"
         if self.arguments.verify is None and self.interactive and not self.arguments.yes:
-            wanted = wizard.confirm("Load the child with transformers, to be sure?", default=True)
+            wanted = self.wizard.confirm("Load the child with transformers, to be sure?", default=True)
         if not wanted:
             return report
         checks = verify_with_transformers(report.child)
@@ -6434,7 +6921,7 @@ class CommandLine:
         recipe = MergeRecipe(primary, secondary, folder / "demo-child", overwrite=True)
         self.arguments.yes = True
         self.arguments.verify = "full"
-        status = self.merge(recipe, Wizard(self.console, load_in_background))
+        status = self.merge(prepare_merge(recipe, self.observe))
         for name in (primary, secondary, recipe.save_directory):
             self.show(f"[bold]{name.name}[/]: {generate_text(name, DEMO_PROMPT)}")
         return status
@@ -6532,4 +7019,9 @@ if __name__ == "__main__":
     status = main()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
+    if threading.active_count() > 1:  # libraries still load in the background; nobody waits for them
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
     sys.exit(status)

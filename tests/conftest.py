@@ -40,3 +40,14 @@ def parents() -> Parents:
     yield watched
     for folder, before in watched.prints.items():
         assert fingerprint(folder) == before, f"{folder} was written to"
+
+
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path_factory, monkeypatch):
+    """No test sees this person's settings or models, or another test's."""
+    folder = tmp_path_factory.mktemp("person")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    monkeypatch.setenv("APPDATA", str(folder))
+    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
+    if sys.platform == "darwin":
+        monkeypatch.setenv("HOME", str(folder))

@@ -191,13 +191,15 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     command_line = slerpmerge.CommandLine(slerpmerge.build_parser().parse_args(["--verify", "quick"]))
     command_line.console, command_line.interactive = console, True
     command_line.view = slerpmerge.MergeView(console)
+    memory = command_line.memory = mock.Mock(content={}, places=[], folder=lambda name: None)
+    command_line.wizard = TypedAnswers(console, memory, lambda: None)
     TypedAnswers.answers = iter(
         [
-            ("Primary model", "", f"models/{PRIMARY}"),
-            ("Secondary model", "", f"models/{SECONDARY}"),
+            ("Primary model", " (Tab lists what is here, ? helps)", f"models/{PRIMARY}"),
+            ("Secondary model", " (Tab lists what is here, ? helps)", f"models/{SECONDARY}"),
             ("Save directory", f" ({CHILD})", ""),
             ("Blend", " (even)", ""),
-            ("Start the merge?", "", True),
+            ("Start the merge?", " (Y/n/c/s/?)", ""),
         ]
     )
 
@@ -212,7 +214,10 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
         return scene.report
 
     with (
-        mock.patch.multiple(slerpmerge, Wizard=TypedAnswers, prepare_merge=prepare, execute_merge=execute),
+        mock.patch.multiple(slerpmerge, prepare_merge=prepare, execute_merge=execute),
+        mock.patch.multiple(slerpmerge, open_checkpoint=lambda folder: scene.plan.primary),
+        mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=scene.plan.disk_free_bytes)),
+        mock.patch("sys.argv", ["slerpmerge.py"]),
         mock.patch("time.perf_counter", clock),
         create_app_session(input=DummyInput(), output=DummyOutput()),
     ):

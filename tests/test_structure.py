@@ -21,7 +21,8 @@ TREE = ast.parse(SOURCE)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BANNER = re.compile(r"# (?:── )?§(\d+)[a-z]?  ?\S")
 SCREEN_LIBRARIES = {"rich", "questionary", "prompt_toolkit", "colorama"}
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # import names that are not the name to install
+# Import names that are not the name to install.
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
