@@ -215,3 +215,14 @@ class Terminal:
         answers = self.screen.feed(text)
         if answers:
             self.send(answers)
+
+    def resize(self, columns: int, rows: int = 40) -> None:
+        """Gives the terminal another size, of which the program is told."""
+        fcntl.ioctl(self.keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.screen.columns, self.screen.rows = columns, rows
+
+    def hang_up(self) -> int:
+        """Closes the terminal under the program; its exit status."""
+        os.close(self.keyboard)
+        self.keyboard = os.open(os.devnull, os.O_RDWR)  # so that leaving has something to close
+        return self.process.wait(PATIENCE)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,6 +37,7 @@ from tests.builders import (
     units_of_last_place,
 )
 from tests.terminal import Terminal, needs_terminal
+from tests.test_crash import interrupted
 
 posix_paths = pytest.mark.skipif(os.name == "nt", reason="a backslash separates folders on Windows")
 
@@ -534,3 +539,357 @@ class TestSixtyColumns:
             terminal.answer("Primary model", "nowhere")
             terminal.wait_for("The folder nowhere does not exist.")
             terminal.wait_for("Give the folder that holds a model's config.json and weights.", timeout=2)
+
+
+def make_cached(hub: Path, name: str, seed: int, **how: object) -> Path:
+    """A model in a Hugging Face cache: blobs, a snapshot of links to them, and the reference to it."""
+    cache = hub / f"models--{name.replace('/', '--')}"
+    made = make_checkpoint(hub / "made" / name, llama_tensors(seed), **how)
+    snapshot = cache / "snapshots" / f"{seed:040x}"
+    for folder in (cache / "blobs", cache / "refs", snapshot):
+        folder.mkdir(parents=True)
+    for file in made.iterdir():
+        blob = file.rename(cache / "blobs" / f"{seed:02x}{len(file.name):062x}")
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    (cache / "refs" / "main").write_text(snapshot.name)
+    shutil.rmtree(hub / "made")
+    return snapshot
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A Hugging Face cache of its own."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+cached_links = pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+
+
+@cached_links
+class TestFinding:
+    def finder(self, folder: Path, *places: Path) -> slerpmerge.ModelFinder:
+        finder = slerpmerge.ModelFinder(places)
+        finder._look()
+        return finder
+
+    def test_models_hereabouts_in_the_cache_and_of_late_are_found_with_their_size(self, tmp_path, hub, monkeypatch):
+        make_cached(hub, "ada/finch", 1)
+        here = tmp_path / "here"
+        make_pair(here / "models")
+        late = make_checkpoint(tmp_path / "late", llama_tensors(3, torch.float16))
+        monkeypatch.chdir(here)
+        offers = dict(self.finder(here, late, tmp_path / "gone").offers(""))
+        assert set(offers) == {"ada/finch", "models/primary", "models/secondary", str(late)}
+        assert offers["ada/finch"] == "5.5K bfloat16 10.9 KB"
+        assert offers[str(late)].startswith("5.5K float16")
+
+    def test_a_snapshot_that_is_not_whole_is_not_found_and_an_older_whole_one_is(self, tmp_path, hub):
+        whole = make_cached(hub, "ada/finch", 1)
+        newer = whole.with_name(f"{2:040x}")
+        newer.mkdir()
+        (newer / "config.json").write_text((whole / "config.json").read_text())
+        os.utime(newer, (2e9, 2e9))
+        (offer,) = self.finder(tmp_path).offers("finch")
+        assert offer[0] == "ada/finch"
+        assert slerpmerge.find_model("ada/finch") == whole
+        (newer / "model.safetensors").symlink_to((whole / "model.safetensors").resolve())
+        assert slerpmerge.find_model("ada/finch") == newer
+
+    def test_what_fits_the_primary_comes_first_and_the_others_say_why_not(self, tmp_path, hub, monkeypatch):
+        primary, _ = make_pair(tmp_path)
+        make_checkpoint(tmp_path / "another", llama_tensors(3), {**LLAMA_CONFIG, "model_type": "mistral"})
+        make_checkpoint(tmp_path / "deeper", llama_tensors(3, layers=3), {**LLAMA_CONFIG, "num_hidden_layers": 3})
+        make_checkpoint(tmp_path / "longer", {**llama_tensors(3), "lm_head.weight": torch.ones(50, 16)})
+        monkeypatch.chdir(tmp_path)
+        finder = self.finder(tmp_path)
+        finder.primary = primary
+        offers = finder.offers("")
+        assert [name for name, _ in offers] == ["longer", "secondary", "another", "deeper", "primary"]
+        reasons = {name: what.partition(", ")[2] for name, what in offers}
+        assert reasons["secondary"] == reasons["longer"] == ""
+        assert reasons["another"] == "model_type: mistral, not llama"
+        assert reasons["deeper"].startswith("num_hidden_layers: 3, not 2")
+        assert reasons["primary"] == "the primary itself"
+
+    def test_a_name_of_the_hub_that_is_not_there_says_how_to_get_it(self, hub):
+        with pytest.raises(SlerpMergeError) as caught:
+            slerpmerge.open_checkpoint(slerpmerge.find_model("ada/finch"))
+        assert "hf download ada/finch" in caught.value.hint
+
+    @posix_paths
+    def test_windows_separators_are_understood(self, tmp_path, monkeypatch):
+        make_pair(tmp_path / "models")
+        monkeypatch.chdir(tmp_path)
+        assert slerpmerge.find_model("models\\primary") == Path("models/primary")
+
+    @needs_terminal
+    def test_tab_completes_a_found_model_and_the_cache_does_not_delay_the_prompt(self, tmp_path, hub):
+        for number in range(50):
+            make_cached(hub, f"ada/finch-{number:02d}", number)
+        fastest = 60.0
+        for _ in range(3):
+            with Terminal.start(folder=tmp_path) as terminal:
+                started = time.monotonic()
+                terminal.wait_for("Primary model")
+                fastest = min(fastest, time.monotonic() - started)
+                time.sleep(2)  # finding happens while the person reads
+                terminal.send("finch-07\t")
+                terminal.wait_for("ada/finch-07")
+                terminal.send("\r")
+                terminal.wait_for("Secondary model")
+                terminal.send("ada/finch-1\t")
+                terminal.wait_for("5.5K bfloat16 10.9 KB")
+            if fastest < 0.9:
+                break
+        assert fastest < 0.9, "0.3 s is the aim; loading torch alone takes longer than this bound"
+
+
+@needs_terminal
+class TestSecondThoughts:
+    def test_an_answer_can_be_changed_and_the_rest_stays(self, tmp_path, parents):
+        parents.watch(*make_pair(tmp_path))
+        parents.watch(make_checkpoint(tmp_path / "third", llama_tensors(3)))
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "0.25")
+            terminal.answer("Start the merge?", "c")
+            terminal.answer("Change which answer?", "nothing")
+            terminal.wait_for("is none of them. Say blend.")
+            terminal.send("\x15bl\r")
+            terminal.wait_for("t = 0.25")
+            terminal.answer("? Blend  (even)", "0.75")
+            terminal.wait_for("t = 0.75")
+            start_and_leave(terminal)
+        found = load_tensors(tmp_path / "child")["model.norm.weight"]
+        v0, v1 = (load_tensors(tmp_path / role)["model.norm.weight"] for role in ("primary", "secondary"))
+        assert units_of_last_place(found, reference_slerp(v0, v1, 0.75)) <= 0.51
+
+    def test_every_answer_can_be_changed(self, tmp_path):
+        make_pair(tmp_path)
+        make_checkpoint(tmp_path / "third", llama_tensors(3))
+        with Terminal.start(folder=tmp_path) as terminal:
+            for prompt, answer in (("Primary", "primary"), ("Secondary", "secondary"), ("Save", "one"), ("Blend", "")):
+                terminal.answer(f"? {prompt}", answer)
+            for name, prompt, answer, shown in (
+                ("secondary", "Secondary model  (secondary)", "third", "third: Llama"),
+                ("save directory", "Save directory  (one)", "two", "child two"),
+                ("primary", "Primary model  (primary)", "secondary", "secondary: Llama"),
+            ):
+                terminal.answer("Start the merge?", "c")
+                terminal.screen.lines = [[]]  # only what comes now counts
+                terminal.screen.row = terminal.screen.column = 0
+                terminal.answer("Change which answer?", name)
+                terminal.answer(prompt, answer)
+                terminal.wait_for(" ".join(shown.split()))
+            start_and_leave(terminal)
+            assert "--primary secondary --secondary third --save-dir two --t 0.5 --yes" in " ".join(
+                terminal.text.split()
+            )
+        assert (tmp_path / "two" / "model.safetensors").exists()
+
+    def test_a_merge_can_be_saved_as_a_recipe_that_makes_the_same_child(self, tmp_path, parents):
+        parents.watch(*make_pair(tmp_path))
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "0,0.5,1")
+            terminal.answer("Take it?", "y")
+            terminal.answer("Start the merge?", "s")
+            terminal.answer("Recipe file", "my.txt")
+            terminal.wait_for("is no new .yaml file")
+            terminal.send("\x15my.yaml\r")
+            terminal.wait_for("--recipe")
+            assert terminal.exit_status() == 0
+        assert names_below(tmp_path) == {"primary", "secondary", "my.yaml"}
+        plain = run_script(tmp_path, *FOLDERS[:-1], "plain", "--t", "0,0.5,1", "--yes")
+        assert plain == run_script(tmp_path, "--recipe", "my.yaml", "--save-dir", "again", "--yes") == 0
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "again"))
+        assert first == second
+
+    def test_the_command_that_is_shown_does_the_same(self, tmp_path, parents):
+        parents.watch(*make_pair(tmp_path))
+        flags = ("--method", "slerp-norm", "--max-shard-size", "5000", "--dtype", "float16")
+        with Terminal.start((*FOLDERS, *flags), columns=400, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "self_attn=0,1 mlp=0.3 0.123456789")
+            terminal.answer("Take it?", "y")
+            start_and_leave(terminal)
+            (line,) = (
+                line for line in terminal.text.splitlines() if line.startswith("python ") and "--primary" in line
+            )
+        shutil.copytree(tmp_path / "child", tmp_path / "first")
+        words = shlex.split(line)
+        assert words[0] == "python"
+        assert subprocess.run([sys.executable, *words[1:], "--overwrite"], cwd=tmp_path).returncode == 0
+        assert len(list((tmp_path / "first").glob("*.safetensors"))) == 3
+        for file in (tmp_path / "first").glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "child" / file.name).read_bytes()
+
+    def test_help_is_there_at_every_prompt(self, tmp_path):
+        make_pair(tmp_path)
+        with Terminal.start(folder=tmp_path) as terminal:
+            for prompt, words, answer in (
+                ("? Primary", "The model at t = 0", "primary"),
+                ("? Secondary", "The model at t = 1", "secondary"),
+                ("? Save", "A new folder for the child", ""),
+                ("? Blend", "How much of the secondary each layer gets", ""),
+                ("? Start the merge?", "c changes an answer", "n"),
+            ):
+                terminal.answer(prompt, "?")
+                terminal.wait_for(words)
+                terminal.send(answer + "\r")
+            assert terminal.exit_status() == 0
+
+    def test_what_stands_there_is_replaced_only_if_the_person_says_so(self, tmp_path):
+        make_pair(tmp_path)
+        for _ in range(2):
+            assert run_script(tmp_path, *FOLDERS, "--t", "0.1", "--yes", "--overwrite") == 0
+        before = (tmp_path / "child" / "model.safetensors").read_bytes()
+        with Terminal.start((*FOLDERS[:-2], "--t", "0.9"), folder=tmp_path) as terminal:
+            terminal.answer("? Save directory", "child")
+            terminal.answer("holds a model; replace it once the child is whole? (y/N)")
+            terminal.answer("? Save directory  (primary-secondary-slerp-0.9)", "child")
+            terminal.answer("replace it once the child is whole? (y/N)", "y")
+            start_and_leave(terminal)
+            assert "--overwrite" in "".join(terminal.text.split())
+        assert (tmp_path / "child" / "model.safetensors").read_bytes() != before
+
+    @pytest.mark.parametrize("answer", ["", "n"])
+    def test_an_unfinished_merge_is_carried_on_or_begun_anew(self, tmp_path, answer):
+        primary, secondary, child = interrupted(tmp_path, threads=2, device="auto")
+        folders = ("--primary", str(primary), "--secondary", str(secondary))
+        with Terminal.start((*folders, "--t", "0.5", "--max-shard-size", "5000"), folder=tmp_path) as terminal:
+            terminal.answer("? Save directory", str(child))
+            terminal.answer("An unfinished merge stands there. Carry on with it? (Y/n)", answer)
+            start_and_leave(terminal)
+            assert ("Carrying on: 2 of 3 files stand already." in terminal.text) is (answer == "")
+            assert ("--restart" in "".join(terminal.text.split())) is (answer == "n")
+
+
+@needs_terminal
+class TestMemory:
+    def test_the_last_models_and_blend_are_offered_and_forgotten_with_a_flag(self, tmp_path):
+        make_pair(tmp_path)
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "0.25")
+            start_and_leave(terminal)
+        (kept,) = Path(os.environ["XDG_CONFIG_HOME"]).rglob("settings.json")
+        assert "0.25" in kept.read_text()
+        (tmp_path / "elsewhere").mkdir()
+        with Terminal.start(folder=tmp_path / "elsewhere") as terminal:
+            for prompt in ("? Primary model", "? Secondary model", "? Save directory", "? Blend  (0.25)"):
+                terminal.answer(prompt)
+            terminal.wait_for("t = 0.25")
+            start_and_leave(terminal)
+        assert names_below(tmp_path / "elsewhere") == {"primary-secondary-slerp"}
+        assert run_script(tmp_path, "--forget") == 0
+        assert not kept.exists()
+        assert run_script(tmp_path, "--forget") == 0
+
+    def test_settings_that_are_torn_or_from_a_stranger_are_no_matter(self, tmp_path):
+        folder = Path(os.environ["XDG_CONFIG_HOME"]) / "slerpmerge"
+        folder.mkdir()
+        make_pair(tmp_path)
+        for text in ("{", "[]", '{"primary": 3, "places": [1, {}], "blend": ["x"]}', '{"blend": "a lot"}'):
+            (folder / "settings.json").write_text(text)
+            with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+                terminal.wait_for("? Blend  (even)")
+                terminal.interrupt()
+                assert terminal.exit_status() == 130
+
+    def test_nothing_is_remembered_of_a_merge_without_a_person(self, tmp_path):
+        make_pair(tmp_path)
+        assert run_script(tmp_path, *FOLDERS, "--yes") == 0
+        assert list(Path(os.environ["XDG_CONFIG_HOME"]).rglob("*.json")) == []
+
+
+@needs_terminal
+class TestManners:
+    PROMPTS = (
+        ("? Primary model", "primary"), ("? Secondary model", "secondary"), ("? Save directory", ""), ("? Blend", ""),
+        ("? Start the merge?", "c"), ("Change which answer?", "blend"),
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
+    @pytest.mark.parametrize("number", range(len(PROMPTS)))
+    def test_leaving_at_any_prompt(self, tmp_path, number, key):
+        make_pair(tmp_path)
+        with Terminal.start(folder=tmp_path) as terminal:
+            for prompt, answer in self.PROMPTS[:number]:
+                terminal.answer(prompt, answer)
+            terminal.wait_for(self.PROMPTS[number][0])
+            started = time.monotonic()
+            terminal.send(key)
+            assert terminal.exit_status() == 130
+            assert time.monotonic() - started < 1.5
+            assert "Stopped. Nothing was written." in terminal.text
+            assert "Traceback" not in terminal.text
+        assert names_below(tmp_path) == {"primary", "secondary"}
+
+    @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}], ids=["NO_COLOR", "dumb", "flag"])
+    def test_no_colour_where_none_is_wanted(self, tmp_path, variables):
+        make_pair(tmp_path)
+        flag = () if variables else ("--no-color",)
+        with Terminal.start((*FOLDERS, *flag), env=variables, folder=tmp_path) as terminal:
+            terminal.answer("Blend", "0.7")
+            start_and_leave(terminal)
+            assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;m]", terminal.output)
+
+    def test_ascii_where_there_is_no_more(self, tmp_path):
+        make_pair(tmp_path)
+        variables = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+        with Terminal.start((*FOLDERS, "--t", "0,1"), env=variables, folder=tmp_path) as terminal:
+            start_and_leave(terminal)
+            assert terminal.text.isascii()
+
+    def test_a_terminal_that_changes_its_size_during_the_merge(self, tmp_path):
+        child = slow_pair(tmp_path)
+        with Terminal.start((*FOLDERS, "--yes"), folder=tmp_path) as terminal:
+            terminal.wait_for(".weight  slerp, ")
+            terminal.resize(60)
+            time.sleep(0.3)
+            start = len(terminal.output)
+            terminal.wait_for("Done", timeout=120)
+            assert terminal.exit_status(120) == 0
+            lines = re.sub(r"\x1b\[[^@-~]*[@-~]", "", terminal.output[start:]).splitlines()
+            bars = [line for line in lines if "━" in line]
+            assert bars == [] or max(map(len, bars)) <= 60
+        assert child.exists()
+
+    def test_a_terminal_that_is_closed_during_the_merge_stops_it_tidily(self, tmp_path, parents):
+        slow_pair(tmp_path)
+        parents.watch(tmp_path / "primary", tmp_path / "secondary")
+        with Terminal.start((*FOLDERS, "--yes"), folder=tmp_path) as terminal:
+            terminal.wait_for(".weight  slerp, ")
+            assert terminal.hang_up() == 128 + 1
+        assert names_below(tmp_path) == {"primary", "secondary"}
+
+    def test_a_terminal_that_is_closed_at_a_prompt_ends_it(self, tmp_path):
+        with Terminal.start(folder=tmp_path) as terminal:
+            terminal.wait_for("Primary model")
+            time.sleep(1)
+            assert terminal.hang_up() == 128 + 1
+
+    def test_the_layers_are_drawn_while_it_merges(self, tmp_path):
+        slow_pair(tmp_path)
+        with Terminal.start((*FOLDERS, "--yes"), folder=tmp_path) as terminal:
+            terminal.wait_for(".weight  slerp, ")
+            terminal.wait_for("layers  ██")
+            terminal.interrupt()
+            assert terminal.exit_status() == 130
+
+
+def slow_pair(folder: Path) -> Path:
+    """A pair of many small tensors, whose merge takes seconds and little room; the child's place."""
+    count = 12_000
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(count)]
+    for seed, name in enumerate(("primary", "secondary")):
+        weights = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+        make_checkpoint(folder / name, dict(zip(names, weights)), {**LLAMA_CONFIG, "num_hidden_layers": count})
+    return folder / "child"
+
+
+def run_script(folder: Path, *arguments: object) -> int:
+    """The exit status of a run without a terminal."""
+    command = [sys.executable, slerpmerge.__file__, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=60).returncode
