@@ -6219,9 +6219,10 @@ class ModelFinder:
         yield from folders_below(Path("models"), FOUND_LEVELS)
         from huggingface_hub import constants, scan_cache_dir
 
-        if not Path(constants.HF_HUB_CACHE).is_dir():
+        cache = Path(constants.HF_HUB_CACHE)
+        if not cache.is_dir():
             return
-        for repository in sorted(scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repository: repository.repo_id):
+        for repository in sorted(scan_cache_dir(cache).repos, key=lambda repository: repository.repo_id):
             if repository.repo_type == "model":
                 snapshots = sorted(repository.revisions, key=lambda revision: -revision.last_modified)
                 whole = (revision.snapshot_path for revision in snapshots if open_if_whole(revision.snapshot_path))
