@@ -78,6 +78,7 @@ import stat
 import struct
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -1058,9 +1059,10 @@ def find_model(text: str) -> Path:
     """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache."""
     path = clean_path(text)
     if not path.exists():
-        slashed = Path(str(path).replace("\\", "/"))  # as Windows writes it
-        if slashed.exists():
-            return slashed
+        # As Windows writes it, or completed behind a quote that was opened and not closed.
+        for other in (str(path).replace("\\", "/"), str(path).lstrip("'\"")):
+            if Path(other).exists():
+                return Path(other)
         if HUB_NAME.fullmatch(path.as_posix()) and (snapshot := cached_snapshot(path.as_posix())) is not None:
             return snapshot
     return path
@@ -3245,6 +3247,14 @@ def follow_tokens(
     return {key: result[key] for key in (*settings, *donor) if key in result}  # in the settings' own order
 
 
+def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) -> list[Mismatch]:
+    """What keeps a base model from being one, beyond the shapes of its tensors."""
+    if base is None:
+        return []
+    found = [*check_quantisation(primary, base), *compare_configs(primary, base, any_depth)]
+    return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in found if m.severity == "blocking"]
+
+
 def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
     """A notice where both parents are one folder."""
     if primary.folder.resolve() != secondary.folder.resolve():
@@ -3288,6 +3298,7 @@ def check_parity(
     found += [
         *check_quantisation(primary, secondary),
         *compare_configs(primary, secondary, any_depth=bool(slices)),
+        *check_base(primary, base, any_depth=bool(slices)),
         *check_slices(slices, primary, alike),
         *heads,
         *renamed,
@@ -3592,7 +3603,7 @@ def plan_merge(
         disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
         disk_free_bytes=shutil.disk_usage(existing_folder(recipe.save_directory)).free,
         kinship=measure_kinship(pairs),
-        remarks=tuple(unmatched_filters(recipe, jobs)),
+        remarks=(*unmatched_filters(recipe, jobs), *remarks_on_base(pairs)),
         read_bytes_per_second=rate,
         expected_seconds=read_bytes / rate
         + child_bytes / WRITE_BYTES_PER_SECOND
@@ -3600,6 +3611,13 @@ def plan_merge(
     )
     check_disk_space(plan)
     return plan
+
+
+def remarks_on_base(pairs: Sequence[TensorPair]) -> Iterator[str]:
+    """A base that is no relative of the primary is probably the wrong one."""
+    kinship = measure_kinship([dataclasses.replace(pair, secondary=pair.base) for pair in pairs if pair.base])
+    if kinship.verdict == "strangers":
+        yield f"The base and the primary look like {kinship.describe()}. It is hardly what the parents learned from."
 
 
 def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> Iterator[str]:
@@ -3901,13 +3919,16 @@ class Journal:
             raise explain_os_error(error, self.path, "write") from error
 
 
+GIVES_WAY = "An unfinished child stands there and gives way"
+
+
 def leftover_remarks(plan: MergePlan) -> Iterator[str]:
     """What a run that ended early left for this one, in words."""
     journal = Journal(staging_area(plan.recipe.save_directory), plan)
     if is_plain_file(journal.path) and not plan.recipe.restart:
         reason = journal.load()
         kept = f"{len(journal.finished)} of {len(plan.shards)} files of an earlier run are kept."
-        yield f"An unfinished child stands there and gives way: {reason}." if reason else kept
+        yield f"{GIVES_WAY}: {reason}." if reason else kept
 
 
 class StagedChild:
@@ -5751,8 +5772,10 @@ def draw_curve(console: Console, values: Sequence[float]) -> str:
     if len(values) > CURVE_COLUMNS:
         steps = CURVE_COLUMNS - 1
         values = [values[round(step * (len(values) - 1) / steps)] for step in range(CURVE_COLUMNS)]
-    levels = CURVE_LEVELS if is_unicode(console) else "0123456789"
-    return "".join(levels[min(max(round(t * (len(levels) - 1)), 0), len(levels) - 1)] for t in values)
+    if not is_unicode(console):  # tenths: 5 is 0.5, and 9 stands for all above
+        return "".join(str(min(max(int(t * 10 + 1e-9), 0), 9)) for t in values)
+    last = len(CURVE_LEVELS) - 1
+    return "".join(CURVE_LEVELS[min(max(round(t * last), 0), last)] for t in values)
 
 
 def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> list[tuple[str, str]]:
@@ -5792,7 +5815,7 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     lines: list[RenderableType] = []
     for stack, component, values in t_by_component(plan):
         name = displayable(console, f"{stack}  {component:<10}")
-        curve = f"{draw_curve(console, values)}  {values[0]:.4g}  {values[-1]:.4g}"
+        curve = f"{draw_curve(console, values)}  {values[0]:.4g} to {values[-1]:.4g}"
         narrow = console.width < NARROW_COLUMNS or len(name) > 50
         lines.append(Text(f"{name}\n  {curve}" if narrow else f"{name:<26}  {curve}"))
     outside: dict[float, list[str]] = {}
@@ -6090,6 +6113,7 @@ OTHER_BLENDS = (
     ("task vectors", "blend what each parent learned since a common base"),
     ("a recipe file", "its path, ending in .yaml or .yml"),
 )
+TASK_VECTORS = "task vectors"
 BLEND_HELP = "Say a name from the list, such as even, or a number: 0 is the primary alone, 1 the secondary alone"
 
 
@@ -6123,7 +6147,10 @@ def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
 def parse_blend(text: str) -> Schedule:
     """An answer to `Blend`: a blend's name or the beginning of one, a number, a gradient, or filters with theirs."""
     wanted = " ".join(text.lower().split())
-    named = [meaning for name, meaning, _ in BLENDS if wanted and name.startswith(wanted)]
+    matches = [name for name, _, _ in BLENDS if wanted and name.startswith(wanted)]
+    if len(matches) > 1:
+        raise SlerpMergeError(f"{text!r} could be {' or '.join(matches)}.", "Type more of it.")
+    named = [meaning for name, meaning, _ in BLENDS if name in matches]
     rules = [parse_rule(part) for part in (named[0] if len(named) == 1 else text).split()]
     schedule = order_rules(rules)
     for t in schedule.values():
@@ -6134,14 +6161,15 @@ def parse_blend(text: str) -> Schedule:
     return schedule
 
 
-def answer_check(check: Callable[[str], object]) -> Callable[[str], bool | str]:
+def answer_check(check: Callable[[Any], object]) -> Callable[[Any], bool | str]:
     """A validator for a prompt from a function that raises: the answer stays, its reason is shown below."""
 
-    def validate(text: str) -> bool | str:
+    def validate(answer: Any) -> bool | str:
         try:
-            check(text)
+            check(answer)
         except SlerpMergeError as error:
-            return printable(f"{error.message} {error.hint}")
+            width = max(20, shutil.get_terminal_size().columns - 2)
+            return textwrap.fill(printable(f"{error.message} {error.hint}"), width, break_on_hyphens=False)
         return True
 
     return validate
@@ -6171,6 +6199,13 @@ def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
             f"It does not fit the primary: {first.subject} is {first.secondary}, not {first.primary}.{more}",
             first.consequence,
         )
+
+
+def check_fit_of_base(primary_folder: Path, base_folder: Path) -> None:
+    """Raises SlerpMergeError where a model cannot be what the parents were fine-tuned from."""
+    reason = misfit(open_checkpoint(primary_folder), open_checkpoint(base_folder))
+    if reason is not None:
+        raise SlerpMergeError(f"It is no base of the primary: {reason}.", "Give the model both were fine-tuned from.")
 
 
 def check_recipe_parents(fields: dict[str, Any], parents: tuple[Path, Path]) -> dict[str, Any]:
@@ -6242,19 +6277,31 @@ class ModelFinder:
         """(what to type, what it is) of found models whose name holds `text`; those that fit the primary first."""
         offers = []
         for checkpoint in list(self.found):
-            name, reason = self.name_of(checkpoint), self.misfit_of(checkpoint)
+            name, reason = short_name(checkpoint.folder), self.misfit_of(checkpoint)
             if text.lower() in name.lower():
                 count, size = format_count(checkpoint.parameter_count), format_bytes(checkpoint.byte_count)
                 size = f"{count} {checkpoint.dtypes[0]} {size}"
-                offers.append((reason is not None, name, f"{size}, {reason}" if reason else size))
+                offers.append((reason is not None, name, f"{reason}; {size}" if reason else size))
         return [(name, what) for _, name, what in sorted(offers)]
 
-    @staticmethod
-    def name_of(checkpoint: Checkpoint) -> str:
-        """The shortest text that finds a model again: org/name in the cache, a path from here, or its whole path."""
-        if checkpoint.folder.parent.name == "snapshots" and HUB_NAME.fullmatch(checkpoint.name):
-            return checkpoint.name
-        return str(checkpoint.folder)
+
+def short_name(folder: Path) -> str:
+    """The shortest text that finds a model again: org/name in the cache, a path from here, or its whole path."""
+    name = public_name(folder, {})
+    if folder.parent.name == "snapshots" and HUB_NAME.fullmatch(name) and find_model(name) == folder:
+        return name
+    with contextlib.suppress(ValueError):
+        return str(folder.resolve().relative_to(Path.cwd()))
+    return str(folder)
+
+
+MOST_COLUMNS_OF_A_NAME = 40  # in a menu, so that what stands beside it has room
+
+
+def shortened(name: str) -> str:
+    """A name for a menu, its middle left out where it is long."""
+    half = MOST_COLUMNS_OF_A_NAME // 2
+    return name if len(name) <= MOST_COLUMNS_OF_A_NAME else f"{name[: half - 1]}...{name[2 - half :]}"
 
 
 def folders_below(folder: Path, levels: int) -> Iterator[Path]:
@@ -6283,7 +6330,7 @@ def model_completer(finder: ModelFinder | None) -> Completer:
             bare = text[1:] if text[:1] in ("'", '"') else text  # a quote before a pasted path
             offers = finder.offers(bare) if finder is not None else []
             for name, what in offers:
-                yield Completion(name, -len(text), display=printable(name), display_meta=printable(what))
+                yield Completion(name, -len(text), display=shortened(printable(name)), display_meta=printable(what))
             for path in paths.get_completions(Document(bare), event):
                 whole = bare[: len(bare) + path.start_position] + path.text
                 if whole.rstrip("/\\") not in dict(offers):
@@ -6358,6 +6405,7 @@ HELP = {
     " 0,0.5,1; filters such as self_attn=0,1 mlp=1,0 0.5; task vectors; or a recipe file.",
     "start": "y starts, n leaves, c changes an answer and keeps the rest, s saves the merge as a recipe and leaves.",
     "change": "Say which answer to give anew; the others stay as they are.",
+    "confirm": "Type y or n; Enter alone takes the one in capitals.",
     "base": "The model that both parents were fine-tuned from.",
     "recipe": "Where the recipe goes; --recipe reads it again, and mergekit understands it.",
 }
@@ -6374,6 +6422,7 @@ class Wizard:
         self.on_first_prompt = on_first_prompt
         self.asked = False
         self.blend_text: str | None = None  # the last answer to Blend, as it was typed
+        self.proposed: Path | None = None  # the last proposed save directory
 
     def ask(self, question: Any) -> Any:
         """The answer. Raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D."""
@@ -6445,19 +6494,21 @@ class Wizard:
                 return default
             return find_model(text) if finder is not None else clean_path(text)
 
-        shown = str(default) if default is not None else "Tab lists what is here, ? helps"
+        shown = "Tab lists what is here, ? helps"
+        if default is not None:
+            shown = short_name(default) if finder is not None else str(default)
         return self.ask_text(message, parse, subject, f"({shown})", model_completer(finder), check)
 
     def ask_primary(self, default: Path | None) -> dict[str, Any]:
-        check = open_checkpoint
-        return {"primary": self.ask_folder("Primary model", "primary", check, default, self.finder)}
+        default = default if default is not None and open_if_whole(default) is not None else None
+        return {"primary": self.ask_folder("Primary model", "primary", open_checkpoint, default, self.finder)}
 
     def ask_secondary(self, primary: Path, default: Path | None) -> dict[str, Any]:
         def check(folder: Path) -> None:
             check_fit(primary, folder)
 
         self.finder.primary = primary
-        if default is not None and (default == primary or open_if_whole(default) is None):
+        if default is not None and (default.resolve() == primary.resolve() or answer_check(check)(default) is not True):
             default = None
         found = self.ask_folder("Secondary model", "secondary", check, default, self.finder)
         if found.resolve() == primary.resolve():
@@ -6470,6 +6521,7 @@ class Wizard:
         needed, free = open_checkpoint(parents[0]).byte_count, shutil.disk_usage(existing_folder(Path())).free
         self.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
         proposed = default or proposed_save_directory(*parents, answers)
+        self.proposed = proposed_save_directory(*parents, answers)
         while True:
             folder = self.ask_folder(
                 "Save directory",
@@ -6493,14 +6545,14 @@ class Wizard:
         from prompt_toolkit.completion import WordCompleter
 
         self.show_blends()
-        names = [name for name, _, _ in BLENDS] + ["task vectors"]
+        names = [name for name, _, _ in BLENDS] + [TASK_VECTORS]
         completer: Completer = WordCompleter(names, sentence=True, ignore_case=True)
         default = self.default_blend()
 
         def parse(text: str) -> tuple[str, dict[str, Any]]:
             text = text.strip() or default
-            if text.lower() == "task vectors":
-                return text, {"method": "slerp"}
+            if len(text) > 1 and TASK_VECTORS.startswith(text.lower()):
+                return TASK_VECTORS, {"method": "slerp"}
             if text.strip("'\"").lower().endswith((".yaml", ".yml")):
                 return text, check_recipe_parents(read_recipe(clean_path(text)), parents)
             return text, {"schedule": parse_blend(text)}
@@ -6509,7 +6561,10 @@ class Wizard:
             answer, fields = self.ask_text("Blend", parse, "blend", f"({default})", completer)
             self.blend_text = answer
             if fields == {"method": "slerp"}:
-                base = self.ask_folder("Base model", "base", open_checkpoint, finder=self.finder)
+                self.finder.primary = parents[0]
+                base = self.ask_folder(
+                    "Base model", "base", lambda folder: check_fit_of_base(parents[0], folder), finder=self.finder
+                )
                 return {"base": base, "schedule": Schedule.constant(0.5)}
             drawn_already = answer.lower() in names
             if drawn_already or "primary" in fields or self.accept_curves(fields["schedule"]):
@@ -6517,12 +6572,13 @@ class Wizard:
 
     def default_blend(self) -> str:
         """The last blend, where it can be used again; else even."""
-        last = self.memory.content.get("blend")
+        last = self.blend_text or self.memory.content.get("blend")
         try:
-            parse_blend(last if isinstance(last, str) else "even")
-        except SlerpMergeError:
-            return "even"
-        return last if isinstance(last, str) else "even"
+            if isinstance(last, str) and (last == TASK_VECTORS or parse_blend(last)):
+                return last
+        except SlerpMergeError:  # from an older version, or a stranger's hand
+            pass
+        return "even"
 
     def show_blends(self) -> None:
         """Every blend with its curve over the layers, so that none is taken unseen."""
@@ -6562,7 +6618,8 @@ class Wizard:
             wanted = " ".join(text.lower().split())
             meant = [field for shown, field in fields.items() if wanted and shown.startswith(wanted)]
             if len(meant) != 1:
-                raise SlerpMergeError(f"{text!r} is none of them.", f"Say {', '.join(fields)}.")
+                what = "could be more than one of them" if meant else "is none of them"
+                raise SlerpMergeError(f"{text!r} {what}.", f"Say {', '.join(fields)}.")
             return meant[0]
 
         return self.ask_text("Change which answer?", parse, "change", f"({', '.join(fields)})")
@@ -6582,9 +6639,15 @@ class Wizard:
         self.console.print(line, style="dim", highlight=False, markup=False)
 
     def confirm(self, message: str, default: bool) -> bool:
-        import questionary
+        """Yes or no."""
 
-        return bool(self.ask(questionary.confirm(message, default=default, auto_enter=False)))
+        def parse(text: str) -> bool:
+            wanted = text.strip().lower() or ("yes" if default else "no")
+            if not ("yes".startswith(wanted) or "no".startswith(wanted)):
+                raise SlerpMergeError(f"{text!r} is neither yes nor no.", HELP["confirm"])
+            return "yes".startswith(wanted)
+
+        return self.ask_text(message, parse, "confirm", "(Y/n)" if default else "(y/N)")
 
 
 def ask_answers(preset: Mapping[str, Any], wizard: Wizard, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -6729,11 +6792,11 @@ def equivalent_command(recipe: MergeRecipe, more: Sequence[str] = ()) -> str:
     if recipe.recipe_file is not None:
         words += ["--recipe", str(recipe.recipe_file)]
     else:
-        words = ["--primary", str(recipe.primary), "--secondary", str(recipe.secondary), *words]
+        words = ["--primary", short_name(recipe.primary), "--secondary", short_name(recipe.secondary), *words]
         for rule in recipe.schedule.rules:
             values = ",".join(map(shortest_number, rule.gradient))
             words += ["--t", values if rule.name_filter == "*" else f"{rule.name_filter}={values}"]
-        words += ["--base", str(recipe.base)] if recipe.base is not None else []
+        words += ["--base", short_name(recipe.base)] if recipe.base is not None else []
     flags = ("method", "granularity", "dtype", "dot_threshold", "epsilon", "max_shard_bytes", "tokenizer",
              "chat_template", "device", "threads")  # fmt: skip
     for name in flags:
@@ -6790,18 +6853,30 @@ class CommandLine:
         preset = self.with_defaults(preset)
         remembered = {name: self.memory.folder(name) for name in ("primary", "secondary")}
         answers = ask_answers(preset, self.wizard, remembered)
+        changeable = [name for name in ANSWER_NAMES if name not in preset] if self.interactive else []
         while True:
-            plan = prepare_merge(MergeRecipe(**answers), self.observe)
-            if self.arguments.dry_run:
-                if self.arguments.json:
-                    print(json.dumps(plan_as_dict(plan)))
-                return EXIT_DONE
-            plan = self.offer_template(plan)
-            decision = self.decide(plan)
+            try:
+                plan = prepare_merge(MergeRecipe(**answers), self.observe)
+            except SlerpMergeError as error:
+                if not changeable or self.arguments.dry_run:
+                    raise
+                self.show(render_error(self.console, error))
+                decision = "change"
+            else:
+                if self.arguments.dry_run:
+                    if self.arguments.json:
+                        print(json.dumps(plan_as_dict(plan)))
+                    return EXIT_DONE
+                plan = self.offer_template(plan)
+                decision = self.decide(plan)
             if decision != "change":
                 break
-            name = self.wizard.which_answer([name for name in ANSWER_NAMES if name not in preset] or list(ANSWER_NAMES))
-            answers = ask_answers(without_answer(answers, name), self.wizard, answers)
+            name = self.wizard.which_answer(changeable or list(ANSWER_NAMES))
+            kept = without_answer(answers, name)
+            if name in ("primary", "secondary") and answers["save_directory"] == self.wizard.proposed:
+                kept = without_answer(kept, "save_directory")  # its name was made of the parents' names
+                answers.pop("save_directory")
+            answers = ask_answers(kept, self.wizard, answers)
         if decision == "start":
             return self.merge(plan)
         if decision == "save":
@@ -6842,7 +6917,10 @@ class CommandLine:
         """What to do with a plan: "start", "leave", "change" an answer, or "save" a recipe."""
         if plan.kinship.warning:
             self.show(f"[yellow]{plan.kinship.warning}[/]")
-        return "start" if self.arguments.yes else self.wizard.decide(plan.kinship.warning is None)
+        loses = any(remark.startswith(GIVES_WAY) for remark in plan.remarks) and not plan.recipe.restart
+        if loses and not self.arguments.yes:
+            self.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
+        return "start" if self.arguments.yes else self.wizard.decide(plan.kinship.warning is None and not loses)
 
     def save_recipe(self, plan: MergePlan) -> None:
         """Writes the merge as a recipe, and says how to make the child of it."""
@@ -6861,14 +6939,14 @@ class CommandLine:
     def merge(self, plan: MergePlan) -> int:
         if self.interactive and not self.arguments.yes:
             self.show_command(plan.recipe)
+        if self.interactive:
+            self.memory.remember(plan.recipe, self.wizard.blend_text)
         self.wrote = CLEANED_UP
         started = time.perf_counter()
         wait_for_torch()
         with self.view:
             report = execute_merge(plan, self.observe)
         report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
-        if self.interactive:
-            self.memory.remember(plan.recipe, self.wizard.blend_text)
         self.show(render_report(self.console, report))
         report = self.verify_fully(report)
         if self.arguments.json:

@@ -213,8 +213,8 @@ class TestBlend:
         outcome = run(*MERGE, *self.FILTERS, "--dry-run")
         assert outcome.status == 0
         rows = [line.strip("│ ").split() for line in outcome.out.partition("t of every tensor")[2].splitlines()]
-        assert ["model.layers", "mlp", "▁█", "0", "1"] in rows
-        assert ["model.layers", "other", "▁▁", "0", "0"] in rows
+        assert ["model.layers", "mlp", "▁█", "0", "to", "1"] in rows
+        assert ["model.layers", "other", "▁▁", "0", "to", "0"] in rows
         assert not (tmp_path / "child").exists()
 
     def test_a_dry_run_gives_t_of_each_tensor_as_json(self, run, pair, tmp_path):

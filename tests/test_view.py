@@ -346,8 +346,8 @@ class TestCurves:
         ("values", "bars", "digits"),
         [
             ([0, 1], "▁█", "09"),
-            ([0, 0.25, 0.5, 0.75, 1], "▁▃▅▆█", "02479"),
-            ([1, 0.5, 0], "█▅▁", "940"),
+            ([0, 0.25, 0.5, 0.75, 1], "▁▃▅▆█", "02579"),
+            ([1, 0.5, 0], "█▅▁", "950"),
             ([0.3], "▃", "3"),
             ([-0.5, 1.5], "▁█", "09"),
             ([], "", ""),
@@ -387,10 +387,10 @@ class TestCurves:
         assert found.keys() == {"attention", "mlp", "other"}
         assert len(found["attention"][0]) == 24
         assert found["attention"][0] == "".join(sorted(found["attention"][0]))
-        assert found["attention"][1:] == ["0", "1"]
+        assert found["attention"][1:] == ["0", "to", "1"]
         assert found["mlp"][0] == "".join(sorted(found["mlp"][0], reverse=True))
-        assert found["mlp"][1:] == ["1", "0"]
-        assert found["other"][1:] == ["0.25", "0.25"]
+        assert found["mlp"][1:] == ["1", "to", "0"]
+        assert found["other"][1:] == ["0.25", "to", "0.25"]
 
     def test_at_60_columns_no_curve_is_broken(self, plan):
         text = shown(lambda console: slerpmerge.render_curves(console, plan), 60)
