@@ -6332,8 +6332,9 @@ def model_completer(finder: ModelFinder | None) -> Completer:
             for name, what in offers:
                 yield Completion(name, -len(text), display=shortened(printable(name)), display_meta=printable(what))
             for path in paths.get_completions(Document(bare), event):
-                whole = bare[: len(bare) + path.start_position] + path.text
-                if whole.rstrip("/\\") not in dict(offers):
+                whole = (bare[: len(bare) + path.start_position] + path.text).rstrip("/\\")
+                is_hidden = os.path.basename(whole).startswith(".") and not os.path.basename(bare).startswith(".")
+                if whole not in dict(offers) and not is_hidden:
                     yield path
 
     return ModelCompleter()
@@ -6590,8 +6591,12 @@ class Wizard:
             curves = schedule_curves(self.console, order_rules(map(parse_rule, text.split())), layers=8)
             drawn = curves[0][1] if len(curves) == 1 else "  ".join(f"{part} {curve}" for part, curve in curves)
             rows.append((f"{name:<22}{drawn}", meaning))
-        for line, meaning in [*rows, *OTHER_BLENDS]:
-            self.console.print(Padding(Text(line, style="bold"), (0, 0, 0, 2)), Padding(Text(meaning), (0, 0, 0, 6)))
+        for line, meaning in [*rows, *((f"{name:<22}", meaning) for name, meaning in OTHER_BLENDS)]:
+            text = Text(f"  {line:<32}", style="bold")
+            if len(text) + len(meaning) < min(self.console.width, WIDEST_PANEL):
+                self.console.print(text.append(f"  {meaning}", style="not bold"))
+            else:
+                self.console.print(text, Padding(Text(meaning), (0, 0, 0, 6)))
 
     def accept_curves(self, schedule: Schedule) -> bool:
         for component, curve in schedule_curves(self.console, schedule):

@@ -90,7 +90,13 @@ def grow_plan(plan: slerpmerge.MergePlan) -> slerpmerge.MergePlan:
     shards = slerpmerge.plan_shards(jobs, slerpmerge.MAX_SHARD_BYTES)
     return dataclasses.replace(
         plan,
-        recipe=dataclasses.replace(plan.recipe, save_directory=Path(CHILD)),
+        recipe=dataclasses.replace(
+            plan.recipe,
+            primary=Path("models", PRIMARY),
+            secondary=Path("models", SECONDARY),
+            save_directory=Path(CHILD),
+            threads=0,
+        ),
         primary=grow_checkpoint(plan.primary),
         secondary=grow_checkpoint(plan.secondary),
         shards=shards,
