@@ -6333,7 +6333,7 @@ def model_completer(finder: ModelFinder | None) -> Completer:
                 yield Completion(name, -len(text), display=shortened(printable(name)), display_meta=printable(what))
             for path in paths.get_completions(Document(bare), event):
                 whole = (bare[: len(bare) + path.start_position] + path.text).rstrip("/\\")
-                is_hidden = os.path.basename(whole).startswith(".") and not os.path.basename(bare).startswith(".")
+                is_hidden = Path(whole).name.startswith(".") and not bare.rpartition("/")[2].startswith(".")
                 if whole not in dict(offers) and not is_hidden:
                     yield path
 
