@@ -35,7 +35,7 @@ How the data flows, which is also the order of the sections below:
      §1  imports and constants          §8  companions: tokenizer, config, model card
      §2  vocabulary                     §9  verified child
      §3  maths, pure                    §10 the story, in two functions; demo parents
-     §4  parents, headers only; recipes §11 view (rich)
+     §4  parents; recipes; vocabularies §11 view (rich)
      §5  parity; kinship                §12 wizard (questionary)
      §6  plan                           §13 command line
      §7  streamed merge
