@@ -287,8 +287,8 @@ class TestSession:
             text = terminal.text
         order = [
             "? helps) primary", "? helps)  'second model/'", "? Save directory", "below/child", "? Blend", "0.25",
-            "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/s/?) y", "The same without questions:", "Done", "21 slerped",
-            "Try it, convert it, share it:",
+            "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/s/?) y", "The same without questions:", "Done",
+            "21 slerped", "Try it, convert it, share it:",
         ]  # fmt: skip
         assert "--t0.25--yes" in "".join(text.split())  # where the line is broken depends on the folder's name
         positions = [text.find(part) for part in order]
