@@ -6240,7 +6240,7 @@ class ModelFinder:
     def _look(self) -> None:
         seen = set()
         for folder in self._folders():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, SlerpMergeError):
                 real = folder.resolve()
                 if real not in seen and (folder / "config.json").is_file():
                     seen.add(real)
@@ -6257,7 +6257,11 @@ class ModelFinder:
         cache = Path(constants.HF_HUB_CACHE)
         if not cache.is_dir():
             return
-        for repository in sorted(scan_cache_dir(cache).repos, key=lambda repository: repository.repo_id):
+        try:
+            repositories = scan_cache_dir(cache).repos
+        except Exception:  # whatever is wrong with a cache, a model in it can still be typed
+            return
+        for repository in sorted(repositories, key=lambda repository: repository.repo_id):
             if repository.repo_type == "model":
                 snapshots = sorted(repository.revisions, key=lambda revision: -revision.last_modified)
                 whole = (revision.snapshot_path for revision in snapshots if open_if_whole(revision.snapshot_path))
