@@ -6800,17 +6800,18 @@ def equivalent_command(recipe: MergeRecipe, more: Sequence[str] = ()) -> str:
     words = ["--save-dir", str(recipe.save_directory)]
     if recipe.recipe_file is not None:
         words += ["--recipe", str(recipe.recipe_file)]
+        defaults = dataclasses.replace(defaults, **read_recipe(recipe.recipe_file))
     else:
         words = ["--primary", short_name(recipe.primary), "--secondary", short_name(recipe.secondary), *words]
         for rule in recipe.schedule.rules:
             values = ",".join(map(shortest_number, rule.gradient))
-            words += ["--t", values if rule.name_filter == "*" else f"{rule.name_filter}={values}"]
+            words.append(f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}")
         words += ["--base", short_name(recipe.base)] if recipe.base is not None else []
     flags = ("method", "granularity", "dtype", "dot_threshold", "epsilon", "max_shard_bytes", "tokenizer",
              "chat_template", "device", "threads")  # fmt: skip
     for name in flags:
         value = getattr(recipe, name)
-        if value != getattr(defaults, name) and not (recipe.recipe_file and name in ("method", "granularity", "dtype")):
+        if value != getattr(defaults, name):
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
             words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
     words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if getattr(recipe, name)]

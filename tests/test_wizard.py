@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -290,7 +291,7 @@ class TestSession:
             "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/s/?) y", "The same without questions:", "Done",
             "21 slerped", "Try it, convert it, share it:",
         ]  # fmt: skip
-        assert "--t0.25--yes" in "".join(text.split())  # where the line is broken depends on the folder's name
+        assert "--t=0.25--yes" in "".join(text.split())  # where the line is broken depends on the folder's name
         positions = [text.find(part) for part in order]
         assert positions == sorted(positions), text
         assert positions[0] >= 0, text
@@ -686,7 +687,7 @@ class TestSecondThoughts:
                 terminal.answer(prompt, answer)
                 terminal.wait_for(" ".join(shown.split()))
             start_and_leave(terminal)
-            assert "--primary secondary --secondary third --save-dir two --t 0.5 --yes" in " ".join(
+            assert "--primary secondary --secondary third --save-dir two --t=0.5 --yes" in " ".join(
                 terminal.text.split()
             )
         assert (tmp_path / "two" / "model.safetensors").exists()
@@ -725,6 +726,27 @@ class TestSecondThoughts:
         assert len(list((tmp_path / "first").glob("*.safetensors"))) == 3
         for file in (tmp_path / "first").glob("*.safetensors"):
             assert file.read_bytes() == (tmp_path / "child" / file.name).read_bytes()
+
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_the_command_says_all_that_is_not_the_default_or_the_recipes(self, tmp_path, monkeypatch, saved):
+        """Parsed again, it gives the recipe that it was made of."""
+        monkeypatch.chdir(tmp_path)
+        rules = (slerpmerge.ScheduleRule((-0.5, 1.25), "self_attn"), slerpmerge.ScheduleRule((0.123456789,)))
+        recipe = slerpmerge.MergeRecipe(
+            *make_pair(tmp_path), Path("a child"), slerpmerge.Schedule(rules), method="slerp-norm", extrapolate=True,
+            dtype="float16", max_shard_bytes=12345, device="cpu", threads=3, overwrite=True, epsilon=1e-5,
+        )  # fmt: skip
+        if saved:
+            plan = slerpmerge.prepare_merge(recipe, lambda event: None)
+            slerpmerge.write_text(tmp_path / "r.yaml", slerpmerge.recipe_text(plan, tmp_path))
+            recipe = dataclasses.replace(recipe, recipe_file=Path("r.yaml"), dtype="bfloat16")
+        words = shlex.split(slerpmerge.equivalent_command(recipe))
+        arguments = slerpmerge.build_parser().parse_args(words[2:])
+        again = slerpmerge.MergeRecipe(**slerpmerge.CommandLine(arguments).preset())
+        for field in dataclasses.fields(recipe):
+            left, right = getattr(recipe, field.name), getattr(again, field.name)
+            same = left.resolve() == right.resolve() if isinstance(left, Path) else left == right
+            assert same or (saved and field.name in ("weights", "cast_dtype")), field.name
 
     def test_help_is_there_at_every_prompt(self, tmp_path):
         make_pair(tmp_path)
