@@ -6525,8 +6525,8 @@ class Wizard:
         parents = answers["primary"], answers["secondary"]
         needed, free = open_checkpoint(parents[0]).byte_count, shutil.disk_usage(existing_folder(Path())).free
         self.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
-        proposed = default or proposed_save_directory(*parents, answers)
         self.proposed = proposed_save_directory(*parents, answers)
+        proposed = default or self.proposed
         while True:
             folder = self.ask_folder(
                 "Save directory",
@@ -6537,7 +6537,7 @@ class Wizard:
             stands = folder.is_dir() and any(folder.iterdir())
             if stands and not answers.get("overwrite"):
                 if not self.confirm(f"{folder} holds a model; replace it once the child is whole?", default=False):
-                    proposed = proposed_save_directory(*parents, answers)
+                    proposed = self.proposed
                     continue
                 return {"save_directory": folder, "overwrite": True}
             unfinished = is_plain_file(staging_area(folder) / JOURNAL_NAME) and "restart" not in answers

@@ -480,12 +480,8 @@ class TestLeaving:
 
     def test_during_the_merge(self, tmp_path, parents):
         """Many small tensors take long enough to be interrupted, and little room."""
-        count = 12_000
-        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(count)]
-        for seed, name in enumerate(("primary", "secondary")):
-            weights = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
-            tensors = dict(zip(names, weights))
-            parents.watch(make_checkpoint(tmp_path / name, tensors, {**LLAMA_CONFIG, "num_hidden_layers": count}))
+        slow_pair(tmp_path)
+        parents.watch(tmp_path / "primary", tmp_path / "secondary")
         save_directory = tmp_path / "new" / "child"
         arguments = (*FOLDERS[:-1], "new/child", "--yes")
         with Terminal.start(arguments, folder=tmp_path) as terminal:
@@ -662,7 +658,7 @@ class TestSecondThoughts:
             terminal.wait_for("is none of them. Say blend.")
             terminal.send("\x15bl\r")
             terminal.wait_for("t = 0.25")
-            terminal.answer("? Blend  (even)", "0.75")
+            terminal.answer("? Blend  (0.25)", "0.75")
             terminal.wait_for("t = 0.75")
             start_and_leave(terminal)
         found = load_tensors(tmp_path / "child")["model.norm.weight"]
