@@ -26,23 +26,27 @@ How the data flows, which is also the order of the sections below:
 
     primary folder ──┐  §4 headers        §6 plan             §7 streamed merge
                      ├─► Checkpoint ─► §5 parity ─► MergePlan ─► workers ─► shards ─┐
-    secondary folder ┘   (no weights)                  │         measure,           │
-                                                       │         then blend         ▼
-                                                       └─► §8 companions ─► StagedChild
+    secondary folder ┘   (no weights)      │           │         measure,           │
+                                           │           │         then blend         ▼
+        difference map ◄── §8 inspection ◄─┘           └─► §9 companions ─► StagedChild
                                                                                     │
-                             child folder ◄── one rename ◄── sync ◄── §9 verified ◄─┘
+               ┌──────────── child folder ◄── one rename ◄── sync ◄── §10 verified ◄┘
+               ▼                  ▲
+        what it says and knows    │ the best t
+        (§12 judgement) ─► §13 sweep over trial children
 
-     §1  imports and constants          §8  companions: tokenizer, config, model card
-     §2  vocabulary                     §9  verified child
-     §3  maths, pure                    §10 the story, in two functions; demo parents
-     §4  parents; recipes; vocabularies §11 view (rich)
-     §5  parity; kinship                §12 wizard (questionary)
-     §6  plan                           §13 command line
-     §7  streamed merge
+     §1  imports and constants          §9  companions: tokenizer, config, card, report
+     §2  vocabulary                     §10 verified child
+     §3  maths, pure                    §11 the story, in two functions; demo parents
+     §4  parents; recipes; vocabularies §12 judgement: what parents and child say and know
+     §5  parity; kinship                §13 sweep: a good t is found
+     §6  plan                           §14 view (rich)
+     §7  streamed merge                 §15 wizard (questionary)
+     §8  inspection: how parents differ §16 command line
 
-A section uses only names of the sections before it. Sections 0 to 10 never touch the screen: they
+A section uses only names of the sections before it. Sections 0 to 13 never touch the screen: they
 tell what happens through one callable, `observe(event)`, always called on the main thread.
-A newcomer reads §10 first.
+A newcomer reads §11 first.
 """
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -97,7 +101,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ── Arithmetic ──
 COLINEAR_DOT = 0.9995  # |cosine| above which SLERP is numerically a straight line (1.8 degrees)
@@ -113,6 +117,7 @@ MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders ex
 MAX_HEADER_BYTES = 16_000_000  # of tensors' names and places; the largest models have a tenth of it in a file
 MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
 MAX_TOKENIZER_BYTES = 64_000_000
+MAX_TEXT_BYTES = 100_000_000  # of a text that models are measured on
 MAX_DIMENSIONS = 64
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 WEIGHTS_SINGLE = "model.safetensors"
@@ -121,6 +126,7 @@ PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 CARD_NAME = "README.md"
 RECIPE_NAME = "merge_recipe.yaml"
+REPORT_NAME = "merge_report.json"
 JOURNAL_NAME = "journal.json"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -737,6 +743,89 @@ class Blend:
     rule: str  # "slerp", "lerp" or "copy"
     reason: str  # "" when the asked method was followed
     angle_degrees: float | None  # between the parents; None where a norm is zero or not finite
+    norms: tuple[float, float] | None = None  # |v0|, |v1|; None where the tensor was copied unmeasured
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How one tensor of the parents differs, or what each of them learned there since their base."""
+
+    name: str
+    parameters: int
+    degrees: float | None  # the angle between v0 and v1; None where it is not known
+    norms: tuple[float, float] | None  # |v0|, |v1|; None where they were not measured
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """The same of all the tensors of one component of one layer, taken as one vector."""
+
+    degrees: float | None
+    norm_ratio: float | None  # |v1| / |v0|
+
+
+@dataclass(frozen=True)
+class MapGrid:
+    """One stack of layers: a row for each layer, a column for each component."""
+
+    stack: str
+    components: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[MapCell, ...]], ...]  # (layer, its cells)
+
+
+@dataclass(frozen=True)
+class DifferenceMap:
+    """How the parents differ, layer by component, and in the tensors outside every layer."""
+
+    vectors: str  # "weights" or "task vectors"
+    grids: tuple[MapGrid, ...]
+    outside: tuple[tuple[str, MapCell], ...]
+    tensors: tuple[TensorDifference, ...]
+
+    @property
+    def cells(self) -> list[MapCell]:
+        inside = [cell for grid in self.grids for _, cells in grid.rows for cell in cells]
+        return inside + [cell for _, cell in self.outside]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "vectors": self.vectors,
+            "cells": [
+                {"stack": grid.stack, "layer": layer, "component": component, **dataclasses.asdict(cell)}
+                for grid in self.grids
+                for layer, cells in grid.rows
+                for component, cell in zip(grid.components, cells)
+            ],
+            "outside": [{"name": name, **dataclasses.asdict(cell)} for name, cell in self.outside],
+            "tensors": [dataclasses.asdict(difference) for difference in self.tensors],
+        }
+
+
+@dataclass(frozen=True)
+class WorkBegan:
+    """A stretch of work whose end can be foreseen, beside a merge."""
+
+    what: str
+    total: int
+
+
+@dataclass(frozen=True)
+class WorkAdvanced:
+    """So much of it is done."""
+
+    amount: int
+
+
+@dataclass(frozen=True)
+class WorkEnded:
+    """It is over."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something the person may want to know while work goes on."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -904,6 +993,10 @@ Event = (
     | ShardWritten
     | CompanionCopied
     | ChildVerified
+    | WorkBegan
+    | WorkAdvanced
+    | WorkEnded
+    | Noted
 )
 Observer = Callable[[Event], None]
 
@@ -968,7 +1061,8 @@ def slerp_coefficients(
     measurable = math.isfinite(dot + primary_norm + secondary_norm)
     cosine = cosine_between(dot, primary_norm, secondary_norm)
     angle = degrees_of(cosine)
-    straight = functools.partial(Blend, 1 - t, t, "lerp", angle_degrees=angle)
+    norms = primary_norm, secondary_norm
+    straight = functools.partial(Blend, 1 - t, t, "lerp", angle_degrees=angle, norms=norms)
     if method == "lerp":
         return straight(reason="")
     if not measurable:
@@ -985,7 +1079,7 @@ def slerp_coefficients(
         norm = (1 - t) * primary_norm + t * secondary_norm
         weight_primary *= norm / primary_norm
         weight_secondary *= norm / secondary_norm
-    return Blend(weight_primary, weight_secondary, "slerp", "", angle)
+    return Blend(weight_primary, weight_secondary, "slerp", "", angle, norms)
 
 
 def vector_weights(sums: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1017,6 +1111,64 @@ def slerp(
         float(torch.sum(v0 * v1)), float(v0.norm()), float(v1.norm()), t, method, dot_threshold, epsilon
     )
     return blend.primary_weight * v0 + blend.secondary_weight * v1
+
+
+# ── §3b  Scales: which colour a value of a map has, on the screen and in a picture ───────────────
+
+ANGLE_RAMP = ((38, 70, 120), (42, 140, 150), (140, 190, 90), (250, 200, 70), (225, 85, 55))  # near to far
+RATIO_RAMP = ((50, 100, 180), (235, 235, 230), (200, 90, 50))  # the secondary shorter, alike, longer
+
+
+@dataclass(frozen=True)
+class MapScale:
+    """What the colours of one map stand for."""
+
+    title: str
+    value: Callable[[MapCell], float | None]
+    text: Callable[[float], str]
+    place: Callable[[float], float]  # 0 to 1 along the ramp
+    ramp: tuple[tuple[int, int, int], ...]
+    ends: str  # in words
+
+    def colour(self, value: float) -> tuple[int, int, int]:
+        """Red, green and blue, 0 to 255."""
+        scaled = min(max(self.place(value), 0.0), 1.0) * (len(self.ramp) - 1)
+        index = min(int(scaled), len(self.ramp) - 2)
+        return tuple(
+            round(low + (scaled - index) * (high - low)) for low, high in zip(self.ramp[index], self.ramp[index + 1])
+        )
+
+
+def map_scales(found: DifferenceMap) -> tuple[MapScale, MapScale]:
+    """Scales for the angles and for the norm ratios of a map, each from its own least to its greatest."""
+    angles = [cell.degrees for cell in found.cells if cell.degrees is not None] or [0.0]
+    ratios = [cell.norm_ratio for cell in found.cells if cell.norm_ratio] or [1.0]
+    low, high = min(angles), max(angles)
+    widest = max(max(abs(math.log(ratio)) for ratio in ratios), 1e-3)
+    subject = "parents" if found.vectors == "weights" else "task vectors"
+    return (
+        MapScale(
+            f"Angle between the {subject}, degrees",
+            lambda cell: cell.degrees,
+            lambda value: f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}",
+            lambda value: (value - low) / max(high - low, 1e-9),
+            ANGLE_RAMP,
+            f"{low:.2f} to {high:.2f}",
+        ),
+        MapScale(
+            "Norm of the secondary over the primary's",
+            lambda cell: cell.norm_ratio,
+            lambda value: f"{value:.2f}" if value < 9.995 else f"{value:.0f}",
+            lambda value: 0.5 + math.log(value) / widest / 2 if value > 0 else 0.0,
+            RATIO_RAMP,
+            f"{min(ratios):.3f} to {max(ratios):.3f}",
+        ),
+    )
+
+
+def ink_on(colour: tuple[int, int, int]) -> str:
+    """black or white, whichever reads better on a colour."""
+    return "black" if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140 else "white"
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3879,9 +4031,10 @@ class Journal:
         """The tensors of a finished file as they were recorded. Raises ValueError and the like where that is not so."""
         jobs = {job.name: job for job in self.shards[file_name].jobs}
         merged = []
-        for name, (primary_weight, secondary_weight, rule, reason, angle), seconds, non_finite in entry["tensors"]:
-            numbers = float(primary_weight), float(secondary_weight), None if angle is None else float(angle)
-            blend = Blend(*numbers[:2], str(rule), str(reason), numbers[2])
+        for name, (first, second, rule, reason, angle, norms), seconds, non_finite in entry["tensors"]:
+            angle = None if angle is None else float(angle)
+            norms = None if norms is None else (float(norms[0]), float(norms[1]))
+            blend = Blend(float(first), float(second), str(rule), str(reason), angle, norms)
             merged.append(TensorMerged(jobs.pop(name), blend, float(seconds), int(non_finite)))
         if jobs:
             raise ValueError("tensors are missing")
@@ -4196,6 +4349,15 @@ class Sums:
     columns: torch.Tensor | None = None  # (3, columns), float64: the same for each column, where they are vectors
 
 
+def total_sums(sums: Sequence[Sums]) -> tuple[float, float, float]:
+    """(v0 . v1, |v0|, |v1|) over all spans of a tensor. The sum is exact, so that no order shows in it."""
+    primary_squared, secondary_squared, dot = (
+        exact_sum(value for part in sums for value in getattr(part, name))
+        for name in ("primary_squared", "secondary_squared", "dot")
+    )
+    return dot, math.sqrt(primary_squared), math.sqrt(secondary_squared)
+
+
 class ChunkArithmetic:
     """The arithmetic on one chunk, with one worker's scratch memory on one device.
 
@@ -4305,7 +4467,7 @@ class TensorProgress:
 
     job: TensorJob
     number: int
-    writer: ShardWriter
+    writer: ShardWriter | None  # None where the parents are only measured
     known: TensorMerged | None  # of a file that an earlier run finished
     spans: tuple[range, ...]  # of element numbers
     sums: list[Sums | None]
@@ -4747,25 +4909,21 @@ class MergeStream:
             self.finish(progress)
 
     def decide(self, progress: TensorProgress) -> None:
-        """The blend of a tensor from the sums over all its spans. fsum is exact, so no order shows in it."""
+        """The blend of a tensor from the sums over all its spans."""
         job = progress.job
         sums, progress.sums = progress.sums, []
         if not job.sources[0].is_float:
             reason = "not a real number" if all(part.identical for part in sums) else "differs; the primary's is kept"
             progress.blend = Blend(1.0, 0.0, "copy", reason, None)
             return
-        total = [
-            exact_sum(value for part in sums for value in getattr(part, name))
-            for name in ("primary_squared", "secondary_squared", "dot")
-        ]
-        norms = math.sqrt(total[0]), math.sqrt(total[1])
+        dot, *norms = total_sums(sums)
         if all(part.identical for part in sums) and job.weights is None:
             angle = 0.0 if 0 < norms[0] < math.inf else None
-            progress.blend = Blend(1.0, 0.0, "copy", "identical", angle)
+            progress.blend = Blend(1.0, 0.0, "copy", "identical", angle, (norms[0], norms[1]))
         else:
             method = "lerp" if job.rule == "lerp" else self.recipe.method
             progress.blend = slerp_coefficients(
-                total[2], *norms, job.t, method, self.recipe.dot_threshold, self.recipe.epsilon
+                dot, *norms, job.t, method, self.recipe.dot_threshold, self.recipe.epsilon
             )
             if job.weights is not None:
                 first, second = job.weights
@@ -4845,7 +5003,210 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
-# §8  Companions: tokenizer, config, model card
+# §8  Inspection: how the parents differ, measured in one pass, nothing written
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+
+MAP_NAME = "difference_map.svg"
+
+
+def inspected_job(pair: TensorPair) -> TensorJob:
+    """A pair as the workers measure it. The child's part of a job is not used."""
+    sources = tuple(info for info in (pair.primary, pair.secondary, pair.base) if info is not None)
+    return TensorJob(pair.name, pair.primary.dtype, pair.shape, "slerp", 0.5, sources, rows=pair.rows)
+
+
+def measure_differences(pairs: Iterable[TensorPair], recipe: MergeRecipe, observe: Observer) -> DifferenceMap:
+    """Angle and norms of every pair of tensors of real numbers, by the workers that a merge measures with.
+
+    Of the recipe it follows the device, the threads, and dtype as the parents are rounded to. Reads each parent once.
+    Raises SlerpMergeError where a parent cannot be read.
+    """
+    jobs = [inspected_job(pair) for pair in pairs if pair.secondary and pair.primary.is_float]
+    jobs = sorted((job for job in jobs if job.element_count), key=lambda job: natural_order(job.name))
+    threads = choose_threads(recipe.threads)
+    device = "cpu" if recipe.device == "auto" else choose_device(recipe.device, threads)[0]
+    observe(WorkBegan("Measuring how the parents differ", sum(map(read_bytes_of, jobs))))
+    with torch_threads_kept(), WorkerTeam(device, threads, recipe.cast_dtype) as team:
+        found = tuple(measured_in_order(jobs, team, 4 * threads, observe))
+    observe(WorkEnded())
+    return build_map(found, "weights" if recipe.base is None else "task vectors")
+
+
+def read_bytes_of(job: TensorJob) -> int:
+    """Bytes of all the sources of a tensor."""
+    return sum(info.byte_count for info in job.sources)
+
+
+def measured_in_order(
+    jobs: Sequence[TensorJob], team: WorkerTeam, spans_ahead: int, observe: Observer
+) -> Iterator[TensorDifference]:
+    """What differs in each tensor, one by one, while the team measures those behind it."""
+    waiting = deque(
+        TensorProgress(job, number, None, None, spans := cut_spans(job), [None] * len(spans), len(spans))
+        for number, job in enumerate(jobs)
+    )
+    in_order: deque[TensorProgress] = deque()
+    under_way = 0
+    while waiting or in_order:
+        while waiting and under_way < spans_ahead:
+            in_order.append(progress := waiting.popleft())
+            under_way += len(progress.spans)
+            for number in range(len(progress.spans)):
+                team.submit("measure", progress, number)
+        progress, number, _, answer = team.next_answer()
+        progress.sums[number] = answer
+        progress.unfinished -= 1
+        under_way -= 1
+        observe(WorkAdvanced(read_bytes_of(progress.job) * len(progress.spans[number]) // progress.job.element_count))
+        while in_order and not in_order[0].unfinished:
+            done = in_order.popleft()
+            dot, *norms = total_sums(done.sums)
+            angle = degrees_of(cosine_between(dot, *norms))
+            if angle is not None and all(part.identical for part in done.sums):
+                angle = 0.0
+            yield difference_of(done.job, angle, (norms[0], norms[1]))
+
+
+def difference_of(job: TensorJob, degrees: float | None, norms: tuple[float, float] | None) -> TensorDifference:
+    """What is known of a tensor; norms that are not finite are not known."""
+    known = norms is not None and math.isfinite(sum(norms))
+    return TensorDifference(job.name, job.element_count, degrees, norms if known else None)
+
+
+def component_label(tensor_name: str) -> str:
+    """The column of a tensor inside a layer: its name there without numbers, weight and bias; norms together."""
+    stack, _ = find_layer(tensor_name)
+    rest = tensor_name[len(stack) :].lstrip(".").split(".")[1:]
+    parts = [part for part in rest if part not in ("weight", "bias") and not part.isdecimal()]
+    if not parts or "norm" in parts[-1] or parts[-1].startswith("ln_"):
+        return "norms" if parts else "itself"
+    return ".".join(parts)
+
+
+COLUMN_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as data flows
+
+
+def column_place(component: str) -> tuple[int, int]:
+    """Where a component's column stands: attention, MLP, others, norms last; the best known in their own order."""
+    last = component.rpartition(".")[2]
+    kind = ("attention", "mlp", "other").index(component_of(component)) + 2 * (component == "norms")
+    return kind, COLUMN_ORDER.index(last) if last in COLUMN_ORDER else len(COLUMN_ORDER)
+
+
+def short_labels(components: Sequence[str]) -> tuple[str, ...]:
+    """Column headings as short as they can be told apart: q for self_attn.q_proj."""
+    cut = [re.sub(r"_(proj|layer)$", "", name) for name in components]
+    for parts in (1, 2, 3):
+        short = [".".join(name.split(".")[-parts:]) for name in cut]
+        if len(set(short)) == len(short):
+            return tuple(short)
+    return tuple(components)
+
+
+def combine_differences(differences: Sequence[TensorDifference]) -> MapCell:
+    """Several tensors as one vector: their dot products and squared norms add up."""
+    known = [part for part in differences if part.norms is not None]
+    if not known:
+        return MapCell(None, None)
+    norms = [math.sqrt(math.fsum(part.norms[side] ** 2 for part in known)) for side in (0, 1)]
+    ratio = norms[1] / norms[0] if norms[0] else None
+    if len(known) == 1:
+        return MapCell(known[0].degrees, ratio)
+    dot = math.fsum(math.prod(part.norms) * math.cos(math.radians(part.degrees or 0.0)) for part in known)
+    return MapCell(degrees_of(cosine_between(dot, *norms)), ratio)
+
+
+def build_map(differences: Sequence[TensorDifference], vectors: str) -> DifferenceMap:
+    """The tensors by stack, layer and component."""
+    by_place: dict[str, dict[int, dict[str, list[TensorDifference]]]] = {}
+    outside = []
+    for difference in differences:
+        if (place := find_layer(difference.name)) is None:
+            outside.append((difference.name.removesuffix(".weight"), combine_differences([difference])))
+        else:
+            layer = by_place.setdefault(place[0], {}).setdefault(place[1], {})
+            layer.setdefault(component_label(difference.name), []).append(difference)
+    grids = []
+    for stack, layers in by_place.items():
+        components = list(dict.fromkeys(name for layer in sorted(layers) for name in layers[layer]))
+        components.sort(key=column_place)
+        rows = tuple(
+            (layer, tuple(combine_differences(layers[layer].get(name, ())) for name in components))
+            for layer in sorted(layers)
+        )
+        grids.append(MapGrid(stack, short_labels(components), rows))
+    return DifferenceMap(vectors, tuple(grids), tuple(outside), tuple(differences))
+
+
+def map_of_merge(result: MergeResult, vectors: str) -> DifferenceMap:
+    """The map that a merge measured on its way. Tensors that it copied without a look at both parents are blank."""
+    return build_map(
+        [
+            difference_of(merged.job, merged.blend.angle_degrees, merged.blend.norms)
+            for merged in result.tensors
+            if merged.job.sources[0].is_float and merged.job.element_count
+        ],
+        vectors,
+    )
+
+
+def draw_map(found: DifferenceMap, title: str) -> str:
+    """A map as an SVG picture: both scales side by side for each stack of layers, then what is outside them."""
+    from xml.sax.saxutils import escape
+
+    cell_width, cell_height, margin, gap = 54, 18, 64, 40
+    parts: list[str] = []
+
+    def text(x: float, y: float, words: str, style: str = "", ink: str = "#222") -> None:
+        parts.append(f'<text x="{x:g}" y="{y:g}" fill="{ink}" {style}>{escape(printable(words))}</text>')
+
+    def cell(x: float, y: float, scale: MapScale, content: MapCell, what: str) -> None:
+        value = scale.value(content)
+        colour = scale.colour(value) if value is not None else (245, 245, 245)
+        shown = scale.text(value) if value is not None else "·"
+        parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{cell_width - 1}" height="{cell_height - 1}" '
+            f'fill="#{bytes(colour).hex()}"><title>{escape(printable(what))}: {shown}</title></rect>'
+        )
+        text(x + cell_width / 2, y + 13, shown, 'text-anchor="middle"', ink_on(colour))
+
+    text(12, 24, title, 'font-size="15" font-weight="bold"')
+    top, width = 44.0, 400.0
+    for grid in found.grids:
+        left = float(margin)
+        for scale in map_scales(found):
+            text(left, top + 12, f"{scale.title}: {scale.ends}", 'font-weight="bold"')
+            for column, name in enumerate(grid.components):
+                text(left + (column + 0.5) * cell_width, top + 30, shorten(name, 8), 'text-anchor="middle"')
+            for row, (layer, cells) in enumerate(grid.rows):
+                y = top + 36 + row * cell_height
+                text(left - 6, y + 13, str(layer), 'text-anchor="end"')
+                for column, content in enumerate(cells):
+                    what = f"{grid.stack}.{layer} {grid.components[column]}"
+                    cell(left + column * cell_width, y, scale, content, what)
+            left += max(len(grid.components) * cell_width, 330) + gap
+        width = max(width, left)
+        top += 60 + len(grid.rows) * cell_height
+    for name, content in found.outside:
+        for place, scale in enumerate(map_scales(found)):
+            cell(margin + place * cell_width, top, scale, content, name)
+        text(margin + 2 * cell_width + 8, top + 13, name)
+        top += cell_height
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{top + 16:g}" '
+    head += 'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head, *parts, "</svg>", ""])
+
+
+def save_map(found: DifferenceMap, path: Path, title: str) -> None:
+    """Writes a map as a picture (.svg) or as figures (.json). Raises SlerpMergeError where the disk refuses."""
+    if path.suffix.lower() == ".json":
+        write_json(path, found.as_dict())
+    else:
+        write_text(path, draw_map(found, title))
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §9  Companions: tokenizer, config, report, model card
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -4866,8 +5227,8 @@ def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, ob
         observe(CompanionCopied(GENERATION_NAME, source))
     write_text(child.folder / RECIPE_NAME, recipe_text(plan, child.target))
     observe(CompanionCopied(RECIPE_NAME, "made"))
-    write_text(child.folder / CARD_NAME, model_card(plan, result))
-    observe(CompanionCopied(CARD_NAME, "made"))
+    for name in write_report(plan, result, child.folder):
+        observe(CompanionCopied(name, "made"))
 
 
 def write_generation_config(plan: MergePlan, folder: Path) -> str | None:
@@ -5098,77 +5459,248 @@ def with_depth(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     return changed
 
 
-def model_card(plan: MergePlan, result: MergeResult) -> str:
-    """README.md of the child: front matter that hubs read, and what was done. Names, never local paths."""
-    recipe = plan.recipe
-    front = [
-        "---",
-        "base_model:",
-        *(f"- {json.dumps(parent.name, ensure_ascii=False)}" for parent in (plan.primary, plan.secondary)),
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "- slerp",
-        "---",
-    ]
-    title = recipe.save_directory.resolve().name
-    settings = [
-        ("primary (t = 0)", plan.primary.name),
-        ("secondary (t = 1)", plan.secondary.name),
-        *([("base of the task vectors", plan.base.name)] if plan.base is not None else []),
-        ("method", recipe.method),
-        ("blend", recipe.describe_blend()),
-        ("dtype", recipe.dtype if recipe.dtype != "auto" else f"{', '.join(plan.primary.dtypes)} (the primary's)"),
-        ("dot threshold", f"{recipe.dot_threshold:g}"),
-        ("epsilon", f"{recipe.epsilon:g}"),
-        ("tokenizer from", plan.tokenizer_role or "neither"),
-        *([("chat template from", plan.template_role)] if plan.template_role != plan.tokenizer_role else []),
-    ]
-    body = [
-        f"# {title}",
-        "",
-        f"A merge of **{plan.primary.name}** and **{plan.secondary.name}** by spherical linear interpolation,",
-        f"made with slerpmerge {__version__}.",
-        "",
-        "## Recipe",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {table_cell(value)} |" for name, value in settings),
-        "",
-        "## What was done",
-        "",
-        *card_table(result),
-        "",
-    ]
-    mended = plan.parity.of_severity("mended")
-    if mended:
-        body += ["## What was mended", "", *(f"- `{m.subject}`: {table_cell(m.consequence)}" for m in mended), ""]
-    return "\n".join(front + [""] + body)
+# ── §9b  The report that stays with the child, and the card that is made from it ────────────────
+
+MEASURED_BY_MERGE = "v0 . v1 / (|v0| |v1|) over every element of a tensor, in float32 by chunks, added up exactly"
 
 
-def table_cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table's cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+def lasting_report(plan: MergePlan, result: MergeResult) -> dict[str, Any]:
+    """merge_report.json: how the child was made and what was found, with names and no local paths, times or machines.
+
+    What is measured of the child afterwards joins it: "checks", "tastes", "perplexities", "scores", "sweep".
+    """
+    recipe, parity = plan.recipe, plan.parity
+    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
+    return {
+        "slerpmerge": __version__,
+        "child": recipe.save_directory.resolve().name,
+        "recipe": {
+            **{role: None if parent is None else parent.name for role, parent in parents.items()},
+            "method": recipe.method,
+            "granularity": recipe.granularity,
+            "blend": recipe.describe_blend(),
+            "dtype": recipe.dtype if recipe.dtype != "auto" else f"{', '.join(plan.primary.dtypes)} (the primary's)",
+            "dot_threshold": recipe.dot_threshold,
+            "epsilon": recipe.epsilon,
+            "tokenizer_from": plan.tokenizer_role,
+            "chat_template_from": plan.template_role,
+        },
+        "kinship": plan.kinship.as_dict(),
+        "parity": {kind: [dataclasses.asdict(m) for m in parity.of_severity(kind)] for kind in ("mended", "notice")},
+        "vocabulary": parity.vocabulary.as_dict(),
+        "rules": rules_followed(result),
+        "angles": {"measured": MEASURED_BY_MERGE, **map_of_merge(result, vectors_of(recipe)).as_dict()},
+    }
 
 
-def card_table(result: MergeResult) -> list[str]:
+def vectors_of(recipe: MergeRecipe) -> str:
+    """What the angles of a recipe's merge lie between."""
+    return "weights" if recipe.base is None else "task vectors"
+
+
+def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
     """How many tensors were slerped, lerped and copied, why, and the angles between the parents there."""
     groups: dict[tuple[str, str], list[TensorMerged]] = {}
     for merged in result.tensors:
         groups.setdefault((merged.blend.rule, merged.blend.reason), []).append(merged)
-    lines = ["| rule | tensors | parameters | angle between the parents |", "|---|---|---|---|"]
+    found = []
     for (rule, reason), members in sorted(groups.items(), key=lambda group: -len(group[1])):
-        parameters = sum(merged.job.element_count for merged in members)
         angles = [merged.blend.angle_degrees for merged in members if merged.blend.angle_degrees is not None]
-        shown = f"{min(angles):.2f}° to {max(angles):.2f}°" if angles else ""
-        name = f"{rule} ({reason})" if reason else rule
-        lines.append(f"| {name} | {len(members)} | {format_count(parameters)} | {shown} |")
-    return lines
+        found.append(
+            {
+                "rule": f"{rule} ({reason})" if reason else rule,
+                "tensors": len(members),
+                "parameters": sum(merged.job.element_count for merged in members),
+                "degrees": [min(angles), max(angles)] if angles else None,
+            }
+        )
+    return found
+
+
+def write_report(plan: MergePlan, result: MergeResult, folder: Path) -> Iterator[str]:
+    """The report, its map and the child's card; yields their names."""
+    report = lasting_report(plan, result)
+    found = map_of_merge(result, vectors_of(plan.recipe))
+    save_map(found, folder / MAP_NAME, f"{plan.primary.name} and {plan.secondary.name}")
+    yield MAP_NAME
+    write_json(folder / REPORT_NAME, report)
+    yield REPORT_NAME
+    write_text(folder / CARD_NAME, card_front(report) + card_block(report))
+    yield CARD_NAME
+
+
+def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Adds what was found of a child to its report and card. Lists grow; of the card only the tool's own part changes.
+
+    Raises SlerpMergeError where the disk refuses; the files are then as before.
+    """
+    report = read_json_if_there(folder / REPORT_NAME)
+    for key, value in changes.items():
+        report[key] = [*report.get(key, []), *value] if isinstance(value, list) else value
+    card = read_text_if_there(folder / CARD_NAME) or ""
+    begin, end = card.find(CARD_MARKS[0]), card.find(CARD_MARKS[1])
+    if 0 <= begin < end:
+        card = card[:begin] + card_block(report).rstrip("\n") + card[end + len(CARD_MARKS[1]) :]
+    else:
+        card = card.rstrip("\n") + "\n\n" * bool(card) + card_block(report)
+    for name, text in ((REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n"), (CARD_NAME, card)):
+        fresh = folder / f".{name}.new"
+        write_text(fresh, text)
+        try:
+            fresh.replace(folder / name)
+        except OSError as error:
+            raise explain_os_error(error, folder / name, "write") from error
+
+
+CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until here -->")
+
+
+def card_front(report: Mapping[str, Any]) -> str:
+    """What hubs read of a card, and its title: the part that is the person's to change."""
+    recipe = report["recipe"]
+    names = [recipe["primary"], recipe["secondary"]]
+    front = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)]
+    front += ["library_name: transformers", "tags:", "- merge", "- slerp", "---", "", f"# {report['child']}", ""]
+    front += [
+        f"A merge of **{names[0]}** and **{names[1]}** by spherical linear interpolation,",
+        f"made with slerpmerge {report['slerpmerge']}.",
+        "",
+    ]
+    return "\n".join(front) + "\n"
+
+
+def card_block(report: Mapping[str, Any]) -> str:
+    """The part of a card that tells what the report tells, between two marks."""
+    parts = [CARD_MARKS[0], ""]
+    for section in (card_recipe, card_rules, card_mended, card_sweep, card_perplexities, card_scores, card_tastes):
+        lines = section(report)
+        parts += [*lines, ""] if lines else []
+    return "\n".join([*parts, CARD_MARKS[1], ""])
+
+
+def card_recipe(report: Mapping[str, Any]) -> list[str]:
+    """What the person decided. Names, never local paths."""
+    recipe = report.get("recipe")
+    if recipe is None:
+        return []
+    settings = [
+        ("primary (t = 0)", recipe["primary"]),
+        ("secondary (t = 1)", recipe["secondary"]),
+        *([("base of the task vectors", recipe["base"])] if recipe["base"] is not None else []),
+        ("method", recipe["method"]),
+        ("blend", recipe["blend"]),
+        ("dtype", recipe["dtype"]),
+        ("dot threshold", f"{recipe['dot_threshold']:g}"),
+        ("epsilon", f"{recipe['epsilon']:g}"),
+        ("tokenizer from", recipe["tokenizer_from"] or "neither"),
+        *(
+            [("chat template from", recipe["chat_template_from"])]
+            if recipe["chat_template_from"] != recipe["tokenizer_from"]
+            else []
+        ),
+    ]
+    return ["## Recipe", "", *markdown_table(("setting", "value"), settings)]
+
+
+def card_rules(report: Mapping[str, Any]) -> list[str]:
+    """What was done with the tensors, and the map of how the parents differ."""
+    if "rules" not in report:
+        return []
+    rows = []
+    for entry in report["rules"]:
+        degrees = entry["degrees"]
+        angles = f"{degrees[0]:.2f}° to {degrees[1]:.2f}°" if degrees else ""
+        rows.append((entry["rule"], str(entry["tensors"]), format_count(entry["parameters"]), angles))
+    table = markdown_table(("rule", "tensors", "parameters", "angle between the parents"), rows)
+    picture = f"![How the parents differ, layer by component]({MAP_NAME})"
+    return ["## What was done", "", *table, "", picture]
+
+
+def card_mended(report: Mapping[str, Any]) -> list[str]:
+    """The differences that a stated rule resolved."""
+    mended = report.get("parity", {}).get("mended", [])
+    lines = [f"- `{entry['subject']}`: {table_cell(entry['consequence'])}" for entry in mended]
+    return ["## What was mended", "", *lines] if lines else []
+
+
+def card_sweep(report: Mapping[str, Any]) -> list[str]:
+    """The curve by which t was found."""
+    sweep = report.get("sweep")
+    if not sweep:
+        return []
+    names = sweep["names"]
+    rows = []
+    for trial in sweep["trials"]:
+        noise = "" if trial["noise"] is None else f" ± {trial['noise']:.4f}"
+        figures = [f"{value:.4f}" for value in trial["values"]]
+        label = f"{trial['t']:g}" + (f" ({trial['role']})" if trial["role"] != "child" else "")
+        label = f"**{label}**" if trial["t"] == sweep["best_t"] and trial["role"] == "child" else label
+        rows.append((label, *figures, f"{trial['over_best']:+.4f}{noise}"))
+    heads = ("t", *(f"{name} ({sweep['unit']})" for name in names), "mean loss over the best's")
+    return ["## How t was found", "", sweep["measured"], "", *markdown_table(heads, rows), "", sweep["verdict"]]
+
+
+def card_perplexities(report: Mapping[str, Any]) -> list[str]:
+    """Parents and child on the same texts."""
+    lines: list[str] = []
+    for entry in report.get("perplexities", []):
+        rows = [
+            (
+                model["role"],
+                str(model["tokens"]),
+                f"{model['perplexity']:.4f}",
+                f"{model['bits_per_byte']:.4f}" + (f" ± {model['noise']:.4f}" if model["noise"] is not None else ""),
+            )
+            for model in entry["models"]
+        ]
+        table = markdown_table(("model", "tokens", "perplexity", "bits per byte"), rows)
+        lines += ["", f"On {entry['text']}. {entry['measured']}", "", *table]
+    return ["## Perplexity", *lines] if lines else []
+
+
+def card_scores(report: Mapping[str, Any]) -> list[str]:
+    """Parents and child on the harness's tasks."""
+    lines: list[str] = []
+    for entry in report.get("scores", []):
+        rows = [
+            (
+                row["task"],
+                row["metric"],
+                *(f"{value:.4f} ± {error:.4f}" if error is not None else f"{value:.4f}" for value, error in figures),
+                *(row["verdicts"]),
+            )
+            for row in entry["rows"]
+            for figures in [[row["figures"][role] for role in ("primary", "secondary", "child")]]
+        ]
+        heads = ("task", "metric", "primary", "secondary", "child", "child against primary", "child against secondary")
+        lines += ["", entry["measured"], "", *markdown_table(heads, rows)]
+    return ["## Scores", *lines] if lines else []
+
+
+def card_tastes(report: Mapping[str, Any]) -> list[str]:
+    """What parents and child answered to the same prompts."""
+    lines: list[str] = []
+    for entry in report.get("tastes", []):
+        rows = [(role, answer) for role, answer in entry["answers"].items()]
+        lines += ["", f"> {table_cell(entry['prompt'])}", "", *markdown_table(("model", "answer"), rows)]
+        lines += ["", entry["measured"]]
+    return ["## Tastes", *lines] if lines else []
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(map(table_cell, heads)) + " |", "|---" * len(heads) + "|"]
+    return lines + ["| " + " | ".join(map(table_cell, row)) + " |" for row in rows]
+
+
+def table_cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table's cell, nor be taken for a mark of the card."""
+    text = text.replace("|", "\\|").replace("<!--", "&lt;!--")
+    return text.replace("\r", "").replace("\n", "<br>")
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
-# §9  Verified child
+# §10  Verified child
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 RECOMPUTED_TENSORS = 4  # recomputed whole, in float64, straight from the parents
@@ -5423,6 +5955,27 @@ def ids_without_rows(plan: MergePlan, folder: Path) -> list[str]:
     return warnings
 
 
+def quiet_transformers() -> Any:
+    """The transformers package, with no bars and warnings of its own on the screen."""
+    transformers = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def find_architecture(checkpoint: Checkpoint) -> Any:
+    """The class of transformers that a checkpoint's config names. Raises SlerpMergeError where it has none."""
+    transformers = quiet_transformers()
+    architecture = getattr(transformers, checkpoint.architecture, None)
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise SlerpMergeError(
+            f"transformers {transformers.__version__} has no {checkpoint.architecture}; {checkpoint.name} was not "
+            "loaded.",
+            "It needs code of its own, which is never run here, or a newer transformers.",
+        )
+    return architecture
+
+
 def verify_with_transformers(folder: Path) -> tuple[str, ...]:
     """Loads a child as transformers would and returns what was found right, in words.
 
@@ -5430,16 +5983,9 @@ def verify_with_transformers(folder: Path) -> tuple[str, ...]:
     own loading is given stand-ins of the child's names, shapes and dtypes: each one number, spread out.
     Raises SlerpMergeError where a key is missing, unexpected or of another shape, or the tokenizer fails.
     """
-    transformers = importlib.import_module("transformers")
+    transformers = quiet_transformers()
     checkpoint = open_checkpoint(folder)
-    architecture = getattr(transformers, checkpoint.architecture, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise SlerpMergeError(
-            f"transformers {transformers.__version__} has no {checkpoint.architecture}; the child was not loaded.",
-            "It needs code of its own, which is never run here, or a newer transformers.",
-        )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    architecture = find_architecture(checkpoint)
     found = loading_report(transformers, architecture, checkpoint)
     faults = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in faults.items():
@@ -5500,16 +6046,14 @@ def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
-# §10  The story
+# §11  The story
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
-    """Looks at both parents and decides everything. Reads headers and a few MB to time it; writes nothing.
-
-    Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
-    """
-    check_recipe(recipe)
+def open_parents(
+    recipe: MergeRecipe, observe: Observer
+) -> tuple[Checkpoint, Checkpoint, Checkpoint | None, ParityReport]:
+    """(primary, secondary, base, parity). Raises SlerpMergeError where they cannot make a right child."""
     primary = open_checkpoint(recipe.primary)
     observe(ParentOpened("primary", primary))
     secondary = open_checkpoint(recipe.secondary)
@@ -5520,6 +6064,25 @@ def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
     parity = check_parity(primary, secondary, recipe.dtype, recipe.slices, base, recipe.tokenizer, recipe.chat_template)
     observe(ParityChecked(parity))
     parity.raise_if_blocking()
+    return primary, secondary, base, parity
+
+
+def inspect_parents(recipe: MergeRecipe, observe: Observer) -> DifferenceMap:
+    """How the parents of a recipe differ. Reads each of them once and writes nothing.
+
+    Raises SlerpMergeError where a parent, or their parity, forbids it.
+    """
+    *_, parity = open_parents(recipe, observe)
+    return measure_differences(parity.pairs, recipe, observe)
+
+
+def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
+    """Looks at both parents and decides everything. Reads headers and a few MB to time it; writes nothing.
+
+    Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
+    """
+    check_recipe(recipe)
+    primary, secondary, base, parity = open_parents(recipe, observe)
     plan = plan_merge(recipe, primary, secondary, parity, base)
     plan = dataclasses.replace(plan, remarks=(*plan.remarks, *leftover_remarks(plan)))
     observe(PlanReady(plan))
@@ -5536,15 +6099,16 @@ def execute_merge(plan: MergePlan, observe: Observer) -> MergeReport:
         result = stream_merge(plan, child, observe)
         copy_companions(plan, child, result, observe)
         verified = verify_child(plan, child, result, observe)
+        warnings = (plan.kinship.warning,) if plan.kinship.warning else ()
+        warnings += verified.warnings
+        amend_report(child.folder, {"checks": list(verified.checks), "warnings": list(warnings)})
         sync_seconds = child.sync()
         check_parents_unchanged(plan, child)
     total_seconds = time.perf_counter() - started
-    warnings = (plan.kinship.warning,) if plan.kinship.warning else ()
-    warnings += verified.warnings
     return MergeReport(child.target, plan, result, verified.checks, warnings, sync_seconds, total_seconds)
 
 
-# ── §10b  Demo parents: two tiny real models, made on the spot ──────────────────────────────────
+# ── §11b  Demo parents: two tiny real models, made on the spot ──────────────────────────────────
 
 DEMO_TOPICS = {
     "demo-sailor": "the sea is wide and the {} sails over the {} waves until the {} wind sleeps . ",
@@ -5642,7 +6206,908 @@ def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
-# §11  View: events become a picture (rich)
+# §12  Judgement: what parents and child say and know
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+#
+# Every finding is an entry of merge_report.json, a plain dictionary, from which screen and card are drawn.
+
+WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
+TASTE_TOKENS = 120  # of an answer, at most
+WORKING_BYTES = 1_200_000_000  # beside a model's weights: a window's logits over a large vocabulary, and libraries
+LOGIT_ROWS = 256  # turned into float32 at once
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The models that are held against each other, in the order in which they are shown."""
+
+    folders: tuple[tuple[str, Path], ...]  # (role, folder)
+    device: str = "auto"  # as MergeRecipe.device
+
+    @functools.cached_property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        return {role: open_checkpoint(folder) for role, folder in self.folders}
+
+    def tokenizer_folder(self, role: str) -> Path:
+        """A model's own tokenizer, or that of another model here where it stands as weights alone."""
+        own = self.checkpoints[role].folder
+        others = [checkpoint.folder for other, checkpoint in reversed(self.checkpoints.items()) if other != role]
+        found = next((folder for folder in (own, *others) if has_tokenizer(folder)), None)
+        if found is None:
+            what = "None of these models has a tokenizer, so there is nothing to read or write a text with."
+            raise SlerpMergeError(what, "Put the tokenizer's files into a parent's folder.")
+        return found
+
+
+class DeviceFull(SlerpMergeError):
+    """A device had no memory left for a model."""
+
+    def __init__(self, name: str, device: str) -> None:
+        hint = "Give it --device cpu." if device != "cpu" else "Close other programs, or use a machine with more."
+        super().__init__(f"The device {device} ran out of memory with {name}.", hint)
+
+
+@contextlib.contextmanager
+def memory_watched(name: str, device: str) -> Iterator[None]:
+    """Turns a device's or the system's lack of memory into DeviceFull."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DeviceFull(name, device) from error
+    except RuntimeError as error:
+        if re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
+            raise DeviceFull(name, device) from error
+        raise
+
+
+def check_can_speak(checkpoint: Checkpoint, reads_on: bool) -> None:
+    """Raises SlerpMergeError where a model cannot generate text; reads_on: or cannot predict a text token by token."""
+    architecture = find_architecture(checkpoint)
+    what = None
+    if not architecture.can_generate():
+        what = f"{checkpoint.name} is a {checkpoint.architecture}, which reads texts and cannot write any."
+    elif reads_on and is_encoder_decoder(checkpoint):
+        what = f"{checkpoint.name} is a {checkpoint.architecture}, which does not predict a text from its beginning."
+    if what is not None:
+        raise SlerpMergeError(what, "Merge it without tasting; its parents can be inspected.")
+
+
+def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether a model reads a whole text before it writes one, as its config or its kind tells."""
+    stated = checkpoint.config.get("is_encoder_decoder")
+    return stated if isinstance(stated, bool) else checkpoint.config.get("model_type") in ("t5", "bart", "whisper")
+
+
+def free_memory() -> float:
+    """Bytes of main memory that a new program could have; infinite where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf
+
+
+def accelerator_memory(device: str) -> float:
+    """Free bytes of a device that is not the processor."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    recommended = getattr(torch.mps, "recommended_max_memory", lambda: math.inf)()
+    return recommended - torch.mps.current_allocated_memory()
+
+
+def choose_place(lineup: Lineup) -> tuple[str, str]:
+    """(device, dtype) that all of a lineup fits, one model at a time: the stored dtype on an accelerator, float32 on
+    the processor where there is room, which there is faster and exact.
+
+    Raises SlerpMergeError where a model is too large for any.
+    """
+    stored = max((checkpoint.dtypes[0] for checkpoint in lineup.checkpoints.values()), key=dtype_width)
+    largest = max(lineup.checkpoints.values(), key=lambda checkpoint: checkpoint.parameter_count)
+    count = largest.parameter_count
+    for device in [name for name, is_there in accelerators().items() if is_there] if lineup.device != "cpu" else []:
+        fits = count * dtype_width(stored) + WORKING_BYTES < accelerator_memory(device)
+        if lineup.device == device or (lineup.device == "auto" and fits):
+            return device, stored
+    if lineup.device not in ("auto", "cpu"):
+        choose_device(lineup.device, 1)  # says that it is not there
+    wide = "float64" if stored == "float64" else "float32"
+    for dtype in (wide, stored):
+        if count * dtype_width(dtype) + WORKING_BYTES < free_memory():
+            return "cpu", dtype
+    needed = format_bytes(count * dtype_width(stored) + WORKING_BYTES)
+    what = f"{largest.name} needs about {needed} of memory to be asked anything; {format_bytes(free_memory())} are free"
+    raise SlerpMergeError(f"{what}.", "Close other programs, or use a machine with more memory. The merge needs less.")
+
+
+def dtype_width(name: str) -> int:
+    """Bytes of a number of torch's dtype of this name."""
+    return DTYPE_BYTES[SAFETENSORS_NAMES[name]]
+
+
+def on_fitting_place(lineup: Lineup, observe: Observer, work: Callable[[str, str], Any]) -> Any:
+    """What `work(device, dtype)` makes; once more on the processor where an accelerator that was chosen runs full."""
+    device, dtype = choose_place(lineup)
+    try:
+        return work(device, dtype)
+    except DeviceFull as error:
+        if device == "cpu" or lineup.device != "auto":
+            raise
+        observe(Noted(f"{error.message} Once more, on the processor."))
+        return work(*choose_place(dataclasses.replace(lineup, device="cpu")))
+
+
+@contextlib.contextmanager
+def speaking_model(lineup: Lineup, role: str, device: str, dtype: str) -> Iterator[tuple[Any, Any]]:
+    """(model, tokenizer) as transformers has them; given back when the block ends, so that one is there at a time.
+
+    Raises SlerpMergeError where transformers cannot load them, DeviceFull where there is no memory for them.
+    """
+    transformers, checkpoint = quiet_transformers(), lineup.checkpoints[role]
+    architecture = find_architecture(checkpoint)
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    how = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
+    model = None
+    try:
+        with memory_watched(checkpoint.name, device):
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    lineup.tokenizer_folder(role), trust_remote_code=False
+                )
+                model = architecture.from_pretrained(checkpoint.folder, **how).to(device).eval()
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
+                raise SlerpMergeError(what, "The merge is not touched by this.") from error
+            with torch.inference_mode():
+                yield model, tokenizer
+    finally:
+        del model
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def context_limit(checkpoint: Checkpoint) -> int | None:
+    """Tokens that a model can look back on, as its config states it."""
+    for scope in language_scopes(checkpoint.config):
+        for key, value in scope.items():
+            if CAPACITY_KEY.search(key) and type(value) is int and value > 1:
+                return value
+    return None
+
+
+# ── §12b  Taste: the same prompts, answered side by side ────────────────────────────────────────
+
+
+def taste(lineup: Lineup, prompts: Sequence[str], observe: Observer) -> list[dict[str, Any]]:
+    """What each model answers to each prompt, greedily, so that it can be repeated: an entry for each prompt.
+
+    Raises SlerpMergeError where a model cannot be loaded or cannot generate, or where a prompt is empty or too long.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise SlerpMergeError("A prompt is empty.", "Give a question, or the beginning of a sentence.")
+    for checkpoint in lineup.checkpoints.values():
+        check_can_speak(checkpoint, reads_on=False)
+
+    def work(device: str, dtype: str) -> list[dict[str, Any]]:
+        answers: dict[str, list[tuple[str, bool]]] = {}
+        observe(WorkBegan("Tasting", len(lineup.folders) * len(prompts)))
+        for role, _ in lineup.folders:
+            answers[role] = answers_of(lineup, role, prompts, (device, dtype), observe)
+        observe(WorkEnded())
+        entries = []
+        for number, prompt in enumerate(prompts):
+            talked = [role for role in answers if answers[role][number][1]]
+            through = f"through the chat templates of {', '.join(talked)}" if talked else "without a chat template"
+            measured = f"Greedy, at most {TASTE_TOKENS} tokens, {through}, {dtype} on {device}."
+            found = {role: answers[role][number][0] for role in answers}
+            entries.append({"prompt": prompt, "measured": measured, "answers": found})
+        return entries
+
+    return on_fitting_place(lineup, observe, work)
+
+
+def answers_of(
+    lineup: Lineup, role: str, prompts: Sequence[str], place: tuple[str, str], observe: Observer
+) -> list[tuple[str, bool]]:
+    """One model's answers. A function of its own, so that no name holds on to the model when the next one loads."""
+    with speaking_model(lineup, role, *place) as (model, tokenizer):
+        found = []
+        for prompt in prompts:
+            found.append(answer_to(prompt, model, tokenizer, lineup.checkpoints[role]))
+            observe(WorkAdvanced(1))
+        return found
+
+
+def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -> tuple[str, bool]:
+    """(a model's greedy answer, whether its chat template was applied)."""
+    talks = bool(getattr(tokenizer, "chat_template", None))
+    text = prompt
+    if talks:
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            )
+        except (
+            Exception
+        ) as error:  # a template is a program of a stranger's, run in a sandbox, and fails in its own ways
+            what = f"The chat template of {checkpoint.name} cannot take the prompt: {shorten(str(error), 200)}"
+            raise SlerpMergeError(what, "Merge with the other parent's: --chat-template.") from error
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not talks, return_token_type_ids=False)
+    count = inputs["input_ids"].shape[1]
+    limit = context_limit(checkpoint)
+    room = TASTE_TOKENS if limit is None else min(TASTE_TOKENS, limit - count)
+    if room < 1 or not count:
+        what = f"The prompt has {count} tokens; {checkpoint.name} takes from 1 to {(limit or 2) - 1}."
+        raise SlerpMergeError(what, "Give another prompt.")
+    ends = model.generation_config.eos_token_id
+    padding = model.generation_config.pad_token_id
+    padding = padding if padding is not None else ends[0] if isinstance(ends, list) else ends
+    output = model.generate(
+        **inputs.to(model.device), max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding
+    )
+    start = 0 if is_encoder_decoder(checkpoint) else count
+    return tokenizer.decode(output[0][start:], skip_special_tokens=True).strip(), talks
+
+
+# ── §12c  Perplexity: how well parents and child predict a text ─────────────────────────────────
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """How well one model predicts one text, by a window that slides over it."""
+
+    tokens: int  # predicted
+    byte_count: int  # of the text that those stand for, in UTF-8
+    nats: tuple[float, ...]  # of each step: -log p, summed over the tokens that it adds
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(math.fsum(self.nats) / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return math.fsum(self.nats) / math.log(2) / self.byte_count
+
+    @property
+    def items(self) -> tuple[float, ...]:
+        """A share of each step whose mean is bits_per_byte."""
+        return tuple(nats * len(self.nats) / math.log(2) / self.byte_count for nats in self.nats)
+
+
+def standard_error(items: Sequence[float]) -> float | None:
+    """Of the mean of independent items; None where there are too few to tell."""
+    count = len(items)
+    if count < 2:
+        return None
+    mean = math.fsum(items) / count
+    return math.sqrt(math.fsum((item - mean) ** 2 for item in items) / (count - 1) / count)
+
+
+def error_of_difference(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Standard error of the difference of two means: paired where the items are the same ones, else of both."""
+    if len(left) == len(right):
+        return standard_error([a - b for a, b in zip(left, right)])
+    errors = standard_error(left), standard_error(right)
+    return None if None in errors else math.hypot(*errors)
+
+
+def read_judged_text(path: Path) -> str:
+    """A text to be predicted. Raises SlerpMergeError where there is none, or none in it."""
+    if not path.is_file():
+        raise SlerpMergeError(f"The text {path} is not there.", "Give a text file, in UTF-8.")
+    data = read_bytes(path, MAX_TEXT_BYTES)
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise SlerpMergeError(f"The text {path} is not UTF-8: {error}.", "Save it as UTF-8.") from error
+    if not text.strip():
+        raise SlerpMergeError(f"The text {path} is empty.", "Give a file with some pages of text.")
+    return text
+
+
+def window_of(lineup: Lineup) -> int:
+    """Tokens of context for all of a lineup: what each of them can look back on."""
+    limits = [limit for checkpoint in lineup.checkpoints.values() if (limit := context_limit(checkpoint))]
+    return min(WINDOW_TOKENS, *limits) if limits else WINDOW_TOKENS
+
+
+def sliding_windows(count: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, tokens that are predicted for the first time) of a window moved over `count` tokens by its half."""
+    covered = 1  # nothing stands before the first token to predict it from
+    for begin in range(0, count, max(1, window // 2)):
+        end = min(begin + window, count)
+        if end > covered:
+            yield begin, end, end - covered
+        covered = end
+        if end == count:
+            return
+
+
+def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Callable[[int], object]) -> TextLoss:
+    """-log p of every token of a text but the first, each seen with half a window or more before it, where there is.
+
+    As the transformers documentation computes "perplexity of fixed-length models", with a stride of half a window.
+    Raises SlerpMergeError where the text has no two tokens, or a probability is no number.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise SlerpMergeError("The text has fewer than two tokens, so there is none to predict.", "Give a longer one.")
+    tokens = torch.tensor(ids, device=model.device)
+    nats = []
+    for begin, end, fresh in sliding_windows(len(ids), window):
+        logits = model(input_ids=tokens[begin:end].unsqueeze(0), use_cache=False).logits[0, -fresh - 1 : -1]
+        targets = tokens[end - fresh : end]
+        nats.append(
+            math.fsum(
+                float(torch.nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="sum"))
+                for part in (slice(start, start + LOGIT_ROWS) for start in range(0, fresh, LOGIT_ROWS))
+            )
+        )
+        advance(fresh)
+    if not math.isfinite(math.fsum(nats)):
+        raise SlerpMergeError("A model gives a probability that is no number.", "Something is wrong with its weights.")
+    first = "" if ids[0] in tokenizer.all_special_ids else tokenizer.decode(ids[:1])
+    return TextLoss(len(ids) - 1, max(1, len(text.encode()) - len(first.encode())), tuple(nats))
+
+
+def lose_on_texts(
+    lineup: Lineup, role: str, texts: Sequence[str], place: tuple[str, str], window: int, advance: Callable[[int], Any]
+) -> list[TextLoss]:
+    """One model's losses on several texts; `advance` is told the bytes of the text that are done."""
+    with speaking_model(lineup, role, *place) as (model, tokenizer):
+        losses = []
+        for text in texts:
+            total, done = len(text.encode()), 0
+            tokens = max(1, len(tokenizer(text, verbose=False)["input_ids"]) - 1)
+
+            def tell(fresh: int, total: int = total, tokens: int = tokens) -> None:
+                nonlocal done
+                done += fresh
+                advance(total * done // tokens - total * (done - fresh) // tokens)
+
+            losses.append(text_loss(model, tokenizer, text, window, tell))
+        return losses
+
+
+def compare_perplexity(lineup: Lineup, paths: Sequence[Path], observe: Observer) -> list[dict[str, Any]]:
+    """How well each model predicts each text: an entry for each. One model is in memory at a time.
+
+    Raises SlerpMergeError where a text is empty, or a model cannot be loaded or does not predict texts.
+    """
+    texts = [read_judged_text(path) for path in paths]
+    for checkpoint in lineup.checkpoints.values():
+        check_can_speak(checkpoint, reads_on=True)
+    window = window_of(lineup)
+
+    def work(device: str, dtype: str) -> list[dict[str, Any]]:
+        total = len(lineup.folders) * sum(len(text.encode()) for text in texts)
+        observe(WorkBegan("Reading the text" + "s" * (len(texts) > 1), total))
+        found = {
+            role: lose_on_texts(lineup, role, texts, (device, dtype), window, lambda n: observe(WorkAdvanced(n)))
+            for role, _ in lineup.folders
+        }
+        observe(WorkEnded())
+        how = describe_window(window, dtype, device)
+        return [
+            perplexity_entry(path, text, how, {role: losses[number] for role, losses in found.items()})
+            for number, (path, text) in enumerate(zip(paths, texts))
+        ]
+
+    return on_fitting_place(lineup, observe, work)
+
+
+def describe_window(window: int, dtype: str, device: str) -> str:
+    """How a text was read, in words."""
+    return f"Sliding window of {window} tokens, {max(1, window // 2)} of them new in each step; {dtype} on {device}."
+
+
+def perplexity_entry(path: Path, text: str, how: str, losses: Mapping[str, TextLoss]) -> dict[str, Any]:
+    """What merge_report.json holds of one text."""
+    import hashlib
+
+    if any(len(loss.nats) < 2 for loss in losses.values()):
+        how += " The text is shorter than a window and a half, so how far chance goes in it is not known."
+    child = losses["child"]
+    return {
+        "text": path.name,
+        "bytes": len(text.encode()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "measured": how,
+        "models": [
+            {
+                "role": role,
+                "tokens": loss.tokens,
+                "perplexity": loss.perplexity,
+                "bits_per_byte": loss.bits_per_byte,
+                "noise": standard_error(loss.items),
+            }
+            for role, loss in losses.items()
+        ],
+        "child_against": {
+            role: {
+                "bits_per_byte": child.bits_per_byte - loss.bits_per_byte,
+                "noise": error_of_difference(child.items, loss.items),
+            }
+            for role, loss in losses.items()
+            if role != "child"
+        },
+    }
+
+
+# ── §12d  Scores: the field's harness, and what its differences are worth ───────────────────────
+
+NOISE_LEVEL = 0.05  # a difference that chance makes more often than this is noise
+
+
+def load_harness() -> Any:
+    """The package lm_eval. Raises SlerpMergeError where it is not installed, or not whole."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        harness = importlib.import_module("lm_eval")
+        importlib.import_module("accelerate")  # its models of transformers need it
+    except ImportError as error:
+        what = f"Scores need the evaluation harness, which is not installed ({error})."
+        raise SlerpMergeError(what, 'pip install "lm-eval[hf]"') from error
+    import logging
+
+    for name in ("lm_eval", "datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return harness
+
+
+def find_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[str], Any]:
+    """(names of the harness's tasks that are meant, its task manager). Raises SlerpMergeError for one it does not have.
+
+    The harness's own thousands of tasks are only looked through where a name is not one of `include_path`.
+    """
+    load_harness()
+    TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
+    if include_path is not None and not include_path.is_dir():
+        raise SlerpMergeError(
+            f"The folder of tasks {include_path} is not there.", "Give the folder of their YAML files."
+        )
+    manager = None
+    missing = list(tasks)
+    for with_defaults in (False, True):
+        if with_defaults or include_path is not None:
+            try:
+                manager = TaskManager(
+                    include_path=str(include_path) if include_path else None, include_defaults=with_defaults
+                )
+            except Exception as error:  # a task file can be wrong in as many ways as YAML can
+                what = f"The harness cannot read the tasks in {include_path}: {shorten(str(error), 300)}"
+                raise SlerpMergeError(what, "Mend that file, or try it with lm_eval itself.") from error
+            missing = [task for task in tasks if not manager.match_tasks([task])]
+            if not missing:
+                return list(dict.fromkeys(name for task in tasks for name in manager.match_tasks([task]))), manager
+    near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists what there is."
+    raise SlerpMergeError(f"The harness has no task {format_names(missing)}.", hint)
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keeps the harness's own prints and bars off the screen, and what git says where it looks for a commit."""
+    evaluator = importlib.import_module("lm_eval.evaluator")
+    before = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        evaluator.get_git_commit_hash = before
+
+
+def harness_results(folder: Path, name: str, tasks: Sequence[str], manager: Any, device: str) -> dict[str, Any]:
+    """The harness's own result for one model, with its samples; all settings are its defaults.
+
+    Raises SlerpMergeError for whatever goes wrong in it.
+    """
+    harness = load_harness()
+    model = {"pretrained": str(folder), "trust_remote_code": False}
+    try:
+        with hushed(), memory_watched(name, device):
+            result = harness.simple_evaluate(
+                model="hf", model_args=model, tasks=list(tasks), task_manager=manager, device=device, log_samples=True
+            )
+    except SlerpMergeError:
+        raise
+    except Exception as error:  # tasks are programs and data of others; each fails in its own way
+        what = f"The harness could not evaluate {name}: {shorten(f'{type(error).__name__}: {error}', 300)}"
+        hint = "Try it with lm_eval itself: if it shows the same, the fault is the task's."
+        raise SlerpMergeError(what, hint) from error
+    answers = (sample.get("filtered_resps") for samples in result["samples"].values() for sample in samples)
+    if "nan" in re.findall(r"\bnan\b", str(list(answers))):
+        raise SlerpMergeError(f"{name} gives a probability that is no number.", "Something is wrong with its weights.")
+    return result
+
+
+def judged_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(task, metric, filter) of every figure of a result that is known for each item."""
+    for task, figures in result["results"].items():
+        samples = result["samples"].get(task, ())
+        for key in figures:
+            metric, comma, filtered = key.partition(",")
+            known = [sample for sample in samples if sample.get("filter", "none") == filtered]
+            if comma and not metric.endswith("_stderr") and known and is_number(known[0].get(metric)):
+                yield task, metric, filtered
+
+
+def is_number(value: Any) -> bool:
+    """Whether a harness's value is a single number, numpy's own among them."""
+    return isinstance(value, (bool, int, float)) or type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0
+
+
+def items_of(result: Mapping[str, Any], task: str, metric: str, filtered: str) -> list[float]:
+    """A metric's value for each item of a task, in the order of the items."""
+    samples = [sample for sample in result["samples"][task] if sample.get("filter", "none") == filtered]
+    return [float(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+
+
+def sign_test(better: int, worse: int) -> float:
+    """How often chance alone makes a difference as uneven as this, two-sided. Exact.
+
+    Over items of right and wrong it is McNemar's test: Q. McNemar, Psychometrika 12 (1947), 153-157, in its exact form.
+    """
+    count = better + worse
+    tail = sum(math.comb(count, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def verdict_on(child: Sequence[float], parent: Sequence[float], higher_is_better: bool) -> tuple[str, float]:
+    """(in words, p) what a difference between child and parent on the same items is worth."""
+    gains = [(a - b) * (1 if higher_is_better else -1) for a, b in zip(child, parent)]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    p = sign_test(better, worse)
+    word = "noise" if p > NOISE_LEVEL else "better" if better > worse else "worse"
+    return f"{word} (better on {better}, worse on {worse} of {len(gains)}; p = {p:.2g})", p
+
+
+def score(lineup: Lineup, tasks: Sequence[str], include_path: Path | None, observe: Observer) -> list[dict[str, Any]]:
+    """Parents and child on the harness's tasks, with its own figures: one entry.
+
+    Raises SlerpMergeError where the harness, a task or a model does not let them be had.
+    """
+    names, manager = find_tasks(tasks, include_path)
+    for checkpoint in lineup.checkpoints.values():
+        check_can_speak(checkpoint, reads_on=False)
+    device = choose_place(lineup)[0]
+    results = {}
+    observe(WorkBegan("Scoring with the harness", len(lineup.folders)))
+    for role, folder in lineup.folders:
+        results[role] = harness_results(folder, lineup.checkpoints[role].name, names, manager, device)
+        observe(WorkAdvanced(1))
+    observe(WorkEnded())
+    rows = [score_row(results, task, metric, filtered) for task, metric, filtered in judged_metrics(results["child"])]
+    if not rows:
+        raise SlerpMergeError("The harness gives these tasks no figure for each item.", "Choose others.")
+    version = getattr(load_harness(), "__version__", results["child"].get("lm_eval_version", ""))
+    measured = f"lm-eval {version}, its defaults, on {device}; child against parent: exact sign test on the same items."
+    return [{"tasks": names, "measured": measured, "rows": rows}]
+
+
+def score_row(results: Mapping[str, Mapping[str, Any]], task: str, metric: str, filtered: str) -> dict[str, Any]:
+    """One figure of all the models, the harness's own, and the child's differences from each parent."""
+    key, error_key = f"{metric},{filtered}", f"{metric}_stderr,{filtered}"
+    figures, items = {}, {}
+    for role, result in results.items():
+        error = result["results"][task].get(error_key)
+        figures[role] = [float(result["results"][task][key]), float(error) if is_number(error) else None]
+        items[role] = items_of(result, task, metric, filtered)
+    higher = results["child"].get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
+    parents = [role for role in results if role != "child"]
+    judged = [verdict_on(items["child"], items[parent], higher) for parent in parents]
+    return {
+        "task": task,
+        "metric": metric if filtered == "none" else f"{metric} ({filtered})",
+        "items": len(items["child"]),
+        "figures": figures,
+        "verdicts": [words for words, _ in judged],
+        "p": dict(zip(parents, (p for _, p in judged))),
+    }
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §13  Sweep: a good t is found, by texts or tasks of the person's choice
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+#
+# A grid first, then both sides of the best at half the distance, and again. Every trial child is made by the same
+# two functions as any other, read, and removed; what was found is in a journal, so that a stopped sweep goes on.
+
+SWEEP_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
+SWEEP_STEPS = (0.1, 0.05, 0.025)  # around the best so far
+MOST_TRIALS = 2 + len(SWEEP_GRID) + 2 * len(SWEEP_STEPS)  # both parents among them
+MEMORY_FOLDER = Path("/dev/shm")  # files in memory, where the system has it
+TRIAL_PREFIX = "slerpmerge-trial-"
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What trial children are measured by: texts that they should predict, or else tasks of the harness."""
+
+    texts: tuple[Path, ...] = ()
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the yardstick says of one model."""
+
+    role: str  # "primary", "secondary" or "child"
+    t: float
+    values: tuple[float, ...]  # as they are shown, one for each text or task
+    items: tuple[tuple[float, ...], ...]  # of each the losses whose mean counts; less is better
+
+    @property
+    def loss(self) -> float:
+        """The mean over texts or tasks, each counting the same."""
+        return math.fsum(math.fsum(part) / len(part) for part in self.items) / len(self.items)
+
+    def noise_against(self, other: Trial) -> float | None:
+        """Standard error of the difference of two losses."""
+        errors = [error_of_difference(a, b) for a, b in zip(self.items, other.items)]
+        return None if None in errors else math.hypot(*errors) / len(errors)
+
+
+def sweep_area(save_directory: Path) -> Path:
+    """The hidden folder beside the save directory that a sweep keeps its journal in."""
+    target = save_directory.resolve()
+    return target.with_name(f".{target.name}.slerpmerge-sweep")
+
+
+class SweepJournal:
+    """What a sweep has found so far, and the one trial child that is there at a time.
+
+    Leaving the `with` block removes the trial child. What was found stays until `forget`.
+    """
+
+    def __init__(self, plan: MergePlan, identity: Mapping[str, Any]) -> None:
+        self.plan = plan
+        self.identity = json.loads(json.dumps(identity))
+        self.area = sweep_area(plan.recipe.save_directory)
+        self.path = self.area / JOURNAL_NAME
+        self.trials: list[Trial] = []
+        self.names: list[str] = []  # of the figures
+        self.storage: Path | None = None
+
+    def __enter__(self) -> SweepJournal:
+        try:
+            if os.path.lexists(self.area) and not is_plain_folder(self.area):
+                raise SlerpMergeError(f"{self.area} is in the way; it is no folder of this tool's.", "Remove it.")
+            self.area.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.area)
+        except OSError as error:
+            raise explain_os_error(error, self.area, "make the folder") from error
+        content = read_json_if_there(self.path) if is_plain_file(self.path) else {}
+        remove_trial(content.get("storage"))
+        if content.get("identity") == self.identity and not self.plan.recipe.restart:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a journal of another making begins anew
+                self.trials = [
+                    Trial(entry["role"], entry["t"], tuple(entry["values"]), tuple(map(tuple, entry["items"])))
+                    for entry in content["trials"]
+                ]
+                self.names = [str(name) for name in content["names"]]
+        self.storage = trial_storage(self.plan, self.area)
+        self._write()
+        return self
+
+    def _write(self) -> None:
+        fresh = self.path.with_suffix(".new")
+        trials = [dataclasses.asdict(trial) for trial in self.trials]
+        content = {"identity": self.identity, "storage": str(self.storage), "names": self.names, "trials": trials}
+        write_json(fresh, content)
+        fresh.replace(self.path)
+
+    def add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        self._write()
+
+    def __exit__(self, *_: object) -> None:
+        with interruptions_held():
+            remove_trial(str(self.storage))
+            self._lock.release()
+            if not self.trials:
+                forget_sweep(self.plan.recipe.save_directory)
+
+
+def forget_sweep(save_directory: Path) -> None:
+    """Removes a sweep's journal, once its child stands."""
+    area = sweep_area(save_directory)
+    if is_plain_folder(area):
+        shutil.rmtree(area, ignore_errors=True)
+
+
+def trial_storage(plan: MergePlan, area: Path) -> Path:
+    """A new folder for trial children: in memory where one fits there beside itself once more, loaded; else on disk."""
+    needed = 1.05 * plan.disk_needed_bytes
+    loaded = 2 * plan.child_bytes + WORKING_BYTES
+    try:
+        fits = shutil.disk_usage(MEMORY_FOLDER).free > needed and free_memory() > needed + loaded
+        if fits and os.access(MEMORY_FOLDER, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix=TRIAL_PREFIX, dir=MEMORY_FOLDER))
+    except OSError:  # no such folder here, or none to write to: the disk then
+        fits = False
+    return Path(tempfile.mkdtemp(prefix=TRIAL_PREFIX, dir=area))
+
+
+def remove_trial(storage: Any) -> None:
+    """Removes a folder of trial children, if it is one."""
+    path = Path(storage) if isinstance(storage, str) else Path()
+    if path.name.startswith(TRIAL_PREFIX) and is_plain_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Sweep:
+    """One search for t. `run` returns what merge_report.json holds of it."""
+
+    def __init__(self, plan: MergePlan, yardstick: Yardstick, observe: Observer) -> None:
+        self.plan = plan
+        self.yardstick = yardstick
+        self.observe = observe
+        self.texts = [read_judged_text(path) for path in yardstick.texts]
+        self.parents = (("primary", plan.primary.folder), ("secondary", plan.secondary.folder))
+        self.lineup = Lineup(self.parents, plan.recipe.device)
+        self.window = window_of(self.lineup)
+        self.tasks: tuple[list[str], Any] = ([], None)
+        for checkpoint in self.lineup.checkpoints.values():
+            check_can_speak(checkpoint, reads_on=bool(self.texts))
+        if not self.texts:
+            self.tasks = find_tasks(yardstick.tasks, yardstick.include_path)
+
+    def run(self) -> dict[str, Any]:
+        return on_fitting_place(self.lineup, self.observe, self.run_on)
+
+    def run_on(self, device: str, dtype: str) -> dict[str, Any]:
+        self.place = device, dtype
+        per_model = sum(len(text.encode()) for text in self.texts) or 1
+        with SweepJournal(self.plan, self.identity()) as self.journal:
+            known = len(self.journal.trials)
+            if known:
+                self.observe(Noted(f"Carrying on: {known} models are measured already."))
+            self.observe(WorkBegan("Finding a good t", MOST_TRIALS * per_model))
+            self.observe(WorkAdvanced(known * per_model))
+            for role, t in (("primary", 0.0), ("secondary", 1.0)):
+                self.try_model(role, t)
+            for t in SWEEP_GRID:
+                self.try_model("child", t)
+            for step in SWEEP_STEPS:
+                best = self.best().t
+                for t in (round(best - step, 4), round(best + step, 4)):
+                    if 0 < t < 1:
+                        self.try_model("child", t)
+            self.observe(WorkEnded())
+            return self.entry(self.journal.trials)
+
+    def identity(self) -> dict[str, Any]:
+        """All that the figures depend on."""
+        import hashlib
+
+        identity = plan_identity(self.plan)
+        identity["recipe"].pop("schedule")
+        hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
+        tasks = self.tasks[0], str(self.yardstick.include_path)
+        return {**identity, "texts": hashes, "tasks": tasks, "place": self.place, "window": self.window}
+
+    def best(self) -> Trial:
+        """The child that loses least; of equal ones the one nearest the middle."""
+        children = [trial for trial in self.journal.trials if trial.role == "child"]
+        return min(children, key=lambda trial: (trial.loss, abs(trial.t - 0.5)))
+
+    def try_model(self, role: str, t: float) -> None:
+        """Measures a parent, or a child made for it, unless the journal has it."""
+        if any((trial.role, trial.t) == (role, t) for trial in self.journal.trials):
+            return
+        folder = dict(self.parents).get(role) or self.make_trial(t)
+        values, items = self.measure(role, folder)
+        trial = Trial(role, t, values, items)
+        self.journal.add(trial)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.journal.names, values))
+        self.observe(Noted(f"t = {t:<6g} {role:<10} {shown}"))
+
+    def make_trial(self, t: float) -> Path:
+        """A child at t, in place of the one before it."""
+        folder = self.journal.storage / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        recipe = dataclasses.replace(
+            self.plan.recipe, schedule=Schedule.constant(t), save_directory=folder, overwrite=False, restart=True
+        )
+        return execute_merge(prepare_merge(recipe, ignore), ignore).child
+
+    def measure(self, role: str, folder: Path) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+        """(figures to show, losses of each item) of one model."""
+        lineup = Lineup((*self.parents, (role, folder)) if role == "child" else self.parents, self.lineup.device)
+        if self.texts:
+            losses = lose_on_texts(
+                lineup, role, self.texts, self.place, self.window, lambda count: self.observe(WorkAdvanced(count))
+            )
+            self.journal.names = [path.name for path in self.yardstick.texts]
+            return tuple(loss.bits_per_byte for loss in losses), tuple(loss.items for loss in losses)
+        names, manager = self.tasks
+        result = harness_results(folder, lineup.checkpoints[role].name, names, manager, self.place[0])
+        self.observe(WorkAdvanced(1))
+        chosen: dict[str, tuple[str, str]] = {}
+        for task, metric, filtered in judged_metrics(result):
+            chosen.setdefault(task, (metric, filtered))
+        self.journal.names = [f"{task}: {metric}" for task, (metric, _) in chosen.items()]
+        values, items = [], []
+        for task, (metric, filtered) in chosen.items():
+            found = items_of(result, task, metric, filtered)
+            higher = result.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
+            values.append(math.fsum(found) / len(found))
+            items.append(tuple(-value if higher else value for value in found))
+        return tuple(values), tuple(items)
+
+    def entry(self, trials: Sequence[Trial]) -> dict[str, Any]:
+        """What merge_report.json holds of a sweep."""
+        best = self.best()
+        device, dtype = self.place
+        how = describe_window(self.window, dtype, device) if self.texts else f"The harness's tasks, on {device}."
+        steps = f"A grid of t from {SWEEP_GRID[0]} to {SWEEP_GRID[-1]}, then narrowed to steps of {SWEEP_STEPS[-1]}."
+        return {
+            "names": self.journal.names,
+            "unit": "bits per byte" if self.texts else "the harness's figure",
+            "less_is_better": bool(self.texts),
+            "measured": f"{steps} {how} Noise is the standard error of the difference from the best child.",
+            "best_t": best.t,
+            "trials": [
+                {
+                    "role": trial.role,
+                    "t": trial.t,
+                    "values": list(trial.values),
+                    "loss": trial.loss,
+                    "over_best": trial.loss - best.loss,
+                    "noise": None if trial is best else trial.noise_against(best),
+                }
+                for trial in sorted(trials, key=lambda trial: trial.t)
+            ],
+            "verdict": self.verdict(trials, best),
+        }
+
+    @staticmethod
+    def verdict(trials: Sequence[Trial], best: Trial) -> str:
+        """What was found, in words; a difference within twice its standard error is called noise."""
+        words = []
+        for trial in trials:
+            if trial.role != "child":
+                gain, noise = trial.loss - best.loss, trial.noise_against(best)
+                if noise is not None and abs(gain) <= 2 * noise:
+                    words.append(
+                        f"{abs(gain):.4f} {'less' if gain > 0 else 'more'} than the {trial.role}, which is noise"
+                    )
+                else:
+                    words.append(f"{abs(gain):.4f} {'less' if gain > 0 else 'more'} than the {trial.role}")
+        near = [
+            f"{trial.t:g}"
+            for trial in sorted(trials, key=lambda trial: trial.t)
+            if trial.role == "child"
+            and trial is not best
+            and (noise := trial.noise_against(best)) is not None
+            and trial.loss - best.loss <= 2 * noise
+        ]
+        alike = f" Not to be told from it: t = {', '.join(near)}." if near else ""
+        return f"The best child, at t = {best.t:g}, loses {' and '.join(words)}.{alike}"
+
+
+def ignore(event: Event) -> None:
+    """An observer of work that nobody watches."""
+
+
+def find_t(plan: MergePlan, yardstick: Yardstick, observe: Observer) -> dict[str, Any]:
+    """The t at which a child of the plan's parents loses least on texts or tasks, and the curve that shows it.
+
+    Follows the plan's recipe in all but its schedule. Raises SlerpMergeError where the texts, tasks or models do not
+    allow it. What was found stays in a journal beside the save directory until `forget_sweep`.
+    """
+    if plan.recipe.slices or plan.recipe.weights is not None:
+        what = "A sweep looks for one t of whole models; this recipe has slices or weights of its own."
+        raise SlerpMergeError(what, "Sweep without the recipe, or merge it as it is.")
+    return Sweep(plan, yardstick, observe).run()
+
+
+# ════════════════════════════════════════════════════════════════════════════════════════════════
+# §14  View: events become a picture (rich)
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 WIDEST_PANEL = 110  # longer lines are hard to read
@@ -5992,6 +7457,217 @@ class LayerStrip:
         return text
 
 
+# ── §14b  What was measured: maps, curves, tables ───────────────────────────────────────────────
+
+MAP_CELL_COLUMNS = 7  # of a cell at most; narrower where there are many
+PLOT_ROWS = 9
+ROLES = ("primary", "secondary", "child")
+
+
+def render_map(console: Console, found: DifferenceMap) -> RenderableType:
+    """Two heat maps, layer by component: angles, then norm ratios; then the tensors outside layers."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for number, scale in enumerate(map_scales(found)):
+        lines: list[RenderableType] = []
+        for grid in found.grids:
+            if len(found.grids) > 1:
+                lines.append(Text(displayable(console, grid.stack), style="bold"))
+            lines += draw_grid(console, grid, scale)
+        for name, cell in found.outside:
+            lines.append(draw_cell(console, cell, scale, MAP_CELL_COLUMNS).append(f" {displayable(console, name)}"))
+        title = f"{scale.title}: {scale.ends}"
+        parts += [panel(console, Group(*lines), title)] if number or lines else []
+    return Group(*parts)
+
+
+def draw_grid(console: Console, grid: MapGrid, scale: MapScale) -> list[Text]:
+    """A line for the headings and one for each layer. Headings that are too long are numbers, told below."""
+    from rich.text import Text
+
+    room = min(console.width, WIDEST_PANEL) - 10
+    width = max(3, min(MAP_CELL_COLUMNS, room // max(1, len(grid.components))))
+    numbered = any(len(name) >= width for name in grid.components)
+    heads = [str(number) if numbered else name for number, name in enumerate(grid.components, 1)]
+    lines = [Text("layer ".rjust(6) + "".join(f"{head:^{width}}" for head in heads), style="bold", no_wrap=True)]
+    for layer, cells in grid.rows:
+        line = Text(f"{layer:>5} ", no_wrap=True)
+        for cell in cells:
+            line.append_text(draw_cell(console, cell, scale, width))
+        lines.append(line)
+    if numbered:
+        legend = "  ".join(f"{number} {name}" for number, name in enumerate(grid.components, 1))
+        lines.append(Text(displayable(console, legend), style="dim"))
+    return lines
+
+
+def draw_cell(console: Console, cell: MapCell, scale: MapScale, width: int) -> Text:
+    """A value on its colour, in as many digits as there is room for."""
+    from rich.text import Text
+
+    value = scale.value(cell)
+    if value is None:
+        return Text(f"{'·' if is_unicode(console) else '.':^{width}}", style="dim")
+    text = scale.text(value)
+    if len(text) >= width:
+        text = text[:width].rstrip(".") if "." in text[:width] else "99+"[:width]
+    colour = scale.colour(value)
+    return Text(f"{text:^{width}}", style=f"{ink_on(colour)} on rgb({','.join(map(str, colour))})")
+
+
+def render_tastes(console: Console, entries: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """The answers to each prompt side by side, or one below the other where it is narrow."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for entry in entries:
+        answers = {role: displayable(console, text) or "(nothing)" for role, text in entry["answers"].items()}
+        if console.width < NARROW_COLUMNS:
+            lines = [Text.assemble((f"{role}: ", "bold"), text) for role, text in answers.items()]
+            content: RenderableType = Group(*lines)
+        else:
+            content = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, expand=True)
+            for role in answers:
+                content.add_column(role, ratio=1, overflow="fold")
+            content.add_row(*map(Text, answers.values()))
+        measured = Text(displayable(console, entry["measured"]), style="dim")
+        parts.append(panel(console, Group(content, measured), displayable(console, shorten(entry["prompt"], 70))))
+    return Group(*parts)
+
+
+def figure_table(console: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of figures, right-aligned but for its first column."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(displayable(console, cell)) for cell in row))
+    return table
+
+
+def with_noise(console: Console, value: float, noise: float | None, form: str = ".4f") -> str:
+    """A figure with its standard error, where that is known."""
+    sign = "±" if is_unicode(console) else "+-"
+    return f"{value:{form}}" if noise is None else f"{value:{form}} {sign} {noise:.4f}"
+
+
+def render_perplexities(console: Console, entries: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """How well parents and child predict each text, and what the differences are worth."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts = []
+    for entry in entries:
+        rows = [
+            (
+                model["role"],
+                f"{model['tokens']:,}",
+                f"{model['perplexity']:.4f}",
+                with_noise(console, model["bits_per_byte"], model["noise"]),
+            )
+            for model in entry["models"]
+        ]
+        lines: list[RenderableType] = [figure_table(console, ("model", "tokens", "perplexity", "bits per byte"), rows)]
+        for role, difference in entry["child_against"].items():
+            amount, noise = difference["bits_per_byte"], difference["noise"]
+            word = "better" if amount < 0 else "worse"
+            if noise is None or abs(amount) <= 2 * noise:
+                word = "not to be told apart" if noise is not None else f"{word}, as far as so short a text tells"
+            shown = with_noise(console, amount, noise, "+.4f")
+            lines.append(Text(f"child against {role}: {shown} bits per byte: {word}"))
+        lines.append(Text(displayable(console, entry["measured"]), style="dim"))
+        parts.append(panel(console, Group(*lines), f"Perplexity on {displayable(console, entry['text'])}"))
+    return Group(*parts)
+
+
+def render_scores(console: Console, entries: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """The harness's figures for all three, and what the child's differences are worth."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts = []
+    for entry in entries:
+        lines: list[RenderableType] = []
+        rows = [
+            (row["task"], row["metric"], *(with_noise(console, *row["figures"][role]) for role in ROLES))
+            for row in entry["rows"]
+        ]
+        lines.append(figure_table(console, ("task", "metric", *ROLES), rows))
+        for row in entry["rows"]:
+            for role, verdict in zip(ROLES, row["verdicts"]):
+                lines.append(Text(displayable(console, f"{row['metric']}, child against {role}: {verdict}")))
+        lines.append(Text(displayable(console, entry["measured"]), style="dim"))
+        parts.append(panel(console, Group(*lines), "Scores"))
+    return Group(*parts)
+
+
+def render_sweep(console: Console, entry: Mapping[str, Any]) -> RenderableType:
+    """The curve over t, one for each text or task and one for their mean; both parents are its ends."""
+    from rich.console import Group
+    from rich.text import Text
+
+    trials, names = entry["trials"], list(entry["names"])
+    curves = [(name, [trial["values"][place] for trial in trials]) for place, name in enumerate(names)]
+    if len(names) > 1 and entry["less_is_better"]:
+        curves.append(("mean of all", [trial["loss"] for trial in trials]))
+    lines: list[RenderableType] = []
+    for number, (name, values) in enumerate(curves):
+        lines.append(Text(displayable(console, f"{name}, {entry['unit']}"), style="bold"))
+        noise = [trial["noise"] if number == len(curves) - 1 else None for trial in trials]
+        lines += [Text(line, no_wrap=True) for line in draw_plot(console, trials, values, noise, entry["best_t"])]
+    marks = (
+        "● child  ◆ best  ■ parent  │ noise against the best" if is_unicode(console) else "o child  # best  @ parent"
+    )
+    lines += [Text(marks, style="dim"), Text(displayable(console, entry["verdict"]))]
+    lines.append(Text(displayable(console, entry["measured"]), style="dim"))
+    return panel(console, Group(*lines), f"A good t: {entry['best_t']:g}")
+
+
+def draw_plot(
+    console: Console,
+    trials: Sequence[Mapping[str, Any]],
+    values: Sequence[float],
+    noise: Sequence[float | None],
+    best_t: float,
+) -> list[str]:
+    """Values over t as rows of characters, with their scale at the left and t below."""
+    marks = {"child": "●", "best": "◆", "parent": "■", "noise": "│"}
+    marks = marks if is_unicode(console) else {"child": "o", "best": "#", "parent": "@", "noise": "|"}
+    width = max(24, min(console.width, WIDEST_PANEL) - 18)
+    low, high = min(values), max(values)
+    cells = [[" "] * width for _ in range(PLOT_ROWS)]
+
+    def row_of(value: float) -> int:
+        share = (high - value) / (high - low) if high > low else 0.5
+        return min(max(round(share * (PLOT_ROWS - 1)), 0), PLOT_ROWS - 1)
+
+    places = [round(trial["t"] * (width - 1)) for trial in trials]
+    for place, value, error in zip(places, values, noise):
+        if error is not None:
+            for row in range(row_of(value + error), row_of(value - error) + 1):
+                cells[row][place] = marks["noise"]
+    for trial, place, value in zip(trials, places, values):
+        kind = "parent" if trial["role"] != "child" else "best" if trial["t"] == best_t else "child"
+        cells[row_of(value)][place] = marks[kind]
+    lines = []
+    for number, row in enumerate(cells):
+        label = f"{high - number * (high - low) / (PLOT_ROWS - 1):9.4f} " if number % 4 == 0 else " " * 10
+        lines.append(label + "".join(row).rstrip())
+    ticks = [" "] * (width + 2)
+    for t in (0, 0.25, 0.5, 0.75, 1):
+        text = f"{t:g}"
+        start = min(round(t * (width - 1)), width + 1 - len(text))
+        ticks[start : start + len(text)] = text
+    return [*lines, " " * 10 + "".join(ticks).rstrip()]
+
+
 class MergeView:
     """Turns events into a live picture on a terminal, and into plain lines elsewhere."""
 
@@ -6006,6 +7682,8 @@ class MergeView:
         self.next_percent = PLAIN_STEP_PERCENT
         self.line = ""
         self.strip = LayerStrip(())
+        self.work: Any = None  # the bar of work beside a merge
+        self.work_task: Any = None
 
     def __enter__(self) -> MergeView:
         return self
@@ -6029,8 +7707,41 @@ class MergeView:
         elif isinstance(event, TensorMerged):
             self.line = describe_tensor(event)
             self.strip.add(event)
-        elif isinstance(event, ChildVerified):
+        elif isinstance(event, WorkBegan):
+            self.begin_work(event)
+        elif isinstance(event, WorkAdvanced):
+            self.advance_work(event.amount)
+        elif isinstance(event, Noted):
+            self.console.print(displayable(self.console, event.text), style="dim", highlight=False, markup=False)
+        elif isinstance(event, (ChildVerified, WorkEnded)):
             self.stop()
+
+    def begin_work(self, event: WorkBegan) -> None:
+        """A bar for work beside a merge; a line where there is no terminal."""
+        self.stop()
+        self.work = self.work_task = None
+        if not self.console.is_terminal:
+            self.console.print(f"{event.what} ...", highlight=False, markup=False)
+            return
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.work = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+            transient=True,
+            refresh_per_second=REFRESHES_PER_SECOND,
+        )
+        self.work_task = self.work.add_task(event.what, total=event.total)
+        self.live = self.work
+        self.work.start()
+
+    def advance_work(self, amount: int) -> None:
+        if self.work is not None:
+            self.work.advance(self.work_task, amount)
 
     def start(self, event: DeviceChosen) -> None:
         self.console.print(f"Merging on {event.device}: {event.reason}.", style="dim", highlight=False, markup=False)
@@ -6091,7 +7802,7 @@ def describe_tensor(event: TensorMerged) -> str:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
-# §12  Wizard (questionary)
+# §15  Wizard (questionary)
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 BLENDS = (
@@ -6111,9 +7822,11 @@ OTHER_BLENDS = (
     ("a number", "or a gradient of your own, such as 0,0.5,1"),
     ("filter=gradient ...", "one for each component, such as self_attn=0,1 mlp=1,0 0.5"),
     ("task vectors", "blend what each parent learned since a common base"),
+    ("find a good blend", "on a text of yours: tries several, and makes the best"),
     ("a recipe file", "its path, ending in .yaml or .yml"),
 )
 TASK_VECTORS = "task vectors"
+FIND_BLEND = "find a good blend"
 BLEND_HELP = "Say a name from the list, such as even, or a number: 0 is the primary alone, 1 the secondary alone"
 
 
@@ -6408,7 +8121,13 @@ HELP = {
     "save_directory": "A new folder for the child. It appears there whole and checked, or not at all.",
     "blend": "How much of the secondary each layer gets. A name from the list; a number from 0 to 1; a gradient such as"
     " 0,0.5,1; filters such as self_attn=0,1 mlp=1,0 0.5; task vectors; or a recipe file.",
-    "start": "y starts, n leaves, c changes an answer and keeps the rest, s saves the merge as a recipe and leaves.",
+    "start": "y starts, n leaves, c changes an answer and keeps the rest, i inspects how the parents differ, s saves"
+    " the merge as a recipe and leaves.",
+    "text": "A text file that a good child should predict well: some pages, such as neither parent was trained on. With"
+    " a second one, for the other parent's skill, the best balance is sought.",
+    "next": "t lets parents and child answer the same prompts side by side, p compares how well they predict a text"
+    " file; what is found joins the child's card. Enter leaves.",
+    "prompt": "A question, or the beginning of a sentence. Each model answers it; Enter alone begins.",
     "change": "Say which answer to give anew; the others stay as they are.",
     "confirm": "Type y or n; Enter alone takes the one in capitals.",
     "base": "The model that both parents were fine-tuned from.",
@@ -6550,7 +8269,7 @@ class Wizard:
         from prompt_toolkit.completion import WordCompleter
 
         self.show_blends()
-        names = [name for name, _, _ in BLENDS] + [TASK_VECTORS]
+        names = [name for name, _, _ in BLENDS] + [TASK_VECTORS, FIND_BLEND]
         completer: Completer = WordCompleter(names, sentence=True, ignore_case=True)
         default = self.default_blend()
 
@@ -6558,6 +8277,8 @@ class Wizard:
             text = text.strip() or default
             if len(text) > 1 and TASK_VECTORS.startswith(text.lower()):
                 return TASK_VECTORS, {"method": "slerp"}
+            if len(text) > 1 and FIND_BLEND.startswith(text.lower()):
+                return FIND_BLEND, {}
             if text.strip("'\"").lower().endswith((".yaml", ".yml")):
                 return text, check_recipe_parents(read_recipe(clean_path(text)), parents)
             return text, {"schedule": parse_blend(text)}
@@ -6571,9 +8292,55 @@ class Wizard:
                     "Base model", "base", lambda folder: check_fit_of_base(parents[0], folder), finder=self.finder
                 )
                 return {"base": base, "schedule": Schedule.constant(0.5)}
+            if not fields:
+                return {"schedule": Schedule.constant(0.5), "sweep_texts": self.ask_texts()}
             drawn_already = answer.lower() in names
             if drawn_already or "primary" in fields or self.accept_curves(fields["schedule"]):
                 return fields
+
+    def ask_texts(self) -> tuple[Path, ...]:
+        """One text file to find a blend on, or two for its balance."""
+        texts = [self.ask_text_file("Text file")]
+        if (second := self.ask_text_file("A second one, for the other parent's skill", optional=True)) is not None:
+            texts.append(second)
+        return tuple(texts)
+
+    def ask_text_file(self, message: str, optional: bool = False) -> Path | None:
+        """A text that can be predicted; None where it may be left out, and was."""
+        from questionary.prompts.path import GreatUXPathCompleter
+
+        def parse(text: str) -> Path | None:
+            if not text.strip() and not optional:
+                raise SlerpMergeError("A text file is needed.", "Type or paste its path; Tab completes it, ? helps.")
+            return clean_path(text) if text.strip() else None
+
+        def check(path: Path | None) -> None:
+            if path is not None and not path.is_file():
+                raise SlerpMergeError(f"The text {path} is not there.", "Give a text file, in UTF-8.")
+            if path is not None and not read_bytes(path, MAX_TEXT_BYTES).strip():
+                raise SlerpMergeError(f"The text {path} is empty.", "Give a file with some pages of text.")
+
+        shown = "(Enter: none)" if optional else "(Tab completes, ? helps)"
+        return self.ask_text(message, parse, "text", shown, GreatUXPathCompleter(expanduser=True), check)
+
+    def ask_next(self) -> str:
+        """After a merge: "taste", "perplexity" or "leave"."""
+        words = {"t": "taste", "taste": "taste", "p": "perplexity", "perplexity": "perplexity", "": "leave"}
+
+        def parse(text: str) -> str:
+            wanted = text.strip().lower()
+            if wanted not in words:
+                raise SlerpMergeError(f"{text!r} is no answer to this.", HELP["next"])
+            return words[wanted]
+
+        return self.ask_text("What now?", parse, "next", "(t taste, p perplexity, Enter leaves, ?)")
+
+    def ask_prompts(self) -> list[str]:
+        """Prompts for a taste, until an empty one."""
+        prompts: list[str] = []
+        while prompt := self.ask_text("Prompt", str.strip, "prompt", "(Enter: begin)" if prompts else "(Enter: none)"):
+            prompts.append(prompt)
+        return prompts
 
     def default_blend(self) -> str:
         """The last blend, where it can be used again; else even."""
@@ -6608,8 +8375,9 @@ class Wizard:
         return len(schedule.rules) == 1 and len(schedule.rules[0].gradient) == 1 or self.confirm("Take it?", True)
 
     def decide(self, default_start: bool) -> str:
-        """After the panels: "start", "leave", "change" or "save"."""
-        words = {"y": "start", "yes": "start", "n": "leave", "no": "leave", "c": "change", "s": "save"}
+        """After the panels: "start", "leave", "change", "inspect" or "save"."""
+        words = {"y": "start", "yes": "start", "n": "leave", "no": "leave"}
+        words |= {"c": "change", "i": "inspect", "s": "save"}
 
         def parse(text: str) -> str:
             text = text.strip().lower() or ("y" if default_start else "n")
@@ -6617,7 +8385,7 @@ class Wizard:
                 raise SlerpMergeError(f"{text!r} is no answer to this.", HELP["start"])
             return words[text]
 
-        return self.ask_text("Start the merge?", parse, "start", "(Y/n/c/s/?)" if default_start else "(y/N/c/s/?)")
+        return self.ask_text("Start the merge?", parse, "start", "(Y/n/c/i/s/?)" if default_start else "(y/N/c/i/s/?)")
 
     def which_answer(self, names: Sequence[str]) -> str:
         """The field of MergeRecipe to be answered anew."""
@@ -6687,6 +8455,7 @@ BLEND_FIELDS = (
     "granularity",
     "recipe_file",
     "cast_dtype",
+    "sweep_texts",
 )
 
 
@@ -6697,7 +8466,7 @@ def without_answer(answers: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
-# §13  Command line
+# §16  Command line
 # ════════════════════════════════════════════════════════════════════════════════════════════════
 
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -6744,6 +8513,14 @@ def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+def parse_map_path(text: str) -> Path:
+    """A file for a map. Raises SlerpMergeError where its ending names no format."""
+    path = clean_path(text)
+    if path.suffix.lower() not in (".svg", ".json"):
+        raise SlerpMergeError(f"{text!r} ends neither in .svg nor in .json.", "The ending says what is saved.")
+    return path
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its help."""
     parser = argparse.ArgumentParser(
@@ -6776,6 +8553,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where the arithmetic runs (default auto)")
     count = parse_within(int, 1, 1024, "a number of threads from 1 on")
     add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
+    add("--inspect", action="store_true", help="measure how the parents differ, layer by component; write no child")
+    add("--map", dest="maps", type=usage_type(parse_map_path), action="append", default=[], metavar="FILE",
+        help="save that map as FILE, .svg or .json")  # fmt: skip
+    add("--taste", dest="prompts", action="append", default=[], metavar="PROMPT",
+        help="let parents and child answer it side by side; may be given again")  # fmt: skip
+    add("--perplexity", dest="texts", type=folder, action="append", default=[], metavar="FILE",
+        help="compare how well parents and child predict a text; may be given again")  # fmt: skip
+    add("--score", dest="tasks", metavar="TASKS", help="evaluate all three on tasks of lm-eval, separated by commas")
+    add("--include-path", type=folder, metavar="FOLDER", help="where YAML tasks of your own for --score are")
+    add("--sweep", action="store_true", help="find t by the --perplexity texts, or else the --score tasks, and make it")
+    add("--child", type=folder, metavar="FOLDER", help="taste, measure or score a child that stands already")
     add("--dry-run", action="store_true", help="check and plan, write nothing")
     add("--yes", action="store_true", help="take every default and start without asking")
     add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
@@ -6788,6 +8576,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--demo", action="store_true", help="make two tiny models, merge them and let the child speak")
     add("--version", action="version", version=f"slerpmerge {__version__}")
     return parser
+
+
+def recipe_of(answers: Mapping[str, Any]) -> MergeRecipe:
+    """The recipe that answers and flags make; what only a sweep asks for is left out."""
+    return MergeRecipe(**{name: value for name, value in answers.items() if name != "sweep_texts"})
 
 
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))
@@ -6803,7 +8596,7 @@ def equivalent_command(recipe: MergeRecipe, more: Sequence[str] = ()) -> str:
         defaults = dataclasses.replace(defaults, **read_recipe(recipe.recipe_file))
     else:
         words = ["--primary", short_name(recipe.primary), "--secondary", short_name(recipe.secondary), *words]
-        for rule in recipe.schedule.rules:
+        for rule in () if "--sweep" in more else recipe.schedule.rules:
             values = ",".join(map(shortest_number, rule.gradient))
             words.append(f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}")
         words += ["--base", short_name(recipe.base)] if recipe.base is not None else []
@@ -6835,7 +8628,8 @@ class CommandLine:
             os.environ["NO_COLOR"] = "1"
             os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = "DEPTH_1_BIT"
         # With --json the report alone goes to stdout; what people read goes beside it.
-        self.console = Console(stderr=arguments.json, highlight=False)
+        # Bound to its stream, so that a bar goes on where a library's own prints are held back.
+        self.console = Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.view = MergeView(self.console, quiet=arguments.quiet or arguments.json)
         self.memory = Memory()
@@ -6852,6 +8646,11 @@ class CommandLine:
             return EXIT_DONE
         if self.arguments.demo:
             return self.run_demo()
+        if self.arguments.child is not None:
+            return self.run_judgement()
+        self.check_flags()
+        if self.arguments.inspect:
+            return self.run_inspection()
         preset = self.preset()
         missing = self.missing_flags(preset)
         if missing:
@@ -6866,7 +8665,8 @@ class CommandLine:
         changeable = [name for name in ANSWER_NAMES if name not in preset] if self.interactive else []
         while True:
             try:
-                plan = prepare_merge(MergeRecipe(**answers), self.observe)
+                plan = prepare_merge(recipe_of(answers), self.observe)
+                self.check_judgement(plan, answers)
             except SlerpMergeError as error:
                 if not changeable or self.arguments.dry_run:
                     raise
@@ -6888,7 +8688,7 @@ class CommandLine:
                 answers.pop("save_directory")
             answers = ask_answers(kept, self.wizard, answers)
         if decision == "start":
-            return self.merge(plan)
+            return self.merge(plan, self.yardstick(answers))
         if decision == "save":
             self.save_recipe(plan)
         else:
@@ -6900,6 +8700,8 @@ class CommandLine:
         given = {name: value for name in RECIPE_FIELDS if (value := getattr(self.arguments, name, None)) is not None}
         if self.arguments.rules:
             given["schedule"] = order_rules(self.arguments.rules)
+        if self.arguments.sweep:
+            given["schedule"] = Schedule.constant(0.5)  # where it begins
         if self.arguments.recipe is None:
             return given
         decided = ("primary", "secondary", "base", "schedule", "method", "granularity")
@@ -6930,7 +8732,13 @@ class CommandLine:
         loses = any(remark.startswith(GIVES_WAY) for remark in plan.remarks) and not plan.recipe.restart
         if loses and not self.arguments.yes:
             self.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
-        return "start" if self.arguments.yes else self.wizard.decide(plan.kinship.warning is None and not loses)
+        if self.arguments.yes:
+            return "start"
+        while True:
+            decision = self.wizard.decide(plan.kinship.warning is None and not loses)
+            if decision != "inspect":
+                return decision
+            self.show_map(measure_differences(plan.parity.pairs, plan.recipe, self.observe))
 
     def save_recipe(self, plan: MergePlan) -> None:
         """Writes the merge as a recipe, and says how to make the child of it."""
@@ -6940,17 +8748,22 @@ class CommandLine:
         self.show(self.wrote)
         self.show_command(dataclasses.replace(plan.recipe, recipe_file=path))
 
-    def show_command(self, recipe: MergeRecipe) -> None:
+    def show_command(self, recipe: MergeRecipe, yardstick: Yardstick | None = None) -> None:
         """The command for scripts that does what was answered."""
         more = ["--verify", self.arguments.verify] if self.arguments.verify else []
+        if yardstick is not None:
+            more += ["--sweep", *(word for text in yardstick.texts for word in ("--perplexity", str(text)))]
         self.console.print("The same without questions:", style="dim")
         self.console.print(printable(equivalent_command(recipe, more)), soft_wrap=True, markup=False)
 
-    def merge(self, plan: MergePlan) -> int:
+    def merge(self, plan: MergePlan, yardstick: Yardstick | None = None) -> int:
         if self.interactive and not self.arguments.yes:
-            self.show_command(plan.recipe)
+            self.show_command(plan.recipe, yardstick)
         if self.interactive:
             self.memory.remember(plan.recipe, self.wizard.blend_text)
+        sweep = None
+        if yardstick is not None:
+            plan, sweep = self.sweep(plan, yardstick)
         self.wrote = CLEANED_UP
         started = time.perf_counter()
         wait_for_torch()
@@ -6958,14 +8771,163 @@ class CommandLine:
             report = execute_merge(plan, self.observe)
         report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
         self.show(render_report(self.console, report))
+        found: dict[str, Any] = {}
+        if sweep is not None:
+            found["sweep"] = sweep
+            amend_report(report.child, found)
+            forget_sweep(plan.recipe.save_directory)
+        for path in self.arguments.maps:
+            self.save_map(map_of_merge(report.result, vectors_of(plan.recipe)), path)
         report = self.verify_fully(report)
+        parents = ("primary", plan.primary.folder), ("secondary", plan.secondary.folder)
+        lineup = Lineup((*parents, ("child", report.child)), plan.recipe.device)
+        found |= self.judge(lineup, judged_by_sweep=sweep is not None)
+        if self.interactive and not self.arguments.yes and self.can_speak(plan):
+            self.judge_as_asked(lineup)
         if self.arguments.json:
-            print(json.dumps(report.as_dict()))
+            print(json.dumps({**report.as_dict(), **found}))
         elif not self.arguments.quiet:
             self.console.print("Try it, convert it, share it:", style="bold")
             for command in next_commands(report):
                 self.console.print(printable(command), soft_wrap=True, markup=False)
         return EXIT_DONE
+
+    def check_flags(self) -> None:
+        """Raises SlerpMergeError where flags ask for what cannot be had together."""
+        arguments = self.arguments
+        if arguments.sweep and (arguments.rules or arguments.recipe):
+            raise SlerpMergeError("A sweep finds t itself.", "Leave out --t and --recipe, or --sweep.")
+        if arguments.sweep and not (arguments.texts or arguments.tasks):
+            what = "A sweep needs something to measure children by."
+            raise SlerpMergeError(what, "Give --perplexity FILE, or --score TASK.")
+        if arguments.include_path and not arguments.tasks:
+            raise SlerpMergeError("--include-path goes with --score.", "Name the tasks too.")
+
+    def yardstick(self, answers: Mapping[str, Any]) -> Yardstick | None:
+        """What t is to be found by, where it is to be found."""
+        if texts := answers.get("sweep_texts"):
+            return Yardstick(texts)
+        if not self.arguments.sweep:
+            return None
+        texts = tuple(self.arguments.texts)
+        return Yardstick(texts, () if texts else self.tasks, self.arguments.include_path)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(filter(None, map(str.strip, (self.arguments.tasks or "").split(","))))
+
+    def check_judgement(self, plan: MergePlan, answers: Mapping[str, Any]) -> None:
+        """Raises SlerpMergeError, before anything is made, where what was asked for afterwards cannot be done."""
+        arguments, texts = self.arguments, [*self.arguments.texts, *answers.get("sweep_texts", ())]
+        for path in texts:
+            read_judged_text(path)
+        if not all(prompt.strip() for prompt in arguments.prompts):
+            raise SlerpMergeError("The prompt of --taste is empty.", "Give a question, or the beginning of a sentence.")
+        if texts or arguments.prompts or self.tasks:
+            for parent in (plan.primary, plan.secondary):
+                check_can_speak(parent, reads_on=bool(texts))
+        if self.tasks:
+            find_tasks(self.tasks, arguments.include_path)
+
+    @staticmethod
+    def can_speak(plan: MergePlan) -> bool:
+        """Whether it is worth offering a taste, by what the config calls itself; transformers need not load for it."""
+        kinds = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+        return plan.tokenizer_role is not None and plan.primary.architecture.endswith(kinds)
+
+    def sweep(self, plan: MergePlan, yardstick: Yardstick) -> tuple[MergePlan, dict[str, Any]]:
+        """(the plan for the best t, what the sweep found)."""
+
+        def observe(event: Event) -> None:
+            if isinstance(event, Noted):
+                self.wrote = "The child was not made. What the sweep measured is kept; the same command carries on."
+            self.observe(event)
+
+        with self.view:
+            entry = find_t(plan, yardstick, observe)
+        self.show(render_sweep(self.console, entry))
+        schedule = Schedule.constant(entry["best_t"])
+        return prepare_merge(dataclasses.replace(plan.recipe, schedule=schedule), self.tell_quietly), entry
+
+    def tell_quietly(self, event: Event) -> None:
+        """Of a second preparation only what the view counts by; its panels were shown before."""
+        self.view.observe(event)
+
+    def judge(self, lineup: Lineup, judged_by_sweep: bool = False) -> dict[str, Any]:
+        """What flags ask of parents and child; it joins the child's report and card."""
+        arguments = self.arguments
+        found: dict[str, Any] = {}
+        if arguments.prompts:
+            found |= self.find(lineup, "tastes", functools.partial(taste, lineup, arguments.prompts))
+        if arguments.texts and not judged_by_sweep:
+            found |= self.find(lineup, "perplexities", functools.partial(compare_perplexity, lineup, arguments.texts))
+        if self.tasks and not (judged_by_sweep and not arguments.texts):
+            scored = functools.partial(score, lineup, self.tasks, arguments.include_path)
+            found |= self.find(lineup, "scores", scored)
+        return found
+
+    def find(self, lineup: Lineup, kind: str, work: Callable[[Observer], list[Any]]) -> dict[str, list[Any]]:
+        """One kind of judgement: found, shown, and added to the child's report."""
+        renderers = {"tastes": render_tastes, "perplexities": render_perplexities, "scores": render_scores}
+        with self.view:
+            entries = work(self.observe)
+        amend_report(dict(lineup.folders)["child"], {kind: entries})
+        self.show(renderers[kind](self.console, entries))
+        return {kind: entries}
+
+    def judge_as_asked(self, lineup: Lineup) -> None:
+        """Tastes and perplexities until the person has had enough. What goes wrong is told, and the child stands."""
+        while (wanted := self.wizard.ask_next()) != "leave":
+            try:
+                if wanted == "perplexity":
+                    path = self.wizard.ask_text_file("Text file")
+                    self.find(lineup, "perplexities", functools.partial(compare_perplexity, lineup, [path]))
+                elif prompts := self.wizard.ask_prompts():
+                    self.find(lineup, "tastes", functools.partial(taste, lineup, prompts))
+            except SlerpMergeError as error:
+                self.show(render_error(self.console, error))
+
+    def run_judgement(self) -> int:
+        """--child: a child that stands already, and the parents that its recipe names."""
+        child = self.arguments.child
+        if not (self.arguments.prompts or self.arguments.texts or self.tasks):
+            raise SlerpMergeError("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
+        if not (child / RECIPE_NAME).is_file():
+            what = f"{child} has no {RECIPE_NAME}, so its parents are not known."
+            raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
+        fields = read_recipe(child / RECIPE_NAME)
+        parents = ("primary", fields["primary"]), ("secondary", fields["secondary"])
+        found = self.judge(Lineup((*parents, ("child", child)), self.arguments.device or "auto"))
+        if self.arguments.json:
+            print(json.dumps(found))
+        return EXIT_DONE
+
+    def run_inspection(self) -> int:
+        """--inspect: how the parents differ. No child, and no save directory."""
+        preset = {**self.preset(), "save_directory": Path()}
+        preset.setdefault("schedule", Schedule.constant(0.5))
+        if not self.interactive and (missing := [ANSWER_FLAGS[n] for n in ("primary", "secondary") if n not in preset]):
+            print(f"slerpmerge: no terminal to ask at; give {', '.join(missing)}", file=sys.stderr)
+            return EXIT_USAGE
+        remembered = {name: self.memory.folder(name) for name in ("primary", "secondary")}
+        answers = ask_answers(preset, self.wizard, remembered)
+        wait_for_torch()
+        with self.view:
+            found = inspect_parents(recipe_of(answers), self.observe)
+        self.show_map(found)
+        for path in self.arguments.maps:
+            self.save_map(found, path)
+        if self.arguments.json:
+            print(json.dumps(found.as_dict()))
+        return EXIT_DONE
+
+    def show_map(self, found: DifferenceMap) -> None:
+        self.show(render_map(self.console, found))
+
+    def save_map(self, found: DifferenceMap, path: Path) -> None:
+        save_map(found, path, "How the parents differ")
+        self.wrote = f"The map stands in {path}."
+        self.show(self.wrote)
 
     def offer_template(self, plan: MergePlan) -> MergePlan:
         """Asks whether a child without a chat template shall have the other parent's, where that fits its tokens."""

@@ -205,7 +205,8 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
             ("Secondary model", " (Tab lists what is here, ? helps)", f"models/{SECONDARY}"),
             ("Save directory", f" ({CHILD})", ""),
             ("Blend", " (even)", ""),
-            ("Start the merge?", " (Y/n/c/s/?)", ""),
+            ("Start the merge?", " (Y/n/c/i/s/?)", ""),
+            ("What now?", " (t taste, p perplexity, Enter leaves, ?)", ""),
         ]
     )
 

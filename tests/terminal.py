@@ -175,9 +175,9 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.keyboard, text.encode())
 
-    def answer(self, prompt: str, text: str = "") -> None:
+    def answer(self, prompt: str, text: str = "", timeout: float = PATIENCE) -> None:
         """Types an answer and Enter once the prompt stands there."""
-        self.wait_for(prompt)
+        self.wait_for(prompt, timeout)
         self.send(text + "\r")
 
     def interrupt(self) -> None:

@@ -56,7 +56,14 @@ def write_examples(folder: Path, names: tuple[str, ...]) -> None:
 def merged_files(child: Path) -> dict[str, str]:
     """Which parent each file of a child is from, for the files that tell."""
     texts = {path.relative_to(child).as_posix(): path.read_bytes() for path in child.rglob("*") if path.is_file()}
-    made = ("config.json", "README.md", "merge_recipe.yaml", "model.safetensors")
+    made = (
+        "config.json",
+        "README.md",
+        "difference_map.svg",
+        "merge_recipe.yaml",
+        "merge_report.json",
+        "model.safetensors",
+    )
     return {name: json.loads(text)["from"] for name, text in texts.items() if name not in made}
 
 
@@ -138,8 +145,12 @@ def test_every_kind_of_companion_goes_where_it_belongs(tmp_path, parents):
     assert {"*.py", *PRIMARY_EXAMPLES} >= {*COMPANION_FILES, GENERATION_NAME}
     told = {event.file_name: event.source for event in events if isinstance(event, CompanionCopied)}
     folders = {name.split("/")[0]: source for name, source in expected.items()}
-    assert told == {**folders, "config.json": "made", "merge_recipe.yaml": "made", "README.md": "made"}
-    assert list(told)[-2:] == ["merge_recipe.yaml", "README.md"]
+    assert told == {
+        **folders,
+        "config.json": "made",
+        **dict.fromkeys(("merge_recipe.yaml", "difference_map.svg", "merge_report.json", "README.md"), "made"),
+    }
+    assert list(told)[-2:] == ["merge_report.json", "README.md"]
 
 
 def test_generation_settings_are_the_primarys_though_the_tokenizer_is_not(tmp_path):

@@ -219,9 +219,9 @@ def test_another_recipe_starts_anew_and_says_why(tmp_path, settings, reason):
 
 
 def test_another_version_starts_anew(tmp_path, monkeypatch):
-    folders = interrupted(tmp_path)
+    folders, version = interrupted(tmp_path), slerpmerge.__version__
     monkeypatch.setattr(slerpmerge, "__version__", "99.0")
-    assert resumed(*folders) == (0, "slerpmerge 0.1.0 began it")
+    assert resumed(*folders) == (0, f"slerpmerge {version} began it")
 
 
 @pytest.mark.parametrize("role", ["primary", "secondary"])
@@ -331,7 +331,14 @@ def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(t
     assert fingerprint(child) == before
     left_behind(child)
     merge(primary, secondary, child, 0.7, overwrite=True)
-    assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
+    assert names(child) == [
+        "README.md",
+        "config.json",
+        "difference_map.svg",
+        "merge_recipe.yaml",
+        "merge_report.json",
+        "model.safetensors",
+    ]
     assert names(tmp_path) == ["child", "primary", "secondary"]
     assert_same_bits(load_tensors(child), load_tensors(merge(primary, secondary, tmp_path / "other", 0.7).child))
 
@@ -555,7 +562,14 @@ def test_a_killed_merge_leaves_nothing_under_the_asked_name_and_the_next_succeed
     assert not child.exists()
     report = merge(primary, secondary, child, 0.3)
     assert names(child.parent) == ["child"]
-    assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
+    assert names(child) == [
+        "README.md",
+        "config.json",
+        "difference_map.svg",
+        "merge_recipe.yaml",
+        "merge_report.json",
+        "model.safetensors",
+    ]
     assert report.warnings == ()
 
 
@@ -601,7 +615,14 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
     (tmp_path / "kept" / "child" / "model-00001-of-00099.safetensors").write_bytes(b"from another recipe")
     (tmp_path / "kept").rename(staged[0])
     child = merge(primary, secondary, tmp_path / "child").child
-    assert names(child) == ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
+    assert names(child) == [
+        "README.md",
+        "config.json",
+        "difference_map.svg",
+        "merge_recipe.yaml",
+        "merge_report.json",
+        "model.safetensors",
+    ]
     assert names(tmp_path) == ["child", "primary", "secondary"]
 
 

@@ -493,7 +493,9 @@ def test_an_asked_dtype_is_what_every_real_tensor_and_the_config_have(tmp_path, 
 
 def test_a_child_is_one_file_with_its_header_as_transformers_writes_it(tmp_path):
     child = merge(*make_pair(tmp_path), tmp_path / "child").child
-    files = ["README.md", "config.json", "merge_recipe.yaml", "model.safetensors"]
+    files = [
+        "README.md", "config.json", "difference_map.svg", "merge_recipe.yaml", "merge_report.json", "model.safetensors",
+    ]  # fmt: skip
     assert sorted(path.name for path in child.iterdir()) == files
     data = (child / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -551,11 +553,11 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     assert threads == {threading.main_thread()}
     kinds = [type(event) for event in events if not isinstance(event, BytesMerged | TensorMerged | ShardWritten)]
     assert kinds == [
-        ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, CompanionCopied, CompanionCopied,
-        CompanionCopied, ChildVerified, ChildPublished,
+        ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, *[CompanionCopied] * 5, ChildVerified,
+        ChildPublished,
     ]  # fmt: skip
     made = [event.file_name for event in events if isinstance(event, CompanionCopied)]
-    assert made == ["config.json", "merge_recipe.yaml", "README.md"]
+    assert made == ["config.json", "merge_recipe.yaml", "difference_map.svg", "merge_report.json", "README.md"]
     assert [event.role for event in events[:2]] == ["primary", "secondary"]
 
     merged = [event for event in events if isinstance(event, TensorMerged)]

@@ -321,8 +321,17 @@ def test_the_pictures_show_the_whole_session(scene):
     places = [
         pictures["merge"].index(part)
         for part in (
-            "slerpmerge 0.", "? Primary model", "? Secondary model", "? Save directory", "? Blend", "Parity", "Plan",
-            "? Start the merge?", "62%", "Done", "Try it, convert it, share it:",
+            "slerpmerge 0.",
+            "? Primary model",
+            "? Secondary model",
+            "? Save directory",
+            "? Blend",
+            "Parity",
+            "Plan",
+            "? Start the merge?",
+            "62%",
+            "Done",
+            "Try it, convert it, share it:",
         )  # fmt: skip
     ]
     assert places == sorted(places)

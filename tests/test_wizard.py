@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -39,6 +40,7 @@ from tests.builders import (
 )
 from tests.terminal import Terminal, needs_terminal
 from tests.test_crash import interrupted
+from tests.test_judgement import write_text
 
 posix_paths = pytest.mark.skipif(os.name == "nt", reason="a backslash separates folders on Windows")
 
@@ -288,7 +290,7 @@ class TestSession:
             text = terminal.text
         order = [
             "? helps) primary", "? helps)  'second model/'", "? Save directory", "below/child", "? Blend", "0.25",
-            "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/s/?) y", "The same without questions:", "Done",
+            "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/i/s/?) y", "The same without questions:", "Done",
             "21 slerped", "Try it, convert it, share it:",
         ]  # fmt: skip
         assert "--t=0.25--yes" in "".join(text.split())  # where the line is broken depends on the folder's name
@@ -309,8 +311,9 @@ class TestSession:
             terminal.answer("Secondary model", "secondary")
             terminal.answer("(primary-secondary-slerp)")
             terminal.answer("(even)")
-            terminal.answer("Start the merge?  (Y/n/c/s/?)")
+            terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
             terminal.answer("Load the child with transformers, to be sure? (Y/n)")
+            terminal.answer("What now?")
             assert terminal.exit_status() == 0
             assert "t = 0.5" in terminal.text
             assert "no missing, unexpected or mismatched key" in terminal.text
@@ -339,7 +342,10 @@ class TestSession:
         parents.watch(primary, secondary)
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
             terminal.answer("no chat template; take the secondary's?", answer)
-            start_and_leave(terminal)
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("Load the child with transformers", "n")
+            terminal.answer("What now?")
+            assert terminal.exit_status() == 0
         assert (tmp_path / "child" / "chat_template.jinja").exists() is (answer == "y")
 
     def test_strangers_are_not_merged_by_a_plain_enter(self, tmp_path, parents):
@@ -347,7 +353,7 @@ class TestSession:
             make_checkpoint(tmp_path / name, llama_tensors(seed, likeness=0))
         parents.watch(tmp_path / "primary", tmp_path / "secondary")
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
-            terminal.answer("Start the merge?  (y/N/c/s/?)")
+            terminal.answer("Start the merge?  (y/N/c/i/s/?)")
             assert terminal.exit_status() == 0
             assert "The parents look like strangers" in terminal.text
             assert "Nothing was written" in terminal.text
@@ -457,6 +463,91 @@ class TestSession:
 
 
 @needs_terminal
+class TestKnowing:
+    """What the wizard shows before a merge and asks after it."""
+
+    def test_i_inspects_and_asks_again(self, tmp_path, parents):
+        parents.watch(*make_pair(tmp_path))
+        with Terminal.start([*FOLDERS, "--t", "0.5"], columns=60, folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "i")
+            terminal.wait_for("Norm of the secondary over the primary's")
+            assert "Angle between the parents" in terminal.text
+            terminal.wait_for("(Y/n/c/i/s/?)")
+            terminal.send("n\r")
+            assert terminal.exit_status() == 0
+            assert terminal.screen.overrun_lines == []
+        assert names_below(tmp_path) == {"primary", "secondary"}
+
+    def test_inspect_asks_for_two_models_and_no_more(self, tmp_path, parents):
+        parents.watch(*make_pair(tmp_path))
+        with Terminal.start(["--inspect"], folder=tmp_path) as terminal:
+            terminal.answer("Primary model", "primary")
+            terminal.answer("Secondary model", "secondary")
+            assert terminal.exit_status() == 0
+            assert "Angle between the parents" in terminal.text
+            assert "Save directory" not in terminal.text
+        assert names_below(tmp_path) == {"primary", "secondary"}
+
+    def test_a_child_is_tasted_and_measured_and_wrong_answers_are_refused_in_place(self, tmp_path):
+        for seed, name in enumerate(("primary", "secondary")):
+            make_real_model(tmp_path / name, seed)
+        write_text(tmp_path / "my text.txt", 100)
+        (tmp_path / "empty.txt").touch()
+        with Terminal.start([*FOLDERS, "--t", "0.5", "--verify", "quick"], folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("What now?", "x")
+            terminal.wait_for("'x' is no answer to this")
+            terminal.send("\x7ft\r")
+            terminal.answer("Prompt", chr(0x4E05))
+            terminal.answer("(Enter: begin)")
+            terminal.wait_for("Greedy, at most 120 tokens")
+            terminal.send("p\r")
+            terminal.answer("Text file", "empty.txt")
+            terminal.wait_for("is empty")
+            terminal.send("\x15'my text.txt'\r")
+            terminal.wait_for("child against secondary")
+            terminal.send("\r")
+            assert terminal.exit_status() == 0
+        report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
+        assert [len(report[kind]) for kind in ("tastes", "perplexities")] == [1, 1]
+
+    def test_a_good_blend_is_found_on_a_text(self, tmp_path):
+        for seed, name in enumerate(("primary", "secondary")):
+            make_real_model(tmp_path / name, seed)
+        write_text(tmp_path / "text.txt", 100)
+        with Terminal.start([*FOLDERS, "--verify", "quick"], folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "find")
+            terminal.answer("Text file", "nowhere.txt")
+            terminal.wait_for("is not there")
+            terminal.send("\x15text.txt\r")
+            terminal.answer("A second one")
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("What now?", timeout=120)
+            assert terminal.exit_status() == 0
+            assert "--sweep --perplexity text.txt" in words(terminal.text)
+            assert "A good t: " in terminal.text
+        report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
+        assert report["recipe"]["blend"] == f"t = {report['sweep']['best_t']:g}"
+        assert names_below(tmp_path) == {"primary", "secondary", "child", "text.txt"}
+
+    def test_ctrl_c_in_a_sweep_leaves_at_once_and_the_next_goes_on(self, tmp_path):
+        for seed, name in enumerate(("primary", "secondary")):
+            make_real_model(tmp_path / name, seed)
+        write_text(tmp_path / "text.txt", 2000)
+        arguments = [*FOLDERS, "--yes", "--sweep", "--perplexity", "text.txt"]
+        with Terminal.start(arguments, folder=tmp_path) as terminal:
+            terminal.wait_for("t = 0.3 ", timeout=120)
+            terminal.interrupt()
+            assert terminal.exit_status() == 130
+            assert "What the sweep measured is kept; the same command carries on." in words(terminal.text)
+            assert "Traceback" not in terminal.text
+        assert names_below(tmp_path) == {"primary", "secondary", "text.txt", ".child.slerpmerge-sweep"}
+        with Terminal.start(arguments, folder=tmp_path) as terminal:
+            assert terminal.exit_status(timeout=120) == 0
+            assert re.search(r"Carrying on: [3-5] models are measured already", words(terminal.text))
+        assert names_below(tmp_path) == {"primary", "secondary", "text.txt", "child"}
+
+
 class TestLeaving:
     @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
     def test_at_the_first_prompt(self, tmp_path, parents, key):
@@ -854,7 +945,7 @@ class TestWhatAStrangerTried:
                 terminal.answer(prompt, answer)
             terminal.answer("? Blend  (0.3)")
             terminal.wait_for("files of an earlier run are kept")
-            terminal.answer("Start the merge?  (Y/n/c/s/?)")
+            terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
             terminal.wait_for("Carrying on")
             terminal.wait_for("Load the child", timeout=120)
             terminal.send("n\r")
@@ -866,7 +957,7 @@ class TestWhatAStrangerTried:
         folders = ("--primary", str(primary), "--secondary", str(secondary), "--save-dir", str(child))
         with Terminal.start((*folders, "--t", "0.4", "--max-shard-size", "5000"), folder=tmp_path) as terminal:
             terminal.wait_for("are of another; they would go")
-            terminal.answer("Start the merge?  (y/N/c/s/?)")
+            terminal.answer("Start the merge?  (y/N/c/i/s/?)")
             assert terminal.exit_status() == 0
         assert len(list((tmp_path / ".child.slerpmerge-staging" / "child").iterdir())) == 2
 

@@ -1,0 +1,429 @@
+"""What parents and child say and know: against transformers itself, and what can be wrong with a text or a model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.cells import cell_len
+
+import slerpmerge
+from slerpmerge import (
+    DeviceFull,
+    Lineup,
+    MergeRecipe,
+    Noted,
+    SlerpMergeError,
+    TextLoss,
+    WorkAdvanced,
+    WorkBegan,
+    WorkEnded,
+    amend_report,
+    compare_perplexity,
+    execute_merge,
+    prepare_merge,
+    sliding_windows,
+    taste,
+)
+from tests.builders import VOCABULARY, add_tokenizer, edit_json, make_pair, make_real_model
+from tests.conftest import fingerprint
+from tests.pictures import RecordingConsole
+from tests.test_command_line import run  # noqa: F401  (a fixture)
+
+ALPHABET = [chr(0x4E00 + number) for number in range(1, VOCABULARY)]
+
+
+def quiet(event: object) -> None:
+    """Nobody watches."""
+
+
+def write_text(path: Path, characters: int, seed: int = 1) -> Path:
+    """A text of the tiny models' own alphabet; each character is one token and three bytes."""
+    path.write_text("".join(random.Random(seed).choices(ALPHABET, k=characters)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def family(tmp_path, parents) -> Lineup:
+    """Two real tiny models and their child, which are asked on the processor."""
+    primary, secondary = (make_real_model(tmp_path / name, seed) for seed, name in ((1, "primary"), (2, "secondary")))
+    parents.watch(primary, secondary)
+    recipe = MergeRecipe(primary, secondary, tmp_path / "child", device="cpu")
+    child = execute_merge(prepare_merge(recipe, quiet), quiet).child
+    return Lineup((("primary", primary), ("secondary", secondary), ("child", child)), "cpu")
+
+
+def direct_nats(folder: Path, text: str, window: int, stride: int) -> tuple[float, int]:
+    """(nats, tokens) as the documentation of transformers computes the perplexity of a model of fixed length."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    total, count, previous = 0.0, 0, 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + window, ids.shape[1])
+        part = ids[:, begin:end]
+        labels = part.clone()
+        labels[:, : -(end - previous)] = -100
+        with torch.no_grad():
+            loss = model(part, labels=labels).loss
+        predicted = int((labels[:, 1:] != -100).sum())
+        total, count, previous = total + float(loss) * predicted, count + predicted, end
+        if end == ids.shape[1]:
+            break
+    return total, count
+
+
+# ── Perplexity ──
+
+
+@pytest.mark.parametrize("characters", [2, 63, 64, 65, 200, 333])
+def test_perplexity_is_that_of_transformers(family, tmp_path, characters):
+    path = write_text(tmp_path / "text.txt", characters)
+    (entry,) = compare_perplexity(family, [path], quiet)
+    assert [model["role"] for model in entry["models"]] == ["primary", "secondary", "child"]
+    for model, (_, folder) in zip(entry["models"], family.folders):
+        nats, tokens = direct_nats(folder, path.read_text("utf-8"), window=64, stride=32)
+        assert model["tokens"] == tokens == characters - 1
+        assert model["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+        assert model["bits_per_byte"] == pytest.approx(nats / math.log(2) / (3 * tokens), rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [2, 7, 64])
+@pytest.mark.parametrize("count", [2, 3, 63, 64, 65, 96, 97, 1000])
+def test_every_token_but_the_first_is_predicted_once_with_half_a_window_before_it(count, window):
+    seen: list[int] = []
+    for begin, end, fresh in sliding_windows(count, window):
+        assert end - begin <= window
+        for place in range(end - fresh, end):
+            assert place - begin >= min(place, window - window // 2)
+            seen.append(place)
+    assert seen == list(range(1, count))
+
+
+def test_noise_is_the_standard_error_of_the_mean_over_steps():
+    nats = (10.0, 14.0, 9.0, 11.0)
+    loss = TextLoss(tokens=40, byte_count=80, nats=nats)
+    values = torch.tensor(nats, dtype=torch.float64) * 4 / math.log(2) / 80
+    assert loss.bits_per_byte == pytest.approx(float(values.mean()))
+    assert slerpmerge.standard_error(loss.items) == pytest.approx(float(values.std() / 2))
+
+
+def test_a_paired_difference_has_less_noise_than_two_figures_apart():
+    left = [1.0, 5.0, 9.0, 3.0]
+    assert slerpmerge.error_of_difference(left, [value + 0.1 for value in left]) == pytest.approx(0.0, abs=1e-12)
+    assert slerpmerge.error_of_difference(left, left[:3]) > 1
+
+
+def test_a_text_shorter_than_a_window_is_measured_and_said_to_be(family, tmp_path):
+    (entry,) = compare_perplexity(family, [write_text(tmp_path / "text.txt", 20)], quiet)
+    assert "shorter than a window" in entry["measured"]
+    assert entry["child_against"]["primary"]["noise"] is None
+    assert entry["models"][0]["noise"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is not there"),
+        (b"", "is empty"),
+        (b" \n\t ", "is empty"),
+        (b"\xff\xfe\x00 not text", "is not UTF-8"),
+        (chr(0x4E01).encode(), "fewer than two tokens"),
+    ],
+)
+def test_a_text_that_is_none_is_refused_in_one_message(run, family, tmp_path, content, words):  # noqa: F811
+    before = fingerprint(tmp_path)
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    outcome = run("--child", "child", "--perplexity", "text.txt")
+    assert outcome.status == 1
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+    (tmp_path / "text.txt").unlink(missing_ok=True)
+    assert fingerprint(tmp_path) == before, "the child is as it was"
+
+
+def test_before_a_merge_a_wrong_text_is_refused_and_nothing_is_written(run, family, tmp_path):  # noqa: F811
+    arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes")
+    outcome = run(*arguments, "--perplexity", "nowhere.txt")
+    assert (outcome.status, (tmp_path / "other").exists()) == (1, False)
+    assert "nowhere.txt is not there" in outcome.err
+
+
+# ── Taste ──
+
+
+def test_answers_are_greedy_and_the_models_own(family):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompt = "".join(ALPHABET[:5])
+    entries = taste(family, [prompt, ALPHABET[7]], quiet)
+    assert entries == taste(family, [prompt, ALPHABET[7]], quiet), "the same again"
+    assert list(entries[0]["answers"]) == ["primary", "secondary", "child"]
+    for role, folder in family.folders:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        while ids.shape[1] < 64:  # the model's own limit
+            with torch.no_grad():
+                following = int(model(ids).logits[0, -1].argmax())
+            ids = torch.cat([ids, torch.tensor([[following]])], dim=1)
+            if following == 2:
+                break
+        assert entries[0]["answers"][role] == tokenizer.decode(ids[0, 5:], skip_special_tokens=True).strip()
+
+
+def test_a_chat_template_is_applied_where_there_is_one(family):
+    child = family.folders[2][1]
+    mark = ALPHABET[20]
+    (child / "chat_template.jinja").write_text(f"{mark}{{{{ messages[0]['content'] }}}}{mark}", encoding="utf-8")
+    edit_json(child / "tokenizer_config.json", chat_template=f"{mark}{{{{ messages[0]['content'] }}}}{mark}")
+    (entry,) = taste(family, [ALPHABET[3]], quiet)
+    assert "the chat templates of child" in entry["measured"]
+    plain = Lineup((("child", child),), "cpu")
+    (child / "chat_template.jinja").unlink()
+    edit_json(child / "tokenizer_config.json", chat_template=...)
+    (same,) = taste(plain, [mark + ALPHABET[3] + mark], quiet)
+    assert same["answers"]["child"] == entry["answers"]["child"]
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("  ", "empty"), ("".join(ALPHABET * 2), "94 tokens")])
+def test_a_prompt_that_cannot_be_answered_is_refused(family, prompt, words):
+    with pytest.raises(SlerpMergeError, match=words):
+        taste(family, [prompt], quiet)
+
+
+def test_one_model_is_in_memory_at_a_time(family, tmp_path, monkeypatch):
+    import transformers
+
+    most = []
+    load = transformers.LlamaForCausalLM.from_pretrained.__func__
+
+    def counted(cls, *arguments, **settings):
+        gc.collect()
+        model = load(cls, *arguments, **settings)
+        most.append(sum(type(thing) is transformers.LlamaForCausalLM for thing in gc.get_objects()))
+        return model
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", classmethod(counted))
+    compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
+    taste(family, [ALPHABET[1]], quiet)
+    assert most == [1] * 6
+
+
+def test_progress_is_told_to_its_end(family, tmp_path):
+    texts = [write_text(tmp_path / f"{seed}.txt", 150, seed) for seed in (1, 2)]
+    events: list[object] = []
+    compare_perplexity(family, texts, events.append)
+    taste(family, [ALPHABET[1]], events.append)
+    totals = [event.total for event in events if isinstance(event, WorkBegan)]
+    assert totals == [3 * 2 * 450, 3]
+    assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) == sum(totals)
+    assert sum(isinstance(event, WorkEnded) for event in events) == 2
+
+
+def test_a_parent_without_a_tokenizer_reads_with_anothers(family, tmp_path):
+    shutil.copytree(family.folders[1][1], tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("tokenizer*"):
+        path.unlink()
+    bare = Lineup((family.folders[0], ("secondary", tmp_path / "bare"), family.folders[2]), "cpu")
+    text = write_text(tmp_path / "text.txt", 100)
+    assert (
+        compare_perplexity(bare, [text], quiet)[0]["models"] == compare_perplexity(family, [text], quiet)[0]["models"]
+    )
+
+
+# ── Models and devices that cannot ──
+
+
+def make_encoders(folder: Path) -> tuple[Path, Path]:
+    from transformers import BertConfig, BertForMaskedLM
+
+    folders = folder / "bert-1", folder / "bert-2"
+    for seed, path in enumerate(folders):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)).save_pretrained(path)
+        add_tokenizer(path)
+    return folders
+
+
+@pytest.mark.parametrize("flags", [("--taste", "x"), ("--perplexity", "text.txt")])
+def test_an_encoder_cannot_be_asked_and_can_be_merged(run, tmp_path, flags):  # noqa: F811
+    primary, secondary = make_encoders(tmp_path)
+    write_text(tmp_path / "text.txt", 100)
+    arguments = ("--primary", primary, "--secondary", secondary, "--save-dir", "child", "--yes")
+    outcome = run(*arguments, *flags)
+    assert outcome.status == 1
+    assert "BertForMaskedLM, which reads texts and cannot write any" in outcome.err
+    assert not (tmp_path / "child").exists()
+    assert run(*arguments).status == 0
+
+
+def test_too_little_memory_is_one_message_and_the_child_stands(run, family, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(slerpmerge, "free_memory", lambda: 1e6)
+    arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes")
+    outcome = run(*arguments, "--taste", ALPHABET[1])
+    assert outcome.status == 1
+    assert "of memory to be asked anything; 1.0 MB are free" in outcome.err
+    assert f"The child stands in {tmp_path / 'other'}" in " ".join(outcome.err.split())
+    assert (tmp_path / "other" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        MemoryError(),
+    ],
+)
+def test_a_device_that_runs_out_of_memory_is_named(family, tmp_path, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(slerpmerge, "text_loss", fail)
+    with pytest.raises(DeviceFull, match="The device cpu ran out of memory with primary"):
+        compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
+
+
+def crowded(device: str, tried: list[str]) -> Sequence[str]:
+    """Work that an accelerator has no memory for."""
+    tried.append(device)
+    if device != "cpu":
+        raise DeviceFull("primary", device)
+    return tried
+
+
+def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor(family, monkeypatch):
+    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr(slerpmerge, "accelerator_memory", lambda device: 1e12)
+    events: list[object] = []
+    chosen = Lineup(family.folders, "auto")
+    tried = slerpmerge.on_fitting_place(chosen, events.append, lambda device, dtype: crowded(device, []) and [device])
+    assert tried == ["cpu"]
+    (noted,) = (event.text for event in events if isinstance(event, Noted))
+    assert "ran out of memory" in noted
+    with pytest.raises(DeviceFull):  # what the person asked for is not changed unasked
+        slerpmerge.on_fitting_place(Lineup(family.folders, "cuda"), quiet, lambda device, _: crowded(device, []))
+
+
+@pytest.mark.parametrize(
+    ("memory", "place"),
+    [(1e12, ("cuda", "bfloat16")), (1e5, ("cpu", "float32"))],
+)
+def test_the_device_is_the_one_that_fits(family, monkeypatch, memory, place):
+    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr(slerpmerge, "accelerator_memory", lambda device: memory)
+    assert slerpmerge.choose_place(Lineup(family.folders, "auto")) == place
+    assert slerpmerge.choose_place(Lineup(family.folders, "cpu")) == ("cpu", "float32")
+
+
+def test_a_model_of_nothing_but_nan_is_refused(family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    child = family.folders[2][1]
+    tensors = load_file(child / "model.safetensors")
+    save_file({name: torch.full_like(v, torch.nan) for name, v in tensors.items()}, child / "model.safetensors")
+    with pytest.raises(SlerpMergeError, match="a probability that is no number"):
+        compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
+
+
+# ── What stays of it ──
+
+
+def test_findings_join_the_report_and_the_card(run, family, tmp_path):  # noqa: F811
+    write_text(tmp_path / "text.txt", 100)
+    outcome = run("--child", "child", "--taste", ALPHABET[1], "--perplexity", "text.txt", "--json")
+    assert outcome.status == 0, outcome.err
+    report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
+    assert report["perplexities"] == outcome.report["perplexities"]
+    assert report["tastes"] == outcome.report["tastes"]
+    card = (tmp_path / "child" / "README.md").read_text("utf-8")
+    child = report["perplexities"][0]["models"][2]
+    assert f"| child | 99 | {child['perplexity']:.4f} | {child['bits_per_byte']:.4f}" in card
+    assert "Sliding window of 64 tokens, 32 of them new in each step; float32 on cpu." in card
+    assert f"> {ALPHABET[1]}" in card
+    assert run("--child", "child", "--taste", ALPHABET[2]).status == 0
+    assert len(json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))["tastes"]) == 2
+
+
+def test_what_a_person_wrote_into_the_card_stays(family):
+    child = family.folders[2][1]
+    card = child / "README.md"
+    own = (
+        card.read_text("utf-8").replace("# child", "# My best model\n\nMade on a rainy Sunday.")
+        + "\nMy own last words.\n"
+    )
+    card.write_text(own, encoding="utf-8")
+    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], quiet)})
+    told = card.read_text("utf-8")
+    assert "Made on a rainy Sunday." in told
+    assert told.endswith("My own last words.\n")
+    assert "## Tastes" in told
+
+
+def test_a_card_without_marks_keeps_all_it_has(family):
+    child = family.folders[2][1]
+    (child / "README.md").write_text("Mine alone.\n", encoding="utf-8")
+    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], quiet)})
+    assert (child / "README.md").read_text("utf-8").startswith("Mine alone.\n\n<!--")
+
+
+def test_an_answer_cannot_break_out_of_the_card(family):
+    child = family.folders[2][1]
+    wild = f"| a | b\n# Heading\r\n{slerpmerge.CARD_MARKS[1]}"
+    entry = {"prompt": wild, "measured": "x", "answers": {"child": wild}}
+    amend_report(child, {"tastes": [entry]})
+    amend_report(child, {"tastes": [entry]})
+    card = (child / "README.md").read_text("utf-8")
+    assert card.count(slerpmerge.CARD_MARKS[1]) == 1
+    assert "\n# Heading" not in card
+
+
+def test_a_child_is_asked_with_a_merge_too(run, family, tmp_path):  # noqa: F811
+    write_text(tmp_path / "text.txt", 100)
+    arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes", "--json")
+    outcome = run(*arguments, "--taste", ALPHABET[1], "--perplexity", "text.txt")
+    assert outcome.status == 0, outcome.err
+    assert {"child", "slerped", "tastes", "perplexities"} <= outcome.report.keys()
+
+
+def test_a_folder_that_is_no_child_is_refused(run, family):  # noqa: F811
+    outcome = run("--child", "primary", "--taste", "x")
+    assert outcome.status == 1
+    assert "merge_recipe.yaml" in outcome.err
+    assert run("--child", "child").status == 1
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_screen_has_all_figures_within_its_width(family, tmp_path, width, encoding, monkeypatch):
+    monkeypatch.setattr(RecordingConsole, "encoding", encoding)
+    console = RecordingConsole(width)
+    entries = compare_perplexity(family, [write_text(tmp_path / "text.txt", 200)], quiet)
+    console.print(slerpmerge.render_perplexities(console, entries))
+    console.print(slerpmerge.render_tastes(console, taste(family, [ALPHABET[1]], quiet)))
+    text = console.export_text()
+    assert max(map(cell_len, text.splitlines())) <= width
+    for model in entries[0]["models"]:
+        assert f"{model['perplexity']:.4f}" in text
+    assert encoding != "ascii" or text.isascii()
+
+
+def test_plain_merges_ask_nobody(tmp_path, monkeypatch):
+    """Neither harness nor models are loaded where nothing was asked."""
+    monkeypatch.setattr(slerpmerge, "load_harness", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr(slerpmerge, "speaking_model", lambda *_: pytest.fail("loaded"))
+    recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child")
+    execute_merge(prepare_merge(recipe, quiet), quiet)

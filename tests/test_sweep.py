@@ -1,0 +1,337 @@
+"""A good t is found: which are tried, that the best is made, that a stopped sweep goes on, that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+import slerpmerge
+from slerpmerge import (
+    MergePlan,
+    MergeRecipe,
+    Noted,
+    SlerpMergeError,
+    Trial,
+    WorkAdvanced,
+    WorkBegan,
+    Yardstick,
+    execute_merge,
+    find_t,
+    forget_sweep,
+    prepare_merge,
+)
+from tests.builders import load_tensors, make_pair, make_real_model
+from tests.pictures import RecordingConsole
+from tests.test_command_line import run  # noqa: F401  (a fixture)
+from tests.test_judgement import write_text
+
+FLAGS = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "child", "--yes", "--sweep")
+
+
+def quiet(event: object) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture
+def plan(tmp_path, parents, monkeypatch) -> MergePlan:
+    """A merge of two real tiny models in tmp_path, with two texts beside them."""
+    monkeypatch.chdir(tmp_path)
+    primary, secondary = (make_real_model(tmp_path / name, seed) for seed, name in ((1, "primary"), (2, "secondary")))
+    parents.watch(primary, secondary)
+    for number in (1, 2):
+        write_text(tmp_path / f"text-{number}.txt", 200, number)
+    return prepare_merge(MergeRecipe(primary, secondary, tmp_path / "child", device="cpu"), quiet)
+
+
+def bowl(best: float, tried: list[float] | None = None):
+    """A stand-in for measuring: the loss is least at `best`, over three items that differ from each other."""
+
+    def measure(sweep, role: str, folder: Path):
+        recipe = folder / "merge_recipe.yaml"
+        t = {"primary": 0.0, "secondary": 1.0}.get(role)
+        t = slerpmerge.read_recipe(recipe)["schedule"].rules[0].gradient[0] if t is None else t
+        if tried is not None:
+            tried.append(t)
+        loss = 1 + (t - best) ** 2
+        sweep.journal.names = ["text"]
+        return (loss,), ((loss - 0.1, loss, loss + 0.1),)
+
+    return measure
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") or "trial" in path.name)
+
+
+# ── The search ──
+
+
+@pytest.mark.parametrize("best", [0.03, 0.1, 0.27, 0.5, 0.64, 0.88, 0.99])
+def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
+    tried: list[float] = []
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(best, tried))
+    entry = find_t(plan, Yardstick((Path("text-1.txt"),)), quiet)
+    assert abs(entry["best_t"] - best) <= 0.0251
+    assert len(tried) == len(set(tried)) <= slerpmerge.MOST_TRIALS
+    assert tried[:2] == [0.0, 1.0]
+
+
+def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
+    texts = (tmp_path / "text-1.txt", tmp_path / "text-2.txt")
+    entry = find_t(plan, Yardstick(texts), quiet)
+    for trial in entry["trials"]:
+        folder = tmp_path / trial["role"]
+        if trial["role"] == "child":
+            recipe = MergeRecipe(
+                tmp_path / "primary", tmp_path / "secondary", tmp_path / f"at-{trial['t']}", device="cpu"
+            )
+            recipe = slerpmerge.dataclasses.replace(recipe, schedule=slerpmerge.Schedule.constant(trial["t"]))
+            folder = execute_merge(prepare_merge(recipe, quiet), quiet).child
+        lineup = slerpmerge.Lineup((("child", folder),), "cpu")
+        found = [entry["models"][0]["bits_per_byte"] for entry in slerpmerge.compare_perplexity(lineup, texts, quiet)]
+        assert trial["values"] == pytest.approx(found, rel=1e-6)
+        assert trial["loss"] == pytest.approx(sum(found) / 2, rel=1e-6)
+    children = {trial["t"]: trial["loss"] for trial in entry["trials"] if trial["role"] == "child"}
+    assert children[entry["best_t"]] == min(children.values())
+    assert [trial["t"] for trial in entry["trials"]] == sorted(trial["t"] for trial in entry["trials"])
+
+
+def test_progress_and_every_trial_are_told(plan, tmp_path):
+    events: list[object] = []
+    entry = find_t(plan, Yardstick((tmp_path / "text-1.txt",)), events.append)
+    (began,) = (event for event in events if isinstance(event, WorkBegan))
+    assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) <= began.total
+    told = [event.text for event in events if isinstance(event, Noted)]
+    assert len(told) == len(entry["trials"])
+    assert "text-1.txt" in told[0]
+
+
+def test_noise_is_of_the_difference_on_the_same_items():
+    best = Trial("child", 0.5, (2.0,), ((1.0, 2.0, 3.0),))
+    other = Trial("child", 0.7, (2.1,), ((1.1, 2.1, 3.1),))
+    assert other.noise_against(best) == pytest.approx(0.0, abs=1e-12)
+    two = Trial("child", 0.7, (2.1, 5.0), ((1.0, 2.4, 3.0), (5.0, 5.0, 5.3)))
+    base = Trial("child", 0.5, (2.0, 5.0), ((1.0, 2.0, 3.0), (5.0, 5.0, 5.0)))
+    expected = math.hypot(0.4 / 3, 0.3 / 3) / 2  # the deviation of one among three is its size over root three
+    assert two.noise_against(base) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("primary", "words"),
+    [
+        ((3.0, 3.1, 3.2), "1.0000 less than the primary and"),
+        ((1.0, 1.1, 1.3), "0.9667 more than the primary and"),
+        ((2.0, 2.4, 2.0), "less than the primary, which is noise"),
+    ],
+)
+def test_the_verdict_says_what_is_noise_and_when_a_parent_is_better(primary, words):
+    best = Trial("child", 0.5, (2.1,), ((2.0, 2.1, 2.2),))
+    trials = [Trial("primary", 0.0, (0.0,), (primary,)), best, Trial("secondary", 1.0, (0.0,), ((4.0, 4.1, 4.2),))]
+    assert words in slerpmerge.Sweep.verdict(trials, best)
+
+
+# ── What it leaves ──
+
+
+def test_the_best_child_is_made_and_nothing_else_is_left(run, plan, tmp_path):  # noqa: F811
+    outcome = run(*FLAGS, "--perplexity", "text-1.txt", "--perplexity", "text-2.txt", "--json")
+    assert outcome.status == 0, outcome.err
+    assert left_over(tmp_path) == []
+    sweep = outcome.report["sweep"]
+    other = run(*FLAGS[:5], "other", "--yes", "--t", str(sweep["best_t"]))
+    assert other.status == 0
+    child, same = load_tensors(tmp_path / "child"), load_tensors(tmp_path / "other")
+    assert all(child[name].equal(same[name]) for name in same)
+    assert json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))["sweep"] == sweep
+    card = (tmp_path / "child" / "README.md").read_text("utf-8")
+    assert f"| **{sweep['best_t']:g}** |" in card
+    assert "## How t was found" in card
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 9])
+def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_after):
+    tried: list[float] = []
+    measure = slerpmerge.Sweep.measure
+
+    def counted(sweep, role, folder):
+        tried.append(role)
+        return measure(sweep, role, folder)
+
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", counted)
+    yardstick = Yardstick((tmp_path / "text-1.txt",))
+
+    def stop(event: object) -> None:
+        if isinstance(event, Noted) and len(tried) == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_t(plan, yardstick, stop)
+    assert len(tried) == stop_after
+    assert left_over(tmp_path) == [".child.slerpmerge-sweep"]
+    assert [path.name for path in (tmp_path / ".child.slerpmerge-sweep").iterdir()] == ["journal.json"]
+    entry = find_t(plan, yardstick, quiet)
+    assert len(tried) == len(entry["trials"]), "none twice"
+    forget_sweep(plan.recipe.save_directory)
+    assert find_t(plan, yardstick, quiet) == entry
+    forget_sweep(plan.recipe.save_directory)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", ["text", "method", "restart", "torn"])
+def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatch, change):
+    tried: list[float] = []
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3, tried))
+    yardstick = Yardstick((tmp_path / "text-1.txt",))
+    whole = len(find_t(plan, yardstick, quiet)["trials"])
+    assert len(tried) == whole
+    recipe = plan.recipe
+    if change == "text":
+        write_text(tmp_path / "text-1.txt", 201)
+    elif change == "method":
+        recipe = slerpmerge.dataclasses.replace(recipe, method="lerp")
+    elif change == "restart":
+        recipe = slerpmerge.dataclasses.replace(recipe, restart=True)
+    else:
+        (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text("{}", encoding="utf-8")
+    find_t(prepare_merge(recipe, quiet), yardstick, quiet)
+    assert len(tried) == 2 * whole
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_path, monkeypatch, in_memory):
+    memory = tmp_path / "memory"
+    if in_memory:
+        memory.mkdir()
+    monkeypatch.setattr(slerpmerge, "MEMORY_FOLDER", memory)
+    measure = bowl(0.3)
+    seen = []
+
+    def watched(sweep, role, folder):
+        children = [path.parent for path in tmp_path.rglob("merge_report.json")]
+        seen.append(len(children))
+        if role == "child":
+            assert children == [folder]
+            assert slerpmerge.is_inside(folder, memory) == in_memory
+        return measure(sweep, role, folder)
+
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", watched)
+    find_t(plan, Yardstick((tmp_path / "text-1.txt",)), quiet)
+    assert max(seen) == 1
+    assert list(tmp_path.rglob("merge_report.json")) == []
+
+
+def test_a_trial_that_a_killed_sweep_left_is_removed_by_the_next(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3))
+    monkeypatch.setattr(slerpmerge, "remove_trial", lambda storage: None)  # as if it had never come to it
+    yardstick = Yardstick((tmp_path / "text-1.txt",))
+    find_t(plan, yardstick, quiet)
+    storage = Path(json.loads((tmp_path / ".child.slerpmerge-sweep" / "journal.json").read_text("utf-8"))["storage"])
+    assert (storage / "trial" / "model.safetensors").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3))
+    find_t(plan, yardstick, quiet)
+    assert not storage.exists()
+
+
+def test_a_journal_cannot_have_a_folder_of_the_persons_removed(tmp_path):
+    for name in ("precious", slerpmerge.TRIAL_PREFIX + "link"):
+        (tmp_path / "precious").mkdir(exist_ok=True)
+        if name != "precious":
+            (tmp_path / name).symlink_to(tmp_path / "precious")
+        slerpmerge.remove_trial(str(tmp_path / name))
+    assert (tmp_path / "precious").is_dir()
+
+
+def test_two_sweeps_into_one_place_are_refused(plan, tmp_path, monkeypatch):
+    measure = bowl(0.3)
+    yardstick = Yardstick((tmp_path / "text-1.txt",))
+
+    def again(sweep, role, folder):
+        with pytest.raises(SlerpMergeError, match="Another run"):
+            find_t(plan, yardstick, quiet)
+        return measure(sweep, role, folder)
+
+    monkeypatch.setattr(slerpmerge.Sweep, "measure", again)
+    find_t(plan, yardstick, quiet)
+
+
+# ── What it refuses ──
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "--perplexity FILE, or --score TASK"),
+        (("--perplexity", "text-1.txt", "--t", "0.5"), "A sweep finds t itself"),
+        (("--perplexity", "nowhere.txt"), "nowhere.txt is not there"),
+        (("--include-path", "."), "--perplexity FILE"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_it_begins(run, plan, tmp_path, flags, words):  # noqa: F811
+    outcome = run(*FLAGS, *flags)
+    assert outcome.status == 1
+    assert words in " ".join(outcome.err.split())
+    assert left_over(tmp_path) == []
+    assert not (tmp_path / "child").exists()
+
+
+def test_slices_have_no_single_t(tmp_path):
+    cut = slerpmerge.LayerSlice(0, 0, 1, slerpmerge.Schedule.constant(0.5))
+    recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child", slices=(cut,))
+    with pytest.raises(SlerpMergeError, match="one t of whole models"):
+        find_t(prepare_merge(recipe, quiet), Yardstick((write_text(tmp_path / "text.txt", 9),)), quiet)
+
+
+# ── The curve ──
+
+
+def curve(texts: int = 1) -> dict[str, object]:
+    """A sweep's entry with its least loss at 0.45."""
+    ts = [0, 0.1, 0.3, 0.4, 0.45, 0.5, 0.7, 0.9, 1]
+    trials = [
+        {
+            "role": {0: "primary", 1: "secondary"}.get(t, "child"),
+            "t": t,
+            "values": [1 + (t - 0.45) ** 2 + number for number in range(texts)],
+            "loss": 1 + (t - 0.45) ** 2,
+            "over_best": (t - 0.45) ** 2,
+            "noise": None if t == 0.45 else 0.01,
+        }
+        for t in ts
+    ]
+    names = [f"[red]text-{number}" for number in range(texts)]
+    rest = {"unit": "bits per byte", "less_is_better": True, "measured": "So and so.", "verdict": "The best child ..."}
+    return {"names": names, "best_t": 0.45, "trials": trials, **rest}
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("texts", [1, 2])
+def test_the_curve_is_drawn_within_the_width_with_both_parents_at_its_ends(width, encoding, texts, monkeypatch):
+    monkeypatch.setattr(RecordingConsole, "encoding", encoding)
+    console = RecordingConsole(width)
+    console.print(slerpmerge.render_sweep(console, curve(texts)))
+    text = console.export_text()
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert "[red]text-0" in text
+    parent, best = ("■", "◆") if encoding == "utf-8" else ("@", "#")
+    plots = 1 if texts == 1 else texts + 1
+    assert text.count(best) == plots + 1, "once in each plot, once in the legend"
+    assert text.count(parent) == 2 * plots + 1
+    assert encoding != "ascii" or text.isascii()
+
+
+def test_points_stand_where_their_values_are():
+    console = RecordingConsole(100)
+    trials = [{"role": "child", "t": t} for t in (0, 0.5, 1)]
+    lines = slerpmerge.draw_plot(console, trials, [3.0, 1.0, 2.0], [None] * 3, best_t=0.5)
+    rows = {mark: row for row, line in enumerate(lines) for mark in "●◆" if mark in line}
+    assert lines[0].split() == ["3.0000", "●"]
+    assert lines[8].split() == ["1.0000", "◆"]
+    assert rows["●"] == 4
+    assert lines[9].split() == ["0", "0.25", "0.5", "0.75", "1"]
+    assert lines[8].index("◆") == pytest.approx(lines[9].index("0.5"), abs=1)
