@@ -6215,6 +6215,7 @@ WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
 TASTE_TOKENS = 120  # of an answer, at most
 WORKING_BYTES = 1_200_000_000  # beside a model's weights: a window's logits over a large vocabulary, and libraries
 LOGIT_ROWS = 256  # turned into float32 at once
+SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
 
 
 @dataclass(frozen=True)
@@ -6358,7 +6359,9 @@ def speaking_model(lineup: Lineup, role: str, device: str, dtype: str) -> Iterat
             except (OSError, ValueError, KeyError, ImportError) as error:
                 what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
                 raise SlerpMergeError(what, "The merge is not touched by this.") from error
-            with torch.inference_mode():
+            with torch.inference_mode(), torch_threads_kept():
+                if checkpoint.parameter_count < SMALL_MODEL_PARAMETERS:
+                    torch.set_num_threads(1)
                 yield model, tokenizer
     finally:
         del model
@@ -8678,6 +8681,10 @@ class CommandLine:
                         print(json.dumps(plan_as_dict(plan)))
                     return EXIT_DONE
                 plan = self.offer_template(plan)
+                if (yardstick := self.yardstick(answers)) is not None:
+                    names = [path.name for path in yardstick.texts] or list(yardstick.tasks)
+                    made = f"up to {MOST_TRIALS - 2} children are made one after the other, and the best again"
+                    self.show(f"t will be found on {format_names(names)}: {made}.")
                 decision = self.decide(plan)
             if decision != "change":
                 break

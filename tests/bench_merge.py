@@ -5,6 +5,7 @@
     python tests/bench_merge.py --method lerp --t 0,0.5,1   another blend
     python tests/bench_merge.py --also "--method lerp" "--t 0,0.5,1"   more blends, held against the first
     python tests/bench_merge.py --sync                      until everything is on the disk
+    python tests/bench_merge.py --inspect                   also inspection, against reading both parents once
     python tests/bench_merge.py --peer PATH_TO_MERGEKIT_YAML
 
 The floor comes first: reading both parents and writing one copy, in the same run and cache state.
@@ -167,6 +168,57 @@ def measure_floor(folder: Path, sync: bool = False) -> float:
     return seconds
 
 
+def forget_cached(folder: Path) -> None:
+    """Asks the system to read the parents from their disk the next time, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        os.sync()
+        for file in [file for role in ("primary", "secondary") for file in weight_files(folder / role)]:
+            with file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_reading(folder: Path) -> float:
+    """Seconds to read both parents once, with one thread and plain reads."""
+    buffer = memoryview(bytearray(COPY_BYTES))
+    started = time.perf_counter()
+    for role in ("primary", "secondary"):
+        for file in weight_files(folder / role):
+            with file.open("rb", buffering=0) as source:
+                while source.readinto(buffer):
+                    pass
+    return time.perf_counter() - started
+
+
+def measure_inspection(folder: Path, runs: int) -> dict[str, float]:
+    """Inspection over reading, medians of alternating runs: from memory, and where it can be had from the disk."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import slerpmerge
+
+    recipe = slerpmerge.MergeRecipe(folder / "primary", folder / "secondary", Path(), device="cpu")
+    *_, parity = slerpmerge.open_parents(recipe, lambda event: None)
+    slerpmerge.wait_for_torch()
+    found: dict[str, list[tuple[float, float]]] = {"cached": [], "from_disk": []}
+    measure_reading(folder)
+    for kind, pairs in found.items():
+        for _ in range(runs):
+            if kind == "from_disk":
+                forget_cached(folder)
+            reading = measure_reading(folder)
+            if kind == "from_disk":
+                forget_cached(folder)
+            started = time.perf_counter()
+            slerpmerge.measure_differences(parity.pairs, recipe, lambda event: None)
+            pairs.append((reading, time.perf_counter() - started))
+    return {
+        f"{kind}_{name}": round(value, 2)
+        for kind, pairs in found.items()
+        for name, value in (
+            ("reading_seconds", statistics.median(reading for reading, _ in pairs)),
+            ("inspect_over_reading", statistics.median(inspecting / reading for reading, inspecting in pairs)),
+        )
+    }
+
+
 def run_measured(
     command: list[str], folder: Path | None = None, environment: dict[str, str] | None = None
 ) -> tuple[float, int, str]:
@@ -327,6 +379,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sync", action="store_true", help="also hold it against a copy that is on the disk by the end"
     )
+    parser.add_argument("--inspect", action="store_true", help="also measure --inspect against reading both parents")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -337,6 +390,8 @@ def main() -> None:
         task, folder, value = arguments.task
         if task == "build":
             build_parents(Path(folder), int(value))
+        elif task == "inspect":
+            print(json.dumps(measure_inspection(Path(folder), int(value))))
         else:
             print(json.dumps(measure_accuracy(Path(folder), float(value))))
         return
@@ -400,6 +455,8 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
         result["faster_than_peer"] = round(median(peers, "whole") / whole, 1)
     if arguments.accuracy:
         result.update(json.loads(in_own_process("accuracy", str(folder), arguments.t).splitlines()[-1]))
+    if arguments.inspect:
+        result.update(json.loads(in_own_process("inspect", str(folder), str(arguments.runs)).splitlines()[-1]))
     result["dry_run_seconds"] = round(measure_dry_run(folder), 2)
     first_prompt = measure_first_prompt()
     result["first_prompt_seconds"] = round(first_prompt, 2) if first_prompt is not None else None

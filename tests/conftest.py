@@ -15,6 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch only wait for 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: trains models, some minutes; leave out with -m 'not slow'")
+
+
 def fingerprint(folder: Path) -> dict[str, str]:
     """Every file below a folder with the hash of its bytes."""
     return {

@@ -248,6 +248,9 @@ def draw_pictures(scene: Scene) -> Iterator[tuple[str, Console]]:
     console = RecordingConsole()
     console.print(slerpmerge.render_report(console, scene.report))
     yield "summary", console
+    console = RecordingConsole()
+    console.print(slerpmerge.render_map(console, slerpmerge.map_of_merge(scene.report.result, "weights")))
+    yield "map", console
     console = RecordingConsole(get_time=(clock := Clock()))
     draw_session(console, clock, scene)
     yield "merge", console
