@@ -7480,7 +7480,9 @@ def render_map(console: Console, found: DifferenceMap) -> RenderableType:
                 lines.append(Text(displayable(console, grid.stack), style="bold"))
             lines += draw_grid(console, grid, scale)
         for name, cell in found.outside:
-            lines.append(draw_cell(console, cell, scale, MAP_CELL_COLUMNS).append(f" {displayable(console, name)}"))
+            lines.append(
+                Text.assemble(draw_cell(console, cell, scale, MAP_CELL_COLUMNS), " ", displayable(console, name))
+            )
         title = f"{scale.title}: {scale.ends}"
         parts += [panel(console, Group(*lines), title)] if number or lines else []
     return Group(*parts)
