@@ -5199,10 +5199,10 @@ def draw_map(found: DifferenceMap, title: str) -> str:
 
 def save_map(found: DifferenceMap, path: Path, title: str) -> None:
     """Writes a map as a picture (.svg) or as figures (.json). Raises SlerpMergeError where the disk refuses."""
+    text = draw_map(found, title)
     if path.suffix.lower() == ".json":
-        write_json(path, found.as_dict())
-    else:
-        write_text(path, draw_map(found, title))
+        text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text)
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -5534,22 +5534,44 @@ def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
 
     Raises SlerpMergeError where the disk refuses; the files are then as before.
     """
-    report = read_json_if_there(folder / REPORT_NAME)
-    for key, value in changes.items():
-        report[key] = [*report.get(key, []), *value] if isinstance(value, list) else value
-    card = read_text_if_there(folder / CARD_NAME) or ""
-    begin, end = card.find(CARD_MARKS[0]), card.find(CARD_MARKS[1])
+    report, card = read_json_if_there(folder / REPORT_NAME), ""
+    path = folder / CARD_NAME
+    try:
+        for key, value in changes.items():
+            report[key] = [*report.get(key, []), *value] if isinstance(value, list) else value
+        block = card_block(report)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{folder / REPORT_NAME} is not as slerpmerge writes it."
+        raise SlerpMergeError(what, "Move it away; a new one is then begun.") from error
+    if path.exists():  # bytes that are not UTF-8 stay what they are
+        card = read_bytes(path).decode("utf-8", "surrogateescape")
+    begin = card.find(CARD_MARKS[0])
+    end = card.find(CARD_MARKS[1], begin)
     if 0 <= begin < end:
-        card = card[:begin] + card_block(report).rstrip("\n") + card[end + len(CARD_MARKS[1]) :]
+        card = card[:begin] + block.rstrip("\n") + card[end + len(CARD_MARKS[1]) :]
     else:
-        card = card.rstrip("\n") + "\n\n" * bool(card) + card_block(report)
-    for name, text in ((REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n"), (CARD_NAME, card)):
-        fresh = folder / f".{name}.new"
-        write_text(fresh, text)
-        try:
-            fresh.replace(folder / name)
-        except OSError as error:
-            raise explain_os_error(error, folder / name, "write") from error
+        card = card.rstrip("\n") + "\n\n" * bool(card) + block
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    replace_files(
+        {folder / REPORT_NAME: text.encode("utf-8", "backslashreplace"), path: card.encode("utf-8", "surrogateescape")}
+    )
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Gives small files new content, by renames once all of it is written; a link in the way is not followed."""
+    fresh = {path: path.with_name(f".{path.name}.new") for path in contents}
+    try:
+        for path, content in contents.items():
+            fresh[path].unlink(missing_ok=True)
+            with open(fresh[path], "xb") as stream:
+                stream.write(content)
+        for path, new in fresh.items():
+            new.replace(path)
+    except OSError as error:
+        for new in fresh.values():
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+        raise explain_os_error(error, path, "write") from error
 
 
 CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until here -->")
@@ -5619,7 +5641,7 @@ def card_rules(report: Mapping[str, Any]) -> list[str]:
 def card_mended(report: Mapping[str, Any]) -> list[str]:
     """The differences that a stated rule resolved."""
     mended = report.get("parity", {}).get("mended", [])
-    lines = [f"- `{entry['subject']}`: {table_cell(entry['consequence'])}" for entry in mended]
+    lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in mended]
     return ["## What was mended", "", *lines] if lines else []
 
 
@@ -5654,7 +5676,7 @@ def card_perplexities(report: Mapping[str, Any]) -> list[str]:
             for model in entry["models"]
         ]
         table = markdown_table(("model", "tokens", "perplexity", "bits per byte"), rows)
-        lines += ["", f"On {entry['text']}. {entry['measured']}", "", *table]
+        lines += ["", f"On {table_cell(entry['text'])}. {entry['measured']}", "", *table]
     return ["## Perplexity", *lines] if lines else []
 
 
@@ -5695,7 +5717,7 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
 
 def table_cell(text: str) -> str:
     """Text that cannot break out of a Markdown table's cell, nor be taken for a mark of the card."""
-    text = text.replace("|", "\\|").replace("<!--", "&lt;!--")
+    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("<!--", "&lt;!--")
     return text.replace("\r", "").replace("\n", "<br>")
 
 
@@ -6215,6 +6237,7 @@ WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
 TASTE_TOKENS = 120  # of an answer, at most
 WORKING_BYTES = 1_200_000_000  # beside a model's weights: a window's logits over a large vocabulary, and libraries
 LOGIT_ROWS = 256  # turned into float32 at once
+MOST_NATS = 700  # a token, beyond which a perplexity is no number any more
 SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
 
 
@@ -6271,6 +6294,11 @@ def check_can_speak(checkpoint: Checkpoint, reads_on: bool) -> None:
         what = f"{checkpoint.name} is a {checkpoint.architecture}, which does not predict a text from its beginning."
     if what is not None:
         raise SlerpMergeError(what, "Merge it without tasting; its parents can be inspected.")
+    kernels = [value for key, value in checkpoint.config.items() if "attn_implementation" in key and "/" in str(value)]
+    if kernels or (checkpoint.folder / "adapter_config.json").is_file():
+        asked = f"names the code {kernels[0]}" if kernels else "holds an adapter beside its weights"
+        what = f"{checkpoint.name} {asked}, which would be loaded with it."
+        raise SlerpMergeError(what, "Take that out of its folder; it was not loaded.")
 
 
 def is_encoder_decoder(checkpoint: Checkpoint) -> bool:
@@ -6335,7 +6363,8 @@ def on_fitting_place(lineup: Lineup, observe: Observer, work: Callable[[str, str
         if device == "cpu" or lineup.device != "auto":
             raise
         observe(Noted(f"{error.message} Once more, on the processor."))
-        return work(*choose_place(dataclasses.replace(lineup, device="cpu")))
+    # Not within the block above: the error would hold on to the model that did not fit.
+    return work(*choose_place(dataclasses.replace(lineup, device="cpu")))
 
 
 @contextlib.contextmanager
@@ -6355,14 +6384,26 @@ def speaking_model(lineup: Lineup, role: str, device: str, dtype: str) -> Iterat
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     lineup.tokenizer_folder(role), trust_remote_code=False
                 )
-                model = architecture.from_pretrained(checkpoint.folder, **how).to(device).eval()
+                model, found = architecture.from_pretrained(
+                    checkpoint.folder, local_files_only=True, output_loading_info=True, **how
+                )
+                model = model.to(device).eval()
             except (OSError, ValueError, KeyError, ImportError) as error:
                 what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
                 raise SlerpMergeError(what, "The merge is not touched by this.") from error
+            if found["missing_keys"]:
+                what = f"{checkpoint.name} ({role}) lacks weights: {format_names(sorted(found['missing_keys']))}."
+                raise SlerpMergeError(what, "What transformers puts in their place is chance; nothing was asked of it.")
             with torch.inference_mode(), torch_threads_kept():
                 if checkpoint.parameter_count < SMALL_MODEL_PARAMETERS:
                     torch.set_num_threads(1)
                 yield model, tokenizer
+    except SlerpMergeError:
+        raise
+    except Exception as error:  # configs and tokenizers of strangers fail inside other libraries, each in its own way
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        what = f"{checkpoint.name} ({role}) could not be asked: {reason}"
+        raise SlerpMergeError(what, "Load it with transformers: if it shows the same, the fault is its own.") from error
     finally:
         del model
         gc.collect()
@@ -6435,7 +6476,7 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
             Exception
         ) as error:  # a template is a program of a stranger's, run in a sandbox, and fails in its own ways
             what = f"The chat template of {checkpoint.name} cannot take the prompt: {shorten(str(error), 200)}"
-            raise SlerpMergeError(what, "Merge with the other parent's: --chat-template.") from error
+            raise SlerpMergeError(what, "Give another prompt, or mend the template in its folder.") from error
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not talks, return_token_type_ids=False)
     count = inputs["input_ids"].shape[1]
     limit = context_limit(checkpoint)
@@ -6460,9 +6501,13 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
 class TextLoss:
     """How well one model predicts one text, by a window that slides over it."""
 
-    tokens: int  # predicted
+    steps: tuple[int, ...]  # tokens that each step of the window predicts
     byte_count: int  # of the text that those stand for, in UTF-8
-    nats: tuple[float, ...]  # of each step: -log p, summed over the tokens that it adds
+    nats: tuple[float, ...]  # of each step: -log p, summed over its tokens
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.steps)
 
     @property
     def perplexity(self) -> float:
@@ -6473,24 +6518,35 @@ class TextLoss:
         return math.fsum(self.nats) / math.log(2) / self.byte_count
 
     @property
-    def items(self) -> tuple[float, ...]:
-        """A share of each step whose mean is bits_per_byte."""
-        return tuple(nats * len(self.nats) / math.log(2) / self.byte_count for nats in self.nats)
+    def items(self) -> tuple[tuple[float, float], ...]:
+        """(bits, bytes) of each step, whose sums make bits_per_byte."""
+        width = self.byte_count / self.tokens
+        return tuple((nats / math.log(2), count * width) for nats, count in zip(self.nats, self.steps))
 
 
-def standard_error(items: Sequence[float]) -> float | None:
-    """Of the mean of independent items; None where there are too few to tell."""
+def ratio_of(items: Iterable[Sequence[float]]) -> float:
+    """The sum of the first over the sum of the second part of each item: bits per byte, or a mean where those are 1."""
+    amounts, weights = zip(*items)
+    return math.fsum(amounts) / math.fsum(weights)
+
+
+def standard_error(items: Sequence[Sequence[float]]) -> float | None:
+    """Of ratio_of independent items; None where there are too few to tell.
+
+    Formula: W. G. Cochran, Sampling Techniques (1977), chapter 6, the variance of a ratio estimate.
+    """
     count = len(items)
     if count < 2:
         return None
-    mean = math.fsum(items) / count
-    return math.sqrt(math.fsum((item - mean) ** 2 for item in items) / (count - 1) / count)
+    ratio, total = ratio_of(items), math.fsum(weight for _, weight in items)
+    residuals = math.fsum((amount - ratio * weight) ** 2 for amount, weight in items)
+    return math.sqrt(count / (count - 1) * residuals) / total
 
 
-def error_of_difference(left: Sequence[float], right: Sequence[float]) -> float | None:
-    """Standard error of the difference of two means: paired where the items are the same ones, else of both."""
-    if len(left) == len(right):
-        return standard_error([a - b for a, b in zip(left, right)])
+def error_of_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of the difference of two ratios: paired where the items are the same ones, else of both."""
+    if [weight for _, weight in left] == [weight for _, weight in right]:
+        return standard_error([(a - b, weight) for (a, weight), (b, _) in zip(left, right)])
     errors = standard_error(left), standard_error(right)
     return None if None in errors else math.hypot(*errors)
 
@@ -6498,7 +6554,11 @@ def error_of_difference(left: Sequence[float], right: Sequence[float]) -> float 
 def read_judged_text(path: Path) -> str:
     """A text to be predicted. Raises SlerpMergeError where there is none, or none in it."""
     if not path.is_file():
-        raise SlerpMergeError(f"The text {path} is not there.", "Give a text file, in UTF-8.")
+        why = "is a folder" if path.is_dir() else "is not there"
+        raise SlerpMergeError(f"The text {path} {why}.", "Give a text file, in UTF-8.")
+    if file_size(path) > MAX_TEXT_BYTES:
+        what = f"The text {path} is larger than {format_bytes(MAX_TEXT_BYTES)}."
+        raise SlerpMergeError(what, "A megabyte or less tells as much, sooner.")
     data = read_bytes(path, MAX_TEXT_BYTES)
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -6537,7 +6597,7 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
     if len(ids) < 2:
         raise SlerpMergeError("The text has fewer than two tokens, so there is none to predict.", "Give a longer one.")
     tokens = torch.tensor(ids, device=model.device)
-    nats = []
+    nats, steps = [], []
     for begin, end, fresh in sliding_windows(len(ids), window):
         logits = model(input_ids=tokens[begin:end].unsqueeze(0), use_cache=False).logits[0, -fresh - 1 : -1]
         targets = tokens[end - fresh : end]
@@ -6547,11 +6607,13 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
                 for part in (slice(start, start + LOGIT_ROWS) for start in range(0, fresh, LOGIT_ROWS))
             )
         )
+        steps.append(fresh)
         advance(fresh)
-    if not math.isfinite(math.fsum(nats)):
-        raise SlerpMergeError("A model gives a probability that is no number.", "Something is wrong with its weights.")
+    if not math.fsum(nats) < MOST_NATS * sum(steps):
+        what = "A model gives a probability that is no number, or next to none."
+        raise SlerpMergeError(what, "Something is wrong with its weights.")
     first = "" if ids[0] in tokenizer.all_special_ids else tokenizer.decode(ids[:1])
-    return TextLoss(len(ids) - 1, max(1, len(text.encode()) - len(first.encode())), tuple(nats))
+    return TextLoss(tuple(steps), max(1, len(text.encode()) - len(first.encode())), tuple(nats))
 
 
 def lose_on_texts(
@@ -6640,6 +6702,7 @@ def perplexity_entry(path: Path, text: str, how: str, losses: Mapping[str, TextL
 
 # ── §12d  Scores: the field's harness, and what its differences are worth ───────────────────────
 
+NO_FIGURES = "The harness gives these tasks no figure that is a mean over their items."
 NOISE_LEVEL = 0.05  # a difference that chance makes more often than this is noise
 
 
@@ -6702,13 +6765,16 @@ def hushed() -> Iterator[None]:
         evaluator.get_git_commit_hash = before
 
 
-def harness_results(folder: Path, name: str, tasks: Sequence[str], manager: Any, device: str) -> dict[str, Any]:
+def harness_results(lineup: Lineup, role: str, tasks: Sequence[str], manager: Any, device: str) -> dict[str, Any]:
     """The harness's own result for one model, with its samples; all settings are its defaults.
 
     Raises SlerpMergeError for whatever goes wrong in it.
     """
     harness = load_harness()
+    folder, name, tokenizer = dict(lineup.folders)[role], lineup.checkpoints[role].name, lineup.tokenizer_folder(role)
     model = {"pretrained": str(folder), "trust_remote_code": False}
+    if not has_tokenizer(folder):
+        model["tokenizer"] = str(tokenizer)
     try:
         with hushed(), memory_watched(name, device):
             result = harness.simple_evaluate(
@@ -6727,14 +6793,19 @@ def harness_results(folder: Path, name: str, tasks: Sequence[str], manager: Any,
 
 
 def judged_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(task, metric, filter) of every figure of a result that is known for each item."""
+    """(task, metric, filter) of every figure of a result that is the mean of a value known for each item.
+
+    Others, such as a perplexity over words, have no value of an item that more or less of would mean anything.
+    """
     for task, figures in result["results"].items():
         samples = result["samples"].get(task, ())
         for key in figures:
             metric, comma, filtered = key.partition(",")
             known = [sample for sample in samples if sample.get("filter", "none") == filtered]
             if comma and not metric.endswith("_stderr") and known and is_number(known[0].get(metric)):
-                yield task, metric, filtered
+                items = items_of(result, task, metric, filtered)
+                if math.isclose(math.fsum(items) / len(items), figures[key], rel_tol=1e-6, abs_tol=1e-9):
+                    yield task, metric, filtered
 
 
 def is_number(value: Any) -> bool:
@@ -6778,13 +6849,13 @@ def score(lineup: Lineup, tasks: Sequence[str], include_path: Path | None, obser
     device = choose_place(lineup)[0]
     results = {}
     observe(WorkBegan("Scoring with the harness", len(lineup.folders)))
-    for role, folder in lineup.folders:
-        results[role] = harness_results(folder, lineup.checkpoints[role].name, names, manager, device)
+    for role, _ in lineup.folders:
+        results[role] = harness_results(lineup, role, names, manager, device)
         observe(WorkAdvanced(1))
     observe(WorkEnded())
     rows = [score_row(results, task, metric, filtered) for task, metric, filtered in judged_metrics(results["child"])]
     if not rows:
-        raise SlerpMergeError("The harness gives these tasks no figure for each item.", "Choose others.")
+        raise SlerpMergeError(NO_FIGURES, "Choose others, such as tasks of multiple choice.")
     version = getattr(load_harness(), "__version__", results["child"].get("lm_eval_version", ""))
     measured = f"lm-eval {version}, its defaults, on {device}; child against parent: exact sign test on the same items."
     return [{"tasks": names, "measured": measured, "rows": rows}]
@@ -6841,12 +6912,12 @@ class Trial:
     role: str  # "primary", "secondary" or "child"
     t: float
     values: tuple[float, ...]  # as they are shown, one for each text or task
-    items: tuple[tuple[float, ...], ...]  # of each the losses whose mean counts; less is better
+    items: tuple[tuple[tuple[float, float], ...], ...]  # of each (loss, weight), whose ratio counts; less is better
 
     @property
     def loss(self) -> float:
         """The mean over texts or tasks, each counting the same."""
-        return math.fsum(math.fsum(part) / len(part) for part in self.items) / len(self.items)
+        return math.fsum(map(ratio_of, self.items)) / len(self.items)
 
     def noise_against(self, other: Trial) -> float | None:
         """Standard error of the difference of two losses."""
@@ -6883,17 +6954,26 @@ class SweepJournal:
             self._lock = FolderLock(self.area)
         except OSError as error:
             raise explain_os_error(error, self.area, "make the folder") from error
-        content = read_json_if_there(self.path) if is_plain_file(self.path) else {}
+        content: dict[str, Any] = {}
+        if is_plain_file(self.path):
+            with contextlib.suppress(SlerpMergeError):  # a torn one is as good as none
+                content = read_json(self.path)
         remove_trial(content.get("storage"))
         if content.get("identity") == self.identity and not self.plan.recipe.restart:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a journal of another making begins anew
                 self.trials = [
-                    Trial(entry["role"], entry["t"], tuple(entry["values"]), tuple(map(tuple, entry["items"])))
+                    Trial(entry["role"], entry["t"], tuple(entry["values"]), entry["items"])
                     for entry in content["trials"]
                 ]
                 self.names = [str(name) for name in content["names"]]
-        self.storage = trial_storage(self.plan, self.area)
-        self._write()
+        try:
+            self.storage = trial_storage(self.plan, self.area)
+            self._write()
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise explain_os_error(error, self.area, "write in") from error
+            raise
         return self
 
     def _write(self) -> None:
@@ -6901,6 +6981,7 @@ class SweepJournal:
         trials = [dataclasses.asdict(trial) for trial in self.trials]
         content = {"identity": self.identity, "storage": str(self.storage), "names": self.names, "trials": trials}
         write_json(fresh, content)
+        sync_to_disk(fresh)
         fresh.replace(self.path)
 
     def add(self, trial: Trial) -> None:
@@ -6990,7 +7071,9 @@ class Sweep:
         identity = plan_identity(self.plan)
         identity["recipe"].pop("schedule")
         hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
-        tasks = self.tasks[0], str(self.yardstick.include_path)
+        folder = self.yardstick.include_path
+        stamps = {} if folder is None else stamps_of(folder, [path.name for path in folder.iterdir() if path.is_file()])
+        tasks = self.tasks[0], str(folder), stamps
         return {**identity, "texts": hashes, "tasks": tasks, "place": self.place, "window": self.window}
 
     def best(self) -> Trial:
@@ -7018,8 +7101,8 @@ class Sweep:
         )
         return execute_merge(prepare_merge(recipe, ignore), ignore).child
 
-    def measure(self, role: str, folder: Path) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
-        """(figures to show, losses of each item) of one model."""
+    def measure(self, role: str, folder: Path) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+        """(figures to show, items whose losses count) of one model, as a trial has them."""
         lineup = Lineup((*self.parents, (role, folder)) if role == "child" else self.parents, self.lineup.device)
         if self.texts:
             losses = lose_on_texts(
@@ -7028,18 +7111,20 @@ class Sweep:
             self.journal.names = [path.name for path in self.yardstick.texts]
             return tuple(loss.bits_per_byte for loss in losses), tuple(loss.items for loss in losses)
         names, manager = self.tasks
-        result = harness_results(folder, lineup.checkpoints[role].name, names, manager, self.place[0])
+        result = harness_results(lineup, role, names, manager, self.place[0])
         self.observe(WorkAdvanced(1))
         chosen: dict[str, tuple[str, str]] = {}
         for task, metric, filtered in judged_metrics(result):
             chosen.setdefault(task, (metric, filtered))
+        if not chosen:
+            raise SlerpMergeError(NO_FIGURES, "Sweep by others, such as tasks of multiple choice.")
         self.journal.names = [f"{task}: {metric}" for task, (metric, _) in chosen.items()]
         values, items = [], []
         for task, (metric, filtered) in chosen.items():
             found = items_of(result, task, metric, filtered)
             higher = result.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
             values.append(math.fsum(found) / len(found))
-            items.append(tuple(-value if higher else value for value in found))
+            items.append(tuple((-value if higher else value, 1.0) for value in found))
         return tuple(values), tuple(items)
 
     def entry(self, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -7052,7 +7137,8 @@ class Sweep:
             "names": self.journal.names,
             "unit": "bits per byte" if self.texts else "the harness's figure",
             "less_is_better": bool(self.texts),
-            "measured": f"{steps} {how} Noise is the standard error of the difference from the best child.",
+            "measured": f"{steps} {how} Noise is the standard error of the difference from the best child, "
+            "which was picked on these very items, so that its gain is a little flattered.",
             "best_t": best.t,
             "trials": [
                 {
@@ -7075,12 +7161,9 @@ class Sweep:
         for trial in trials:
             if trial.role != "child":
                 gain, noise = trial.loss - best.loss, trial.noise_against(best)
-                if noise is not None and abs(gain) <= 2 * noise:
-                    words.append(
-                        f"{abs(gain):.4f} {'less' if gain > 0 else 'more'} than the {trial.role}, which is noise"
-                    )
-                else:
-                    words.append(f"{abs(gain):.4f} {'less' if gain > 0 else 'more'} than the {trial.role}")
+                doubt = ", which is noise" if noise is not None and abs(gain) <= 2 * noise else ""
+                doubt = ", on too short a text to tell that from noise" if noise is None else doubt
+                words.append(f"{abs(gain):.4f} {'less' if gain > 0 else 'more'} than the {trial.role}{doubt}")
         near = [
             f"{trial.t:g}"
             for trial in sorted(trials, key=lambda trial: trial.t)
@@ -8518,6 +8601,13 @@ def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+def parse_prompt(text: str) -> str:
+    """A prompt. Raises SlerpMergeError where it is empty, or no text."""
+    if not text.strip() or not is_utf8(text):
+        raise SlerpMergeError("The prompt is empty, or not UTF-8.", "Give a question, or the beginning of a sentence.")
+    return text
+
+
 def parse_map_path(text: str) -> Path:
     """A file for a map. Raises SlerpMergeError where its ending names no format."""
     path = clean_path(text)
@@ -8561,7 +8651,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--inspect", action="store_true", help="measure how the parents differ, layer by component; write no child")
     add("--map", dest="maps", type=usage_type(parse_map_path), action="append", default=[], metavar="FILE",
         help="save that map as FILE, .svg or .json")  # fmt: skip
-    add("--taste", dest="prompts", action="append", default=[], metavar="PROMPT",
+    add("--taste", dest="prompts", type=usage_type(parse_prompt), action="append", default=[], metavar="PROMPT",
         help="let parents and child answer it side by side; may be given again")  # fmt: skip
     add("--perplexity", dest="texts", type=folder, action="append", default=[], metavar="FILE",
         help="compare how well parents and child predict a text; may be given again")  # fmt: skip
@@ -8588,6 +8678,13 @@ def recipe_of(answers: Mapping[str, Any]) -> MergeRecipe:
     return MergeRecipe(**{name: value for name, value in answers.items() if name != "sweep_texts"})
 
 
+JUDGEMENT_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
+CLASHING_FLAGS = {
+    "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
+    "child": {"demo", "sweep", "dry_run", "map"},
+    "demo": {"sweep", "dry_run", "taste", "perplexity", "score", "map"},
+    "dry_run": {"map"},
+}
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))
 ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "schedule": "--t"}
 
@@ -8640,6 +8737,13 @@ class CommandLine:
         self.memory = Memory()
         self.wizard = Wizard(self.console, self.memory, load_in_background)
         self.wrote = NOTHING_WRITTEN
+        self.late_fault: SlerpMergeError | None = None  # of something that did not keep the run from its end
+
+    def finish(self) -> int:
+        """The status of a run that came to its end; raises what went wrong beside it."""
+        if self.late_fault is not None:
+            raise self.late_fault
+        return EXIT_DONE
 
     def show(self, picture: RenderableType) -> None:
         if not (self.arguments.quiet or self.arguments.json):
@@ -8649,11 +8753,11 @@ class CommandLine:
         if self.arguments.forget:
             self.show("Forgotten." if self.memory.forget() else "There was nothing to forget.")
             return EXIT_DONE
+        self.check_flags()
         if self.arguments.demo:
             return self.run_demo()
         if self.arguments.child is not None:
             return self.run_judgement()
-        self.check_flags()
         if self.arguments.inspect:
             return self.run_inspection()
         preset = self.preset()
@@ -8670,8 +8774,7 @@ class CommandLine:
         changeable = [name for name in ANSWER_NAMES if name not in preset] if self.interactive else []
         while True:
             try:
-                plan = prepare_merge(recipe_of(answers), self.observe)
-                self.check_judgement(plan, answers)
+                plan = self.prepare(answers)
             except SlerpMergeError as error:
                 if not changeable or self.arguments.dry_run:
                     raise
@@ -8683,10 +8786,7 @@ class CommandLine:
                         print(json.dumps(plan_as_dict(plan)))
                     return EXIT_DONE
                 plan = self.offer_template(plan)
-                if (yardstick := self.yardstick(answers)) is not None:
-                    names = [path.name for path in yardstick.texts] or list(yardstick.tasks)
-                    made = f"up to {MOST_TRIALS - 2} children are made one after the other, and the best again"
-                    self.show(f"t will be found on {format_names(names)}: {made}.")
+                self.announce_sweep(self.yardstick(answers))
                 decision = self.decide(plan)
             if decision != "change":
                 break
@@ -8696,12 +8796,33 @@ class CommandLine:
                 kept = without_answer(kept, "save_directory")  # its name was made of the parents' names
                 answers.pop("save_directory")
             answers = ask_answers(kept, self.wizard, answers)
+        return self.act(decision, plan, self.yardstick(answers))
+
+    def prepare(self, answers: Mapping[str, Any]) -> MergePlan:
+        """The plan that answers and flags make. Raises SlerpMergeError where it, or what is to follow it, cannot be."""
+        plan = prepare_merge(recipe_of(answers), self.observe)
+        self.check_judgement((plan.primary, plan.secondary), answers)
+        self.check_maps([plan.primary, plan.secondary, plan.base], [plan.recipe.save_directory])
+        return plan
+
+    def announce_sweep(self, yardstick: Yardstick | None) -> None:
+        """Says what a sweep will do, before it is begun."""
+        if yardstick is not None:
+            names = [path.name for path in yardstick.texts] or list(yardstick.tasks)
+            made = f"up to {MOST_TRIALS - 2} children are made one after the other, and the best again"
+            self.show(f"t will be found on {format_names(names)}: {made}.")
+
+    def act(self, decision: str, plan: MergePlan, yardstick: Yardstick | None) -> int:
+        """Starts the merge, saves it as a recipe, or leaves."""
         if decision == "start":
-            return self.merge(plan, self.yardstick(answers))
-        if decision == "save":
-            self.save_recipe(plan)
-        else:
+            return self.merge(plan, yardstick)
+        if decision != "save":
             self.show(NOTHING_WRITTEN)
+            return EXIT_DONE
+        self.save_recipe(plan)
+        if yardstick is not None:
+            self.show("It has t = 0.5, where a search begins. The command that searches:")
+            self.show_command(plan.recipe, yardstick)
         return EXIT_DONE
 
     def preset(self) -> dict[str, Any]:
@@ -8760,8 +8881,12 @@ class CommandLine:
     def show_command(self, recipe: MergeRecipe, yardstick: Yardstick | None = None) -> None:
         """The command for scripts that does what was answered."""
         more = ["--verify", self.arguments.verify] if self.arguments.verify else []
-        if yardstick is not None:
-            more += ["--sweep", *(word for text in yardstick.texts for word in ("--perplexity", str(text)))]
+        more += ["--sweep"] if yardstick is not None else []
+        texts = {*self.arguments.texts, *(yardstick.texts if yardstick is not None else ())}
+        for flag, values in (("--taste", self.arguments.prompts), ("--perplexity", sorted(texts))):
+            more += [word for value in values for word in (flag, str(value))]
+        more += ["--score", self.arguments.tasks] if self.arguments.tasks else []
+        more += ["--include-path", str(self.arguments.include_path)] if self.arguments.include_path else []
         self.console.print("The same without questions:", style="dim")
         self.console.print(printable(equivalent_command(recipe, more)), soft_wrap=True, markup=False)
 
@@ -8799,11 +8924,22 @@ class CommandLine:
             self.console.print("Try it, convert it, share it:", style="bold")
             for command in next_commands(report):
                 self.console.print(printable(command), soft_wrap=True, markup=False)
-        return EXIT_DONE
+        return self.finish()
 
     def check_flags(self) -> None:
         """Raises SlerpMergeError where flags ask for what cannot be had together."""
         arguments = self.arguments
+        given = {flag for flag in ("inspect", "child", "demo", "sweep", "dry_run") if getattr(arguments, flag)}
+        given |= {flag for flag, name in JUDGEMENT_FLAGS.items() if getattr(arguments, name)}
+        for flag, others in CLASHING_FLAGS.items():
+            if flag in given and (clashing := sorted(given & others)):
+                names = ", ".join(f"--{name.replace('_', '-')}" for name in clashing)
+                raise SlerpMergeError(f"--{flag.replace('_', '-')} does not go with {names}.", "Leave out one of them.")
+        for path in arguments.maps:
+            if not path.resolve().parent.is_dir():
+                raise SlerpMergeError(f"The folder of {path} is not there.", "Save the map into one that is.")
+            if path.exists() and not arguments.overwrite:
+                raise SlerpMergeError(f"{path} exists already.", "Give another name, or --overwrite.")
         if arguments.sweep and (arguments.rules or arguments.recipe):
             raise SlerpMergeError("A sweep finds t itself.", "Leave out --t and --recipe, or --sweep.")
         if arguments.sweep and not (arguments.texts or arguments.tasks):
@@ -8825,18 +8961,24 @@ class CommandLine:
     def tasks(self) -> tuple[str, ...]:
         return tuple(filter(None, map(str.strip, (self.arguments.tasks or "").split(","))))
 
-    def check_judgement(self, plan: MergePlan, answers: Mapping[str, Any]) -> None:
+    def check_judgement(self, parents: Sequence[Checkpoint], answers: Mapping[str, Any]) -> None:
         """Raises SlerpMergeError, before anything is made, where what was asked for afterwards cannot be done."""
         arguments, texts = self.arguments, [*self.arguments.texts, *answers.get("sweep_texts", ())]
         for path in texts:
             read_judged_text(path)
-        if not all(prompt.strip() for prompt in arguments.prompts):
-            raise SlerpMergeError("The prompt of --taste is empty.", "Give a question, or the beginning of a sentence.")
         if texts or arguments.prompts or self.tasks:
-            for parent in (plan.primary, plan.secondary):
+            for parent in parents:
                 check_can_speak(parent, reads_on=bool(texts))
+            Lineup(tuple((str(number), parent.folder) for number, parent in enumerate(parents))).tokenizer_folder("0")
         if self.tasks:
             find_tasks(self.tasks, arguments.include_path)
+
+    def check_maps(self, models: Iterable[Checkpoint | None], folders: Iterable[Path] = ()) -> None:
+        """Raises SlerpMergeError where a map would be written among a model's files."""
+        places = [model.folder for model in models if model is not None] + list(folders)
+        for path in self.arguments.maps:
+            if any(is_inside(path.resolve(), place.resolve()) for place in places):
+                raise SlerpMergeError(f"{path} lies in a model's folder.", "Save the map somewhere else.")
 
     @staticmethod
     def can_speak(plan: MergePlan) -> bool:
@@ -8880,8 +9022,11 @@ class CommandLine:
         renderers = {"tastes": render_tastes, "perplexities": render_perplexities, "scores": render_scores}
         with self.view:
             entries = work(self.observe)
-        amend_report(dict(lineup.folders)["child"], {kind: entries})
         self.show(renderers[kind](self.console, entries))
+        try:
+            amend_report(dict(lineup.folders)["child"], {kind: entries})
+        except SlerpMergeError as error:  # what was found is not lost for that: it is told, and the fault comes last
+            self.late_fault = error
         return {kind: entries}
 
     def judge_as_asked(self, lineup: Lineup) -> None:
@@ -8906,10 +9051,11 @@ class CommandLine:
             raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
         fields = read_recipe(child / RECIPE_NAME)
         parents = ("primary", fields["primary"]), ("secondary", fields["secondary"])
+        self.check_judgement([open_checkpoint(folder) for _, folder in parents], {})
         found = self.judge(Lineup((*parents, ("child", child)), self.arguments.device or "auto"))
         if self.arguments.json:
             print(json.dumps(found))
-        return EXIT_DONE
+        return self.finish()
 
     def run_inspection(self) -> int:
         """--inspect: how the parents differ. No child, and no save directory."""
@@ -8920,6 +9066,8 @@ class CommandLine:
             return EXIT_USAGE
         remembered = {name: self.memory.folder(name) for name in ("primary", "secondary")}
         answers = ask_answers(preset, self.wizard, remembered)
+        folders = [answers[name] for name in ("primary", "secondary", "base") if answers.get(name) is not None]
+        self.check_maps([], folders)
         wait_for_torch()
         with self.view:
             found = inspect_parents(recipe_of(answers), self.observe)

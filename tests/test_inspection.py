@@ -287,6 +287,25 @@ def test_a_map_of_no_known_format_is_wrong_usage(run, pair):  # noqa: F811
     assert ".svg" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("primary/config.json", "lies in a model's folder"),
+        ("nowhere/m.svg", "is not there"),
+        ("mine.svg", "exists already"),
+    ],
+)
+def test_a_map_overwrites_nothing(run, pair, tmp_path, path, words):  # noqa: F811
+    (tmp_path / "mine.svg").write_text("mine")
+    more = ("--overwrite",) if path.startswith("primary") else ()
+    for arguments in (("--inspect",), ("--save-dir", "child", "--yes")):
+        outcome = run("--primary", "primary", "--secondary", "secondary", *arguments, "--map", path, *more)
+        assert outcome.status == 1
+        assert words in outcome.err
+    assert (tmp_path / "mine.svg").read_text() == "mine"
+    assert not (tmp_path / "child").exists()
+
+
 def test_without_a_terminal_inspect_names_what_is_missing(run, pair):  # noqa: F811
     outcome = run("--inspect", "--primary", "primary")
     assert outcome.status == 2

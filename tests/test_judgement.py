@@ -109,18 +109,33 @@ def test_every_token_but_the_first_is_predicted_once_with_half_a_window_before_i
     assert seen == list(range(1, count))
 
 
-def test_noise_is_the_standard_error_of_the_mean_over_steps():
-    nats = (10.0, 14.0, 9.0, 11.0)
-    loss = TextLoss(tokens=40, byte_count=80, nats=nats)
-    values = torch.tensor(nats, dtype=torch.float64) * 4 / math.log(2) / 80
-    assert loss.bits_per_byte == pytest.approx(float(values.mean()))
-    assert slerpmerge.standard_error(loss.items) == pytest.approx(float(values.std() / 2))
+def test_the_noise_of_a_text_is_what_chance_makes_of_it():
+    """Steps of unequal length; of many texts drawn alike, the figures scatter as the noise of one says they do."""
+    generator = torch.Generator().manual_seed(3)
+    steps = (127, *[64] * 40, 17)
+
+    def drawn() -> TextLoss:
+        tokens = torch.rand(sum(steps), generator=generator, dtype=torch.float64) * 4
+        return TextLoss(steps, 2 * sum(steps), tuple(float(part.sum()) for part in tokens.split(list(steps))))
+
+    losses = [drawn() for _ in range(300)]
+    scatter = float(torch.tensor([loss.bits_per_byte for loss in losses], dtype=torch.float64).std())
+    told = sum(slerpmerge.standard_error(loss.items) for loss in losses) / len(losses)
+    assert told == pytest.approx(scatter, rel=0.15)
+    assert slerpmerge.ratio_of(losses[0].items) == pytest.approx(losses[0].bits_per_byte)
 
 
-def test_a_paired_difference_has_less_noise_than_two_figures_apart():
-    left = [1.0, 5.0, 9.0, 3.0]
-    assert slerpmerge.error_of_difference(left, [value + 0.1 for value in left]) == pytest.approx(0.0, abs=1e-12)
+def test_a_difference_that_every_token_agrees_on_has_no_noise():
+    steps = (1023, 76)
+    left, right = (TextLoss(steps, 3000, tuple(count * each for count in steps)) for each in (2.0, 2.1))
+    assert slerpmerge.error_of_difference(left.items, right.items) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_texts_cut_into_other_steps_are_not_paired():
+    left = [(1.0, 1.0), (5.0, 1.0), (9.0, 1.0), (3.0, 1.0)]
+    assert slerpmerge.error_of_difference(left, [(value + 0.1, 1.0) for value, _ in left]) == pytest.approx(0, abs=1e-9)
     assert slerpmerge.error_of_difference(left, left[:3]) > 1
+    assert slerpmerge.error_of_difference(left, [(value, 2.0) for value, _ in left]) > 1
 
 
 def test_a_text_shorter_than_a_window_is_measured_and_said_to_be(family, tmp_path):
@@ -397,6 +412,80 @@ def test_a_child_is_asked_with_a_merge_too(run, family, tmp_path):  # noqa: F811
     outcome = run(*arguments, "--taste", ALPHABET[1], "--perplexity", "text.txt")
     assert outcome.status == 0, outcome.err
     assert {"child", "slerped", "tastes", "perplexities"} <= outcome.report.keys()
+
+
+def test_a_model_that_lacks_weights_is_not_asked(family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    child = family.folders[2][1]
+    tensors = {name: v for name, v in load_file(child / "model.safetensors").items() if "mlp" not in name}
+    save_file(tensors, child / "other.safetensors", {"format": "pt"})
+    (child / "other.safetensors").replace(child / "model.safetensors")
+    with pytest.raises(SlerpMergeError, match="lacks weights: model.layers.0.mlp"):
+        taste(family, [ALPHABET[1]], quiet)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda child: edit_json(child / "config.json", num_attention_heads="x"),
+        lambda child: edit_json(child / "config.json", hidden_size=32),
+        lambda child: (child / "tokenizer.json").write_text("{}"),
+        lambda child: (child / "merge_report.json").write_text('{"tastes": null}'),
+        lambda child: (child / "merge_report.json").write_text('{"recipe": {"a": 1}}'),
+        lambda child: (child / "merge_report.json").write_text("no JSON"),
+        lambda child: edit_json(child / "config.json", attn_implementation="owner/kernel"),
+        lambda child: (child / "adapter_config.json").write_text("{}"),
+    ],
+)
+def test_a_damaged_child_is_one_message(run, family, tmp_path, harm):  # noqa: F811
+    harm(family.folders[2][1])
+    write_text(tmp_path / "text.txt", 100)
+    for flags in (("--taste", ALPHABET[1]), ("--perplexity", "text.txt")):
+        outcome = run("--child", "child", *flags)
+        assert outcome.status == 1
+        assert outcome.err.count("✗") == 1
+        assert "Traceback" not in outcome.err
+
+
+def test_what_was_found_is_told_even_where_the_report_cannot_take_it(run, family, tmp_path):  # noqa: F811
+    (tmp_path / "child" / "merge_report.json").write_text("no JSON")
+    outcome = run("--child", "child", "--taste", ALPHABET[1], "--json")
+    assert outcome.status == 1
+    assert len(outcome.report["tastes"]) == 1
+
+
+def test_a_link_in_the_way_of_a_new_card_is_not_followed(family, tmp_path):
+    child = family.folders[2][1]
+    (tmp_path / "precious.txt").write_text("precious")
+    (child / ".README.md.new").symlink_to(tmp_path / "precious.txt")
+    amend_report(child, {"tastes": []})
+    assert (tmp_path / "precious.txt").read_text() == "precious"
+    assert not (child / "README.md").is_symlink()
+
+
+def test_a_card_that_is_not_utf_8_keeps_its_bytes(family):
+    card = family.folders[2][1] / "README.md"
+    card.write_bytes(b"caf\xe9 <!-- until here -->\n" + card.read_bytes())
+    for _ in range(2):
+        amend_report(card.parent, {"tastes": []})
+    assert card.read_bytes().startswith(b"caf\xe9 <!-- until here -->\n")
+    assert card.read_bytes().count(slerpmerge.CARD_MARKS[0].encode()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--inspect", "--taste", "x"), "--inspect does not go with --taste"),
+        (("--child", "child", "--sweep", "--perplexity", "text.txt"), "--child does not go with --sweep"),
+        (("--demo", "--score", "x"), "--demo does not go with --score"),
+        (("--dry-run", "--map", "m.svg"), "--dry-run does not go with --map"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(run, family, flags, words):  # noqa: F811
+    outcome = run(*flags)
+    assert outcome.status == 1
+    assert words in outcome.err
 
 
 def test_a_folder_that_is_no_child_is_refused(run, family):  # noqa: F811

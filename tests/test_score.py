@@ -254,11 +254,18 @@ def test_the_table_stays_within_its_width(width):
         assert part.replace("±", "±") in joined or width == 60
 
 
+def test_a_figure_that_is_no_mean_of_its_items_is_not_judged():
+    """A perplexity over words is known for the whole alone; the items hold something else under its name."""
+    samples = [{"doc_id": n, "filter": "none", "perplexity": -float(n), "acc": float(n % 2)} for n in range(4)]
+    result = {"results": {"x": {"perplexity,none": 4.48, "acc,none": 0.5}}, "samples": {"x": samples}}
+    assert list(slerpmerge.judged_metrics(result)) == [("x", "acc", "none")]
+
+
 def test_a_harness_without_figures_for_items_is_refused(monkeypatch, place):
     monkeypatch.setattr(slerpmerge, "find_tasks", lambda *_: (["x"], None))
     monkeypatch.setattr(slerpmerge, "load_harness", lambda: None)
     monkeypatch.setattr(slerpmerge, "harness_results", lambda *_: {"results": {"x": {"alias": "x"}}, "samples": {}})
     roles = ("primary", "secondary", "child")
     lineup = slerpmerge.Lineup(tuple((role, place / role) for role in roles), "cpu")
-    with pytest.raises(SlerpMergeError, match="no figure for each item"):
+    with pytest.raises(SlerpMergeError, match="no figure that is a mean over their items"):
         slerpmerge.score(lineup, ["x"], None, quiet)

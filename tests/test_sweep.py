@@ -47,6 +47,11 @@ def plan(tmp_path, parents, monkeypatch) -> MergePlan:
     return prepare_merge(MergeRecipe(primary, secondary, tmp_path / "child", device="cpu"), quiet)
 
 
+def weighed(*losses: float) -> tuple[tuple[float, float], ...]:
+    """Items that count alike."""
+    return tuple((loss, 1.0) for loss in losses)
+
+
 def bowl(best: float, tried: list[float] | None = None):
     """A stand-in for measuring: the loss is least at `best`, over three items that differ from each other."""
 
@@ -58,7 +63,7 @@ def bowl(best: float, tried: list[float] | None = None):
             tried.append(t)
         loss = 1 + (t - best) ** 2
         sweep.journal.names = ["text"]
-        return (loss,), ((loss - 0.1, loss, loss + 0.1),)
+        return (loss,), (weighed(loss - 0.1, loss, loss + 0.1),)
 
     return measure
 
@@ -111,11 +116,11 @@ def test_progress_and_every_trial_are_told(plan, tmp_path):
 
 
 def test_noise_is_of_the_difference_on_the_same_items():
-    best = Trial("child", 0.5, (2.0,), ((1.0, 2.0, 3.0),))
-    other = Trial("child", 0.7, (2.1,), ((1.1, 2.1, 3.1),))
+    best = Trial("child", 0.5, (2.0,), (weighed(1.0, 2.0, 3.0),))
+    other = Trial("child", 0.7, (2.1,), (weighed(1.1, 2.1, 3.1),))
     assert other.noise_against(best) == pytest.approx(0.0, abs=1e-12)
-    two = Trial("child", 0.7, (2.1, 5.0), ((1.0, 2.4, 3.0), (5.0, 5.0, 5.3)))
-    base = Trial("child", 0.5, (2.0, 5.0), ((1.0, 2.0, 3.0), (5.0, 5.0, 5.0)))
+    two = Trial("child", 0.7, (2.1, 5.0), (weighed(1.0, 2.4, 3.0), weighed(5.0, 5.0, 5.3)))
+    base = Trial("child", 0.5, (2.0, 5.0), (weighed(1.0, 2.0, 3.0), weighed(5.0, 5.0, 5.0)))
     expected = math.hypot(0.4 / 3, 0.3 / 3) / 2  # the deviation of one among three is its size over root three
     assert two.noise_against(base) == pytest.approx(expected)
 
@@ -129,8 +134,9 @@ def test_noise_is_of_the_difference_on_the_same_items():
     ],
 )
 def test_the_verdict_says_what_is_noise_and_when_a_parent_is_better(primary, words):
-    best = Trial("child", 0.5, (2.1,), ((2.0, 2.1, 2.2),))
-    trials = [Trial("primary", 0.0, (0.0,), (primary,)), best, Trial("secondary", 1.0, (0.0,), ((4.0, 4.1, 4.2),))]
+    best = Trial("child", 0.5, (2.1,), (weighed(2.0, 2.1, 2.2),))
+    trials = [Trial("primary", 0.0, (0.0,), (weighed(*primary),)), best]
+    trials += [Trial("secondary", 1.0, (0.0,), (weighed(4.0, 4.1, 4.2),))]
     assert words in slerpmerge.Sweep.verdict(trials, best)
 
 
@@ -181,7 +187,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("change", ["text", "method", "restart", "torn"])
+@pytest.mark.parametrize("change", ["text", "method", "restart", "torn", "empty"])
 def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatch, change):
     tried: list[float] = []
     monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3, tried))
@@ -196,7 +202,8 @@ def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatc
     elif change == "restart":
         recipe = slerpmerge.dataclasses.replace(recipe, restart=True)
     else:
-        (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text("{}", encoding="utf-8")
+        torn = "{}" if change == "torn" else ""
+        (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text(torn, encoding="utf-8")
     find_t(prepare_merge(recipe, quiet), yardstick, quiet)
     assert len(tried) == 2 * whole
 

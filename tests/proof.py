@@ -1,0 +1,123 @@
+"""What a sweep and the methods are worth on models that know something: `python tests/proof.py [FOLDER]`.
+
+Trains the base and the two specialists of tests/specialists.py, finds a good t on their two texts by the program's own
+command, tries every twentieth for comparison, and holds the methods and the gradient blends against each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+import slerpmerge
+from slerpmerge import Lineup, MergeRecipe, Schedule, Yardstick, compare_perplexity, execute_merge, prepare_merge
+from tests.specialists import Specialists, make_specialists
+
+GRADIENTS = ("attention and mlp", "primary at the ends", "secondary at the ends", "ramp")
+
+
+def quiet(event: object) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to merge, and what its child costs on both texts, in bits per byte."""
+
+    name: str
+    arithmetic: float
+    reversal: float
+
+    @property
+    def mean(self) -> float:
+        return (self.arithmetic + self.reversal) / 2
+
+
+class Proof:
+    """Children of one pair of specialists."""
+
+    def __init__(self, folder: Path, made: Specialists) -> None:
+        self.folder = folder
+        self.made = made
+        self.count = 0
+
+    def recipe(self, **settings: Any) -> MergeRecipe:
+        self.count += 1
+        child = self.folder / f"child-{self.count}"
+        return MergeRecipe(self.made.primary, self.made.secondary, child, device="cpu", **settings)
+
+    def measure(self, name: str, folder: Path) -> Row:
+        """A model's bits per byte on both texts."""
+        entries = compare_perplexity(
+            Lineup((("child", folder),), "cpu"), (self.made.arithmetic, self.made.reversal), quiet
+        )
+        return Row(name, *(entry["models"][0]["bits_per_byte"] for entry in entries))
+
+    def merged(self, name: str, **settings: Any) -> Row:
+        """A child made for it."""
+        return self.measure(name, execute_merge(prepare_merge(self.recipe(**settings), quiet), quiet).child)
+
+    def sweep(self, **settings: Any) -> dict[str, Any]:
+        """The entry of a sweep on both texts."""
+        plan = prepare_merge(self.recipe(**settings), quiet)
+        entry = slerpmerge.find_t(plan, Yardstick((self.made.arithmetic, self.made.reversal)), quiet)
+        slerpmerge.forget_sweep(plan.recipe.save_directory)
+        return entry
+
+    def swept(self, name: str, **settings: Any) -> Row:
+        """The best child of a sweep."""
+        entry = self.sweep(**settings)
+        (best,) = (trial for trial in entry["trials"] if trial["role"] == "child" and trial["t"] == entry["best_t"])
+        return Row(f"{name}, t = {best['t']:g} (found)", *best["values"])
+
+    def exhaustive(self, step: float = 0.05) -> list[tuple[float, Row]]:
+        """Every t from one step to one before the end, with its child's costs."""
+        ts = [round(number * step, 4) for number in range(1, round(1 / step))]
+        return [(t, self.merged(f"t = {t:g}", schedule=Schedule.constant(t))) for t in ts]
+
+    def methods(self) -> list[Row]:
+        """Both parents and the base, then each method at the t that a sweep finds for it, then the gradient blends."""
+        rows = [self.measure(name, getattr(self.made, name)) for name in ("base", "primary", "secondary")]
+        rows += [self.swept(method, method=method) for method in ("slerp", "slerp-norm", "lerp")]
+        rows.append(self.swept("slerp of task vectors", base=self.made.base))
+        return rows + [self.merged(name, schedule=slerpmerge.parse_blend(name)) for name in GRADIENTS]
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown, the least mean in bold."""
+    least = min(row.mean for row in rows)
+    lines = ["| model | arithmetic | reversal | mean |", "|---|---|---|---|"]
+    for row in rows:
+        mean = f"**{row.mean:.3f}**" if row.mean == least else f"{row.mean:.3f}"
+        lines.append(f"| {row.name} | {row.arithmetic:.3f} | {row.reversal:.3f} | {mean} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
+        proof = Proof(folder, make_specialists(folder))
+        entry = proof.sweep()
+        console = Console(width=100)
+        console.print(slerpmerge.render_sweep(console, entry))
+        every = proof.exhaustive()
+        best = min(every, key=lambda found: found[1].mean)
+        print(
+            f"Of every twentieth the best is t = {best[0]:g} ({best[1].mean:.4f}); the sweep took {entry['best_t']:g}."
+        )
+        rows = proof.methods()
+        print(table(rows))
+        found = slerpmerge.inspect_parents(dataclasses.replace(proof.recipe(), save_directory=Path()), quiet)
+        console.print(slerpmerge.render_map(console, found))
+
+
+if __name__ == "__main__":
+    main()

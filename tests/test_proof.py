@@ -1,0 +1,68 @@
+"""On models that know something: the sweep finds what an exhaustive grid finds, and its child beats both parents."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from slerpmerge import Lineup, compare_perplexity
+from tests.proof import GRADIENTS, Proof, quiet, table
+from tests.specialists import make_specialists
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory) -> Proof:
+    folder = tmp_path_factory.mktemp("proof")
+    started = time.monotonic()
+    made = make_specialists(folder)
+    print(f"trained in {time.monotonic() - started:.0f} s")
+    return Proof(folder, made)
+
+
+def test_each_specialist_is_better_at_its_own_skill_and_has_lost_of_the_others(proof):
+    base, primary, secondary = (
+        proof.measure(name, getattr(proof.made, name)) for name in ("base", "primary", "secondary")
+    )
+    assert primary.arithmetic < base.arithmetic < secondary.arithmetic
+    assert secondary.reversal < base.reversal < primary.reversal
+
+
+def test_the_sweeps_t_is_an_exhaustive_grids_and_its_child_beats_both_parents_together(proof):
+    entry = proof.sweep()
+    every = proof.exhaustive()
+    best_t, _ = min(every, key=lambda found: found[1].mean)
+    assert abs(entry["best_t"] - best_t) <= 0.05 + 1e-9
+    by_role = {trial["role"]: trial for trial in entry["trials"] if trial["t"] in (0, 1, entry["best_t"])}
+    for role in ("primary", "secondary"):
+        parent = by_role[role]
+        assert parent["over_best"] > 2 * parent["noise"], f"the child loses less than the {role}, beyond noise"
+
+
+def test_the_curve_has_no_jump(proof):
+    """What is narrowed is a curve, not chance."""
+    means = [row.mean for _, row in proof.exhaustive()]
+    steps = [abs(b - a) for a, b in zip(means, means[1:])]
+    assert max(steps) < 0.25 * (max(means) - min(means) + 0.1)
+
+
+def test_methods_and_gradients_are_held_against_each_other(proof):
+    rows = proof.methods()
+    print(table(rows))
+    assert [row.name for row in rows[-len(GRADIENTS) :]] == list(GRADIENTS)
+    found = {row.name.partition(",")[0]: row for row in rows}
+    parents = min(found["primary"].mean, found["secondary"].mean)
+    for method in ("slerp", "slerp-norm", "lerp"):
+        assert found[method].mean < parents
+
+
+def test_parents_lose_as_much_whatever_they_are_compared_with(proof):
+    """The figures of a model do not depend on its lineup."""
+    texts = (proof.made.arithmetic,)
+    alone = compare_perplexity(Lineup((("child", proof.made.primary),), "cpu"), texts, quiet)
+    both = compare_perplexity(
+        Lineup((("primary", proof.made.secondary), ("child", proof.made.primary)), "cpu"), texts, quiet
+    )
+    assert alone[0]["models"][0] == both[0]["models"][1]
