@@ -6236,6 +6236,8 @@ def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
 TASTE_TOKENS = 120  # of an answer, at most
 WORKING_BYTES = 1_200_000_000  # beside a model's weights: a window's logits over a large vocabulary, and libraries
+# Heads over encoders; older versions of transformers say of some of them that they can generate.
+READER_NAME = re.compile(r"For(MaskedLM|(\w+)?Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
 LOGIT_ROWS = 256  # turned into float32 at once
 MOST_NATS = 700  # a token, beyond which a perplexity is no number any more
 SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
@@ -6288,7 +6290,7 @@ def check_can_speak(checkpoint: Checkpoint, reads_on: bool) -> None:
     """Raises SlerpMergeError where a model cannot generate text; reads_on: or cannot predict a text token by token."""
     architecture = find_architecture(checkpoint)
     what = None
-    if not architecture.can_generate():
+    if not architecture.can_generate() or READER_NAME.search(checkpoint.architecture):
         what = f"{checkpoint.name} is a {checkpoint.architecture}, which reads texts and cannot write any."
     elif reads_on and is_encoder_decoder(checkpoint):
         what = f"{checkpoint.name} is a {checkpoint.architecture}, which does not predict a text from its beginning."
