@@ -791,7 +791,10 @@ def record(event, arguments):
     elif event in ("os.rename", "os.link", "os.symlink", "shutil.copyfile"):
         written.update(os.path.abspath(os.fsdecode(path)) for path in arguments[event == "shutil.copyfile" : 2])
 
+import tempfile
+
 import slerpmerge
+tempfile.gettempdir()  # finds its place by a file that it makes and removes, whichever library asks first
 sys.addaudithook(record)
 status = slerpmerge.main(sys.argv[1:])
 print("\\n".join(sorted(written)), file=sys.stderr)
