@@ -1298,6 +1298,43 @@ def write_text(path: Path, text: str) -> None:
         raise explain_os_error(error, path, "write") from error
 
 
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Gives small files new content, by renames once all of it is written; a link in the way is not followed."""
+    fresh = {path: path.with_name(f".{path.name}.new") for path in contents}
+    try:
+        for path, content in contents.items():
+            fresh[path].unlink(missing_ok=True)
+            with open(fresh[path], "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, new in fresh.items():
+            new.replace(path)
+    except OSError as error:
+        for new in fresh.values():
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+        raise explain_os_error(error, path, "write") from error
+
+
+def read_judged_text(path: Path) -> str:
+    """A text to be predicted. Raises SlerpMergeError where there is none, or none in it."""
+    if not path.is_file():
+        why = "is a folder" if path.is_dir() else "is not there"
+        raise SlerpMergeError(f"The text {path} {why}.", "Give a text file, in UTF-8.")
+    if file_size(path) > MAX_TEXT_BYTES:
+        what = f"The text {path} is larger than {format_bytes(MAX_TEXT_BYTES)}."
+        raise SlerpMergeError(what, "A megabyte or less tells as much, sooner.")
+    data = read_bytes(path, MAX_TEXT_BYTES)
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise SlerpMergeError(f"The text {path} is not UTF-8: {error}.", "Save it as UTF-8.") from error
+    if not text.strip():
+        raise SlerpMergeError(f"The text {path} is empty.", "Give a file with some pages of text.")
+    return text
+
+
 def file_size(path: Path) -> int:
     """A file's size in bytes. Raises SlerpMergeError where the system will not tell."""
     try:
@@ -5029,7 +5066,12 @@ def measure_differences(pairs: Iterable[TensorPair], recipe: MergeRecipe, observ
     with torch_threads_kept(), WorkerTeam(device, threads, recipe.cast_dtype) as team:
         found = tuple(measured_in_order(jobs, team, 4 * threads, observe))
     observe(WorkEnded())
-    return build_map(found, "weights" if recipe.base is None else "task vectors")
+    return build_map(found, vectors_of(recipe))
+
+
+def vectors_of(recipe: MergeRecipe) -> str:
+    """What the angles of a recipe's merge lie between."""
+    return "weights" if recipe.base is None else "task vectors"
 
 
 def read_bytes_of(job: TensorJob) -> int:
@@ -5156,6 +5198,7 @@ def draw_map(found: DifferenceMap, title: str) -> str:
 
     cell_width, cell_height, margin, gap = 54, 18, 64, 40
     parts: list[str] = []
+    scales = map_scales(found)
 
     def text(x: float, y: float, words: str, style: str = "", ink: str = "#222") -> None:
         parts.append(f'<text x="{x:g}" y="{y:g}" fill="{ink}" {style}>{escape(printable(words))}</text>')
@@ -5174,7 +5217,7 @@ def draw_map(found: DifferenceMap, title: str) -> str:
     top, width = 44.0, 400.0
     for grid in found.grids:
         left = float(margin)
-        for scale in map_scales(found):
+        for scale in scales:
             text(left, top + 12, f"{scale.title}: {scale.ends}", 'font-weight="bold"')
             for column, name in enumerate(grid.components):
                 text(left + (column + 0.5) * cell_width, top + 30, shorten(name, 8), 'text-anchor="middle"')
@@ -5188,7 +5231,7 @@ def draw_map(found: DifferenceMap, title: str) -> str:
         width = max(width, left)
         top += 60 + len(grid.rows) * cell_height
     for name, content in found.outside:
-        for place, scale in enumerate(map_scales(found)):
+        for place, scale in enumerate(scales):
             cell(margin + place * cell_width, top, scale, content, name)
         text(margin + 2 * cell_width + 8, top + 13, name)
         top += cell_height
@@ -5199,10 +5242,10 @@ def draw_map(found: DifferenceMap, title: str) -> str:
 
 def save_map(found: DifferenceMap, path: Path, title: str) -> None:
     """Writes a map as a picture (.svg) or as figures (.json). Raises SlerpMergeError where the disk refuses."""
-    text = draw_map(found, title)
     if path.suffix.lower() == ".json":
-        text = json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n"
-    write_text(path, text)
+        write_json(path, found.as_dict())
+    else:
+        write_text(path, draw_map(found, title))
 
 
 # ════════════════════════════════════════════════════════════════════════════════════════════════
@@ -5464,7 +5507,7 @@ def with_depth(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
 MEASURED_BY_MERGE = "v0 . v1 / (|v0| |v1|) over every element of a tensor, in float32 by chunks, added up exactly"
 
 
-def lasting_report(plan: MergePlan, result: MergeResult) -> dict[str, Any]:
+def lasting_report(plan: MergePlan, result: MergeResult, found: DifferenceMap) -> dict[str, Any]:
     """merge_report.json: how the child was made and what was found, with names and no local paths, times or machines.
 
     What is measured of the child afterwards joins it: "checks", "tastes", "perplexities", "scores", "sweep".
@@ -5489,13 +5532,8 @@ def lasting_report(plan: MergePlan, result: MergeResult) -> dict[str, Any]:
         "parity": {kind: [dataclasses.asdict(m) for m in parity.of_severity(kind)] for kind in ("mended", "notice")},
         "vocabulary": parity.vocabulary.as_dict(),
         "rules": rules_followed(result),
-        "angles": {"measured": MEASURED_BY_MERGE, **map_of_merge(result, vectors_of(recipe)).as_dict()},
+        "angles": {"measured": MEASURED_BY_MERGE, **found.as_dict()},
     }
-
-
-def vectors_of(recipe: MergeRecipe) -> str:
-    """What the angles of a recipe's merge lie between."""
-    return "weights" if recipe.base is None else "task vectors"
 
 
 def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
@@ -5519,8 +5557,8 @@ def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
 
 def write_report(plan: MergePlan, result: MergeResult, folder: Path) -> Iterator[str]:
     """The report, its map and the child's card; yields their names."""
-    report = lasting_report(plan, result)
     found = map_of_merge(result, vectors_of(plan.recipe))
+    report = lasting_report(plan, result, found)
     save_map(found, folder / MAP_NAME, f"{plan.primary.name} and {plan.secondary.name}")
     yield MAP_NAME
     write_json(folder / REPORT_NAME, report)
@@ -5555,23 +5593,6 @@ def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
     replace_files(
         {folder / REPORT_NAME: text.encode("utf-8", "backslashreplace"), path: card.encode("utf-8", "surrogateescape")}
     )
-
-
-def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Gives small files new content, by renames once all of it is written; a link in the way is not followed."""
-    fresh = {path: path.with_name(f".{path.name}.new") for path in contents}
-    try:
-        for path, content in contents.items():
-            fresh[path].unlink(missing_ok=True)
-            with open(fresh[path], "xb") as stream:
-                stream.write(content)
-        for path, new in fresh.items():
-            new.replace(path)
-    except OSError as error:
-        for new in fresh.values():
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
-        raise explain_os_error(error, path, "write") from error
 
 
 CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until here -->")
@@ -6474,9 +6495,7 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
             )
-        except (
-            Exception
-        ) as error:  # a template is a program of a stranger's, run in a sandbox, and fails in its own ways
+        except Exception as error:  # a program of a stranger's, run in a sandbox, fails in its own ways
             what = f"The chat template of {checkpoint.name} cannot take the prompt: {shorten(str(error), 200)}"
             raise SlerpMergeError(what, "Give another prompt, or mend the template in its folder.") from error
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not talks, return_token_type_ids=False)
@@ -6553,24 +6572,6 @@ def error_of_difference(left: Sequence[Sequence[float]], right: Sequence[Sequenc
     return None if None in errors else math.hypot(*errors)
 
 
-def read_judged_text(path: Path) -> str:
-    """A text to be predicted. Raises SlerpMergeError where there is none, or none in it."""
-    if not path.is_file():
-        why = "is a folder" if path.is_dir() else "is not there"
-        raise SlerpMergeError(f"The text {path} {why}.", "Give a text file, in UTF-8.")
-    if file_size(path) > MAX_TEXT_BYTES:
-        what = f"The text {path} is larger than {format_bytes(MAX_TEXT_BYTES)}."
-        raise SlerpMergeError(what, "A megabyte or less tells as much, sooner.")
-    data = read_bytes(path, MAX_TEXT_BYTES)
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise SlerpMergeError(f"The text {path} is not UTF-8: {error}.", "Save it as UTF-8.") from error
-    if not text.strip():
-        raise SlerpMergeError(f"The text {path} is empty.", "Give a file with some pages of text.")
-    return text
-
-
 def window_of(lineup: Lineup) -> int:
     """Tokens of context for all of a lineup: what each of them can look back on."""
     limits = [limit for checkpoint in lineup.checkpoints.values() if (limit := context_limit(checkpoint))]
@@ -6593,12 +6594,14 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
     """-log p of every token of a text but the first, each seen with half a window or more before it, where there is.
 
     As the transformers documentation computes "perplexity of fixed-length models", with a stride of half a window.
-    Raises SlerpMergeError where the text has no two tokens, or a probability is no number.
+    advance: told the bytes of the text that are done. Raises SlerpMergeError where the text has no two tokens, or a
+    probability is no number.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise SlerpMergeError("The text has fewer than two tokens, so there is none to predict.", "Give a longer one.")
     tokens = torch.tensor(ids, device=model.device)
+    size, done = len(text.encode()), 0
     nats, steps = [], []
     for begin, end, fresh in sliding_windows(len(ids), window):
         logits = model(input_ids=tokens[begin:end].unsqueeze(0), use_cache=False).logits[0, -fresh - 1 : -1]
@@ -6610,31 +6613,21 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
             )
         )
         steps.append(fresh)
-        advance(fresh)
+        before, done = done, size * sum(steps) // (len(ids) - 1)
+        advance(done - before)
     if not math.fsum(nats) < MOST_NATS * sum(steps):
         what = "A model gives a probability that is no number, or next to none."
         raise SlerpMergeError(what, "Something is wrong with its weights.")
     first = "" if ids[0] in tokenizer.all_special_ids else tokenizer.decode(ids[:1])
-    return TextLoss(tuple(steps), max(1, len(text.encode()) - len(first.encode())), tuple(nats))
+    return TextLoss(tuple(steps), max(1, size - len(first.encode())), tuple(nats))
 
 
 def lose_on_texts(
     lineup: Lineup, role: str, texts: Sequence[str], place: tuple[str, str], window: int, advance: Callable[[int], Any]
 ) -> list[TextLoss]:
-    """One model's losses on several texts; `advance` is told the bytes of the text that are done."""
+    """One model's losses on several texts; `advance` as in text_loss."""
     with speaking_model(lineup, role, *place) as (model, tokenizer):
-        losses = []
-        for text in texts:
-            total, done = len(text.encode()), 0
-            tokens = max(1, len(tokenizer(text, verbose=False)["input_ids"]) - 1)
-
-            def tell(fresh: int, total: int = total, tokens: int = tokens) -> None:
-                nonlocal done
-                done += fresh
-                advance(total * done // tokens - total * (done - fresh) // tokens)
-
-            losses.append(text_loss(model, tokenizer, text, window, tell))
-        return losses
+        return [text_loss(model, tokenizer, text, window, advance) for text in texts]
 
 
 def compare_perplexity(lineup: Lineup, paths: Sequence[Path], observe: Observer) -> list[dict[str, Any]]:
@@ -6724,31 +6717,34 @@ def load_harness() -> Any:
     return harness
 
 
+@functools.cache  # the index of all its tasks takes some ten seconds, and is asked for before a merge and after it
+def task_manager(include_path: Path | None, with_defaults: bool) -> Any:
+    """The harness's index of tasks. Raises SlerpMergeError where a task's file cannot be read."""
+    try:
+        return importlib.import_module("lm_eval.tasks").TaskManager(
+            include_path=str(include_path) if include_path else None, include_defaults=with_defaults
+        )
+    except Exception as error:  # a task file can be wrong in as many ways as YAML can
+        what = f"The harness cannot read the tasks in {include_path}: {shorten(str(error), 300)}"
+        raise SlerpMergeError(what, "Mend that file, or try it with lm_eval itself.") from error
+
+
 def find_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[str], Any]:
     """(names of the harness's tasks that are meant, its task manager). Raises SlerpMergeError for one it does not have.
 
     The harness's own thousands of tasks are only looked through where a name is not one of `include_path`.
     """
     load_harness()
-    TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
     if include_path is not None and not include_path.is_dir():
         raise SlerpMergeError(
             f"The folder of tasks {include_path} is not there.", "Give the folder of their YAML files."
         )
-    manager = None
-    missing = list(tasks)
-    for with_defaults in (False, True):
-        if with_defaults or include_path is not None:
-            try:
-                manager = TaskManager(
-                    include_path=str(include_path) if include_path else None, include_defaults=with_defaults
-                )
-            except Exception as error:  # a task file can be wrong in as many ways as YAML can
-                what = f"The harness cannot read the tasks in {include_path}: {shorten(str(error), 300)}"
-                raise SlerpMergeError(what, "Mend that file, or try it with lm_eval itself.") from error
-            missing = [task for task in tasks if not manager.match_tasks([task])]
-            if not missing:
-                return list(dict.fromkeys(name for task in tasks for name in manager.match_tasks([task]))), manager
+    folder = None if include_path is None else include_path.resolve()
+    for with_defaults in (True,) if folder is None else (False, True):
+        manager = task_manager(folder, with_defaults)
+        missing = [task for task in tasks if not manager.match_tasks([task])]
+        if not missing:
+            return list(dict.fromkeys(name for task in tasks for name in manager.match_tasks([task]))), manager
     near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
     hint = f"Did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists what there is."
     raise SlerpMergeError(f"The harness has no task {format_names(missing)}.", hint)
@@ -6821,6 +6817,11 @@ def items_of(result: Mapping[str, Any], task: str, metric: str, filtered: str) -
     return [float(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
+def is_higher_better(result: Mapping[str, Any], task: str, metric: str) -> bool:
+    """What a task says of its metric; where it says nothing, more is better."""
+    return result.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
+
+
 def sign_test(better: int, worse: int) -> float:
     """How often chance alone makes a difference as uneven as this, two-sided. Exact.
 
@@ -6871,7 +6872,7 @@ def score_row(results: Mapping[str, Mapping[str, Any]], task: str, metric: str, 
         error = result["results"][task].get(error_key)
         figures[role] = [float(result["results"][task][key]), float(error) if is_number(error) else None]
         items[role] = items_of(result, task, metric, filtered)
-    higher = results["child"].get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
+    higher = is_higher_better(results["child"], task, metric)
     parents = [role for role in results if role != "child"]
     judged = [verdict_on(items["child"], items[parent], higher) for parent in parents]
     return {
@@ -6979,12 +6980,9 @@ class SweepJournal:
         return self
 
     def _write(self) -> None:
-        fresh = self.path.with_suffix(".new")
         trials = [dataclasses.asdict(trial) for trial in self.trials]
         content = {"identity": self.identity, "storage": str(self.storage), "names": self.names, "trials": trials}
-        write_json(fresh, content)
-        sync_to_disk(fresh)
-        fresh.replace(self.path)
+        replace_files({self.path: json.dumps(content).encode()})
 
     def add(self, trial: Trial) -> None:
         self.trials.append(trial)
@@ -7124,7 +7122,7 @@ class Sweep:
         values, items = [], []
         for task, (metric, filtered) in chosen.items():
             found = items_of(result, task, metric, filtered)
-            higher = result.get("higher_is_better", {}).get(task, {}).get(metric, True) is not False
+            higher = is_higher_better(result, task, metric)
             values.append(math.fsum(found) / len(found))
             items.append(tuple((-value if higher else value, 1.0) for value in found))
         return tuple(values), tuple(items)
@@ -8405,10 +8403,8 @@ class Wizard:
             return clean_path(text) if text.strip() else None
 
         def check(path: Path | None) -> None:
-            if path is not None and not path.is_file():
-                raise SlerpMergeError(f"The text {path} is not there.", "Give a text file, in UTF-8.")
-            if path is not None and not read_bytes(path, MAX_TEXT_BYTES).strip():
-                raise SlerpMergeError(f"The text {path} is empty.", "Give a file with some pages of text.")
+            if path is not None:
+                read_judged_text(path)
 
         shown = "(Enter: none)" if optional else "(Tab completes, ? helps)"
         return self.ask_text(message, parse, "text", shown, GreatUXPathCompleter(expanduser=True), check)
@@ -8763,10 +8759,7 @@ class CommandLine:
         if self.arguments.inspect:
             return self.run_inspection()
         preset = self.preset()
-        missing = self.missing_flags(preset)
-        if missing:
-            text = f"slerpmerge: no terminal to ask at; give {', '.join(missing)}"
-            print(text + " (--yes takes every default that is left)." * ("--yes" in missing), file=sys.stderr)
+        if self.lacks_answers(preset):
             return EXIT_USAGE
         if self.interactive and any(name not in preset for name in ("primary", "secondary", "save_directory")):
             self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
@@ -8842,12 +8835,20 @@ class CommandLine:
             raise SlerpMergeError(f"The recipe already says what {flags} would.", "Leave out the one or the other.")
         return {**read_recipe(self.arguments.recipe), **given}
 
+    def lacks_answers(self, preset: Mapping[str, Any]) -> bool:
+        """Whether answers are missing that nobody is there to give; says whose flags would give them."""
+        missing = self.missing_flags(preset)
+        if missing:
+            text = f"slerpmerge: no terminal to ask at; give {', '.join(missing)}"
+            print(text + " (--yes takes every default that is left)." * ("--yes" in missing), file=sys.stderr)
+        return bool(missing)
+
     def missing_flags(self, preset: Mapping[str, Any]) -> list[str]:
         """Flags for the answers that nobody is there to give."""
         if self.interactive:
             return []
         missing = [flag for name, flag in ANSWER_FLAGS.items() if name not in preset]
-        settled = self.arguments.yes or self.arguments.dry_run
+        settled = self.arguments.yes or self.arguments.dry_run or self.arguments.inspect
         if settled and "--t" in missing:
             missing.remove("--t")
         return missing if settled else [*missing, "--yes"]
@@ -8870,7 +8871,9 @@ class CommandLine:
             decision = self.wizard.decide(plan.kinship.warning is None and not loses)
             if decision != "inspect":
                 return decision
-            self.show_map(measure_differences(plan.parity.pairs, plan.recipe, self.observe))
+            with self.view:
+                found = measure_differences(plan.parity.pairs, plan.recipe, self.observe)
+            self.show(render_map(self.console, found))
 
     def save_recipe(self, plan: MergePlan) -> None:
         """Writes the merge as a recipe, and says how to make the child of it."""
@@ -8909,9 +8912,9 @@ class CommandLine:
         self.show(render_report(self.console, report))
         found: dict[str, Any] = {}
         if sweep is not None:
-            found["sweep"] = sweep
-            amend_report(report.child, found)
-            forget_sweep(plan.recipe.save_directory)
+            found |= self.keep(report.child, {"sweep": sweep})
+            if self.late_fault is None:
+                forget_sweep(plan.recipe.save_directory)
         for path in self.arguments.maps:
             self.save_map(map_of_merge(report.result, vectors_of(plan.recipe)), path)
         report = self.verify_fully(report)
@@ -9000,11 +9003,7 @@ class CommandLine:
             entry = find_t(plan, yardstick, observe)
         self.show(render_sweep(self.console, entry))
         schedule = Schedule.constant(entry["best_t"])
-        return prepare_merge(dataclasses.replace(plan.recipe, schedule=schedule), self.tell_quietly), entry
-
-    def tell_quietly(self, event: Event) -> None:
-        """Of a second preparation only what the view counts by; its panels were shown before."""
-        self.view.observe(event)
+        return prepare_merge(dataclasses.replace(plan.recipe, schedule=schedule), self.view.observe), entry
 
     def judge(self, lineup: Lineup, judged_by_sweep: bool = False) -> dict[str, Any]:
         """What flags ask of parents and child; it joins the child's report and card."""
@@ -9025,11 +9024,15 @@ class CommandLine:
         with self.view:
             entries = work(self.observe)
         self.show(renderers[kind](self.console, entries))
+        return self.keep(dict(lineup.folders)["child"], {kind: entries})
+
+    def keep(self, child: Path, found: dict[str, Any]) -> dict[str, Any]:
+        """Adds what was found to a child's report, and returns it. Where that cannot be, it is told at the end."""
         try:
-            amend_report(dict(lineup.folders)["child"], {kind: entries})
-        except SlerpMergeError as error:  # what was found is not lost for that: it is told, and the fault comes last
+            amend_report(child, found)
+        except SlerpMergeError as error:
             self.late_fault = error
-        return {kind: entries}
+        return found
 
     def judge_as_asked(self, lineup: Lineup) -> None:
         """Tastes and perplexities until the person has had enough. What goes wrong is told, and the child stands."""
@@ -9063,8 +9066,7 @@ class CommandLine:
         """--inspect: how the parents differ. No child, and no save directory."""
         preset = {**self.preset(), "save_directory": Path()}
         preset.setdefault("schedule", Schedule.constant(0.5))
-        if not self.interactive and (missing := [ANSWER_FLAGS[n] for n in ("primary", "secondary") if n not in preset]):
-            print(f"slerpmerge: no terminal to ask at; give {', '.join(missing)}", file=sys.stderr)
+        if self.lacks_answers(preset):
             return EXIT_USAGE
         remembered = {name: self.memory.folder(name) for name in ("primary", "secondary")}
         answers = ask_answers(preset, self.wizard, remembered)
@@ -9073,15 +9075,12 @@ class CommandLine:
         wait_for_torch()
         with self.view:
             found = inspect_parents(recipe_of(answers), self.observe)
-        self.show_map(found)
+        self.show(render_map(self.console, found))
         for path in self.arguments.maps:
             self.save_map(found, path)
         if self.arguments.json:
             print(json.dumps(found.as_dict()))
         return EXIT_DONE
-
-    def show_map(self, found: DifferenceMap) -> None:
-        self.show(render_map(self.console, found))
 
     def save_map(self, found: DifferenceMap, path: Path) -> None:
         save_map(found, path, "How the parents differ")

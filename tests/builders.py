@@ -17,6 +17,11 @@ HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 16, 24, 48, 2
 # Where merges of tests run: SLERPMERGE_TEST_DEVICE=cuda puts every test of values on a GPU.
 DEVICE = os.environ.get("SLERPMERGE_TEST_DEVICE", "cpu")
 
+# What a child has where its parents are weights and config alone.
+PLAIN_CHILD = [
+    "README.md", "config.json", "difference_map.svg", "merge_recipe.yaml", "merge_report.json", "model.safetensors",
+]  # fmt: skip
+
 LLAMA_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -43,7 +43,7 @@ from slerpmerge import (
     TensorMerged,
     prepare_merge,
 )
-from tests.builders import DEVICE, add_tokenizer, load_tensors, make_pair
+from tests.builders import DEVICE, PLAIN_CHILD, add_tokenizer, load_tensors, make_pair
 from tests.conftest import fingerprint
 from tests.test_merge import assert_same_bits, merge, staging_beside
 
@@ -331,14 +331,7 @@ def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(t
     assert fingerprint(child) == before
     left_behind(child)
     merge(primary, secondary, child, 0.7, overwrite=True)
-    assert names(child) == [
-        "README.md",
-        "config.json",
-        "difference_map.svg",
-        "merge_recipe.yaml",
-        "merge_report.json",
-        "model.safetensors",
-    ]
+    assert names(child) == PLAIN_CHILD
     assert names(tmp_path) == ["child", "primary", "secondary"]
     assert_same_bits(load_tensors(child), load_tensors(merge(primary, secondary, tmp_path / "other", 0.7).child))
 
@@ -562,14 +555,7 @@ def test_a_killed_merge_leaves_nothing_under_the_asked_name_and_the_next_succeed
     assert not child.exists()
     report = merge(primary, secondary, child, 0.3)
     assert names(child.parent) == ["child"]
-    assert names(child) == [
-        "README.md",
-        "config.json",
-        "difference_map.svg",
-        "merge_recipe.yaml",
-        "merge_report.json",
-        "model.safetensors",
-    ]
+    assert names(child) == PLAIN_CHILD
     assert report.warnings == ()
 
 
@@ -615,14 +601,7 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
     (tmp_path / "kept" / "child" / "model-00001-of-00099.safetensors").write_bytes(b"from another recipe")
     (tmp_path / "kept").rename(staged[0])
     child = merge(primary, secondary, tmp_path / "child").child
-    assert names(child) == [
-        "README.md",
-        "config.json",
-        "difference_map.svg",
-        "merge_recipe.yaml",
-        "merge_report.json",
-        "model.safetensors",
-    ]
+    assert names(child) == PLAIN_CHILD
     assert names(tmp_path) == ["child", "primary", "secondary"]
 
 
