@@ -192,11 +192,14 @@ def measure_reading(folder: Path) -> float:
 def measure_inspection(folder: Path, runs: int) -> dict[str, float]:
     """Inspection over reading, medians of alternating runs: from memory, and where it can be had from the disk."""
     sys.path.insert(0, str(SCRIPT.parent))
-    import slerpmerge
+    from slerpkit.merge.stream import measure_differences
+    from slerpkit.recipe import MergeRecipe
+    from slerpkit.screen.terminal import wait_for_torch
+    from slerpkit.story import open_parents
 
-    recipe = slerpmerge.MergeRecipe(folder / "primary", folder / "secondary", Path(), device="cpu")
-    *_, parity = slerpmerge.open_parents(recipe, lambda event: None)
-    slerpmerge.wait_for_torch()
+    recipe = MergeRecipe(folder / "primary", folder / "secondary", Path(), device="cpu")
+    *_, parity = open_parents(recipe, lambda event: None)
+    wait_for_torch()
     found: dict[str, list[tuple[float, float]]] = {"cached": [], "from_disk": []}
     measure_reading(folder)
     for kind, pairs in found.items():
@@ -207,7 +210,7 @@ def measure_inspection(folder: Path, runs: int) -> dict[str, float]:
             if kind == "from_disk":
                 forget_cached(folder)
             started = time.perf_counter()
-            slerpmerge.measure_differences(parity.pairs, recipe, lambda event: None)
+            measure_differences(parity.pairs, recipe, lambda event: None)
             pairs.append((reading, time.perf_counter() - started))
     return {
         f"{kind}_{name}": round(value, 2)
@@ -284,7 +287,7 @@ def measure_dry_run(folder: Path) -> float:
         sys.executable, str(SCRIPT), "--dry-run", "--yes", "--json", "--save-dir", str(folder / "hollow-child"),
         "--primary", str(folder / "hollow-primary"), "--secondary", str(folder / "hollow-secondary"),
     ]  # fmt: skip
-    return statistics.median(run_measured(command)[0] for _ in range(5))
+    return statistics.median(run_measured(command)[0] for _ in range(9))
 
 
 def measure_first_prompt() -> float | None:
@@ -294,7 +297,7 @@ def measure_first_prompt() -> float | None:
     except ImportError:
         return None
     times = []
-    for _ in range(5):
+    for _ in range(9):
         started = time.perf_counter()
         process, terminal = pty.fork()
         if process == 0:

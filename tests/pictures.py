@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import sys
 import tempfile
 import zlib
@@ -23,7 +24,18 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-import slerpmerge
+from slerpkit.merge.difference_map import map_of_merge
+from slerpkit.merge.events import BytesMerged, Event, MergeReport, MergeResult, PlanReady, TensorMerged
+from slerpkit.merge.plan import MergePlan, TensorJob, estimate_memory, plan_shards
+from slerpkit.parents.checkpoint import Checkpoint
+from slerpkit.recipe import MAX_SHARD_BYTES, MergeRecipe
+from slerpkit.screen.figures import render_map
+from slerpkit.screen.flags import build_parser
+from slerpkit.screen.panels import render_parity, render_plan, render_report
+from slerpkit.screen.progress import MergeView
+from slerpkit.screen.session import CommandLine
+from slerpkit.screen.wizard import Wizard
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, make_checkpoint
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -38,10 +50,10 @@ MERGE_SECONDS = 11.4
 class Scene:
     """One merge of the invented pair: its plan, every event in order, its report."""
 
-    plan: slerpmerge.MergePlan
-    prepared: tuple[slerpmerge.Event, ...]
-    executed: tuple[slerpmerge.Event, ...]
-    report: slerpmerge.MergeReport
+    plan: MergePlan
+    prepared: tuple[Event, ...]
+    executed: tuple[Event, ...]
+    report: MergeReport
 
 
 def make_parents(folder: Path) -> tuple[Path, Path]:
@@ -74,20 +86,20 @@ def distance(tensor_name: str) -> float:
 def grow(info: Any) -> Any:
     """A tensor's description at the size that the invented models have."""
     shape = tuple(GROWN[length] for length in info.shape)
-    if isinstance(info, slerpmerge.TensorJob):
+    if isinstance(info, TensorJob):
         return dataclasses.replace(info, shape=shape, sources=tuple(map(grow, info.sources)))
-    growth = slerpmerge.math.prod(shape) // info.element_count
+    growth = math.prod(shape) // info.element_count
     return dataclasses.replace(info, shape=shape, byte_count=info.byte_count * growth)
 
 
-def grow_checkpoint(checkpoint: slerpmerge.Checkpoint) -> slerpmerge.Checkpoint:
+def grow_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, tensors={name: grow(info) for name, info in checkpoint.tensors.items()})
 
 
-def grow_plan(plan: slerpmerge.MergePlan) -> slerpmerge.MergePlan:
+def grow_plan(plan: MergePlan) -> MergePlan:
     """The plan for models of real size, on a machine that is always the same."""
     jobs = [grow(job) for job in plan.jobs]
-    shards = slerpmerge.plan_shards(jobs, slerpmerge.MAX_SHARD_BYTES)
+    shards = plan_shards(jobs, MAX_SHARD_BYTES)
     return dataclasses.replace(
         plan,
         recipe=dataclasses.replace(
@@ -101,7 +113,7 @@ def grow_plan(plan: slerpmerge.MergePlan) -> slerpmerge.MergePlan:
         secondary=grow_checkpoint(plan.secondary),
         shards=shards,
         threads=8,
-        peak_memory_bytes=slerpmerge.estimate_memory(8),
+        peak_memory_bytes=estimate_memory(8),
         disk_needed_bytes=sum(shard.byte_count for shard in shards) + 2_000_000,
         disk_free_bytes=412_000_000_000,
         read_bytes_per_second=6.1e9,
@@ -109,30 +121,30 @@ def grow_plan(plan: slerpmerge.MergePlan) -> slerpmerge.MergePlan:
     )
 
 
-def grow_event(event: slerpmerge.Event, plan: slerpmerge.MergePlan) -> Iterator[slerpmerge.Event]:
-    if isinstance(event, slerpmerge.TensorMerged):
+def grow_event(event: Event, plan: MergePlan) -> Iterator[Event]:
+    if isinstance(event, TensorMerged):
         merged = dataclasses.replace(event, job=grow(event.job))
-        yield slerpmerge.BytesMerged(merged.job.byte_count)
+        yield BytesMerged(merged.job.byte_count)
         yield merged
-    elif isinstance(event, slerpmerge.PlanReady):
-        yield slerpmerge.PlanReady(plan)
-    elif not isinstance(event, slerpmerge.BytesMerged):  # those come with their tensor, above
+    elif isinstance(event, PlanReady):
+        yield PlanReady(plan)
+    elif not isinstance(event, BytesMerged):  # those come with their tensor, above
         yield event
 
 
 def make_scene(folder: Path) -> Scene:
     """Merges the tiny pair below `folder` and tells of it as of a pair of real size."""
     primary, secondary = make_parents(folder)
-    recipe = slerpmerge.MergeRecipe(primary, secondary, folder / CHILD, threads=1)
-    prepared: list[slerpmerge.Event] = []
-    executed: list[slerpmerge.Event] = []
-    tiny_plan = slerpmerge.prepare_merge(recipe, prepared.append)
-    with mock.patch.object(slerpmerge, "accelerators", dict):  # the same device on every machine
-        report = slerpmerge.execute_merge(tiny_plan, executed.append)
+    recipe = MergeRecipe(primary, secondary, folder / CHILD, threads=1)
+    prepared: list[Event] = []
+    executed: list[Event] = []
+    tiny_plan = prepare_merge(recipe, prepared.append)
+    with mock.patch("slerpkit.merge.arithmetic.accelerators", dict):  # the same device on every machine
+        report = execute_merge(tiny_plan, executed.append)
     plan = grow_plan(tiny_plan)
     told = [[grown for event in events for grown in grow_event(event, plan)] for events in (prepared, executed)]
-    tensors = tuple(event for event in told[1] if isinstance(event, slerpmerge.TensorMerged))
-    result = slerpmerge.MergeResult(tensors, MERGE_SECONDS, "cpu")
+    tensors = tuple(event for event in told[1] if isinstance(event, TensorMerged))
+    result = MergeResult(tensors, MERGE_SECONDS, "cpu")
     report = dataclasses.replace(
         report, child=Path("/home/ada/models", CHILD), plan=plan, result=result, sync_seconds=1.9, total_seconds=15.2
     )
@@ -163,20 +175,20 @@ class RecordingConsole(Console):
         super().print(*objects, **{**how, **({"overflow": "fold"} if soft_wrap else {})})
 
 
-def draw_progress(view: slerpmerge.MergeView, clock: Clock, scene: Scene, stop_at: float) -> None:
+def draw_progress(view: MergeView, clock: Clock, scene: Scene, stop_at: float) -> None:
     """Feeds the view the merge; at `stop_at` of its bytes, the live picture is drawn once."""
     drawn = False
     for event in scene.executed:
-        if isinstance(event, slerpmerge.BytesMerged):
+        if isinstance(event, BytesMerged):
             clock.now += MERGE_SECONDS * event.byte_count / scene.plan.child_bytes
         with mock.patch("rich.live.Live.start"):  # a picture needs no refreshing thread
             view.observe(event)
-        if not drawn and isinstance(event, slerpmerge.TensorMerged) and view.merged_bytes >= stop_at * view.total_bytes:
+        if not drawn and isinstance(event, TensorMerged) and view.merged_bytes >= stop_at * view.total_bytes:
             view.console.print(view.render())
             drawn = True
 
 
-class TypedAnswers(slerpmerge.Wizard):
+class TypedAnswers(Wizard):
     """A wizard whose prompts are answered at once, shown as they look once answered."""
 
     answers: Iterator[tuple[str, str, Any]]  # the prompt, the default beside it, what is typed
@@ -194,9 +206,9 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     from prompt_toolkit.input import DummyInput
     from prompt_toolkit.output import DummyOutput
 
-    command_line = slerpmerge.CommandLine(slerpmerge.build_parser().parse_args(["--verify", "quick"]))
+    command_line = CommandLine(build_parser().parse_args(["--verify", "quick"]))
     command_line.console, command_line.interactive = console, True
-    command_line.view = slerpmerge.MergeView(console)
+    command_line.view = MergeView(console)
     memory = command_line.memory = mock.Mock(content={}, places=[], folder=lambda name: None)
     command_line.wizard = TypedAnswers(console, memory, lambda: None)
     TypedAnswers.answers = iter(
@@ -210,19 +222,19 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
         ]
     )
 
-    def prepare(_: Any, observe: Callable[[slerpmerge.Event], None]) -> slerpmerge.MergePlan:
+    def prepare(_: Any, observe: Callable[[Event], None]) -> MergePlan:
         for event in scene.prepared:
             observe(event)
         return scene.plan
 
-    def execute(*_: Any) -> slerpmerge.MergeReport:
+    def execute(*_: Any) -> MergeReport:
         draw_progress(command_line.view, clock, scene, stop_at=0.62)
         clock.now = scene.report.total_seconds
         return scene.report
 
     with (
-        mock.patch.multiple(slerpmerge, prepare_merge=prepare, execute_merge=execute),
-        mock.patch.multiple(slerpmerge, open_checkpoint=lambda folder: scene.plan.primary),
+        mock.patch.multiple("slerpkit.screen.session", prepare_merge=prepare, execute_merge=execute),
+        mock.patch("slerpkit.screen.wizard.open_checkpoint", lambda folder: scene.plan.primary),
         mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=scene.plan.disk_free_bytes)),
         mock.patch("sys.argv", ["slerpmerge.py"]),
         mock.patch("time.perf_counter", clock),
@@ -236,20 +248,20 @@ def draw_pictures(scene: Scene) -> Iterator[tuple[str, Console]]:
     """(name, screen) of every picture."""
     for name, width in (("plan", 100), ("plan-narrow", 60)):
         console = RecordingConsole(width)
-        console.print(slerpmerge.render_parity(console, scene.plan.parity))
-        console.print(slerpmerge.render_plan(console, scene.plan))
+        console.print(render_parity(console, scene.plan.parity))
+        console.print(render_plan(console, scene.plan))
         yield name, console
     clock = Clock()
     console = RecordingConsole(get_time=clock)
-    view = slerpmerge.MergeView(console)
-    view.observe(slerpmerge.PlanReady(scene.plan))
+    view = MergeView(console)
+    view.observe(PlanReady(scene.plan))
     draw_progress(view, clock, scene, stop_at=0.62)
     yield "progress", console
     console = RecordingConsole()
-    console.print(slerpmerge.render_report(console, scene.report))
+    console.print(render_report(console, scene.report))
     yield "summary", console
     console = RecordingConsole()
-    console.print(slerpmerge.render_map(console, slerpmerge.map_of_merge(scene.report.result, "weights")))
+    console.print(render_map(console, map_of_merge(scene.report.result, "weights")))
     yield "map", console
     console = RecordingConsole(get_time=(clock := Clock()))
     draw_session(console, clock, scene)

@@ -17,8 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-import slerpmerge
-from slerpmerge import Lineup, MergeRecipe, Schedule, Yardstick, compare_perplexity, execute_merge, prepare_merge
+from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.perplexity import compare_perplexity
+from slerpkit.evaluation.sweep import Yardstick, find_t, forget_sweep
+from slerpkit.recipe import MergeRecipe
+from slerpkit.schedule import Schedule, parse_blend
+from slerpkit.screen.figures import render_map, render_sweep
+from slerpkit.story import execute_merge, inspect_parents, prepare_merge
 from tests.specialists import Specialists, make_specialists
 
 GRADIENTS = ("attention and mlp", "primary at the ends", "secondary at the ends", "ramp")
@@ -68,8 +73,8 @@ class Proof:
     def sweep(self, **settings: Any) -> dict[str, Any]:
         """The entry of a sweep on both texts."""
         plan = prepare_merge(self.recipe(**settings), quiet)
-        entry = slerpmerge.find_t(plan, Yardstick((self.made.arithmetic, self.made.reversal)), quiet)
-        slerpmerge.forget_sweep(plan.recipe.save_directory)
+        entry = find_t(plan, Yardstick((self.made.arithmetic, self.made.reversal)), quiet)
+        forget_sweep(plan.recipe.save_directory)
         return entry
 
     def swept(self, name: str, **settings: Any) -> Row:
@@ -88,7 +93,7 @@ class Proof:
         rows = [self.measure(name, getattr(self.made, name)) for name in ("base", "primary", "secondary")]
         rows += [self.swept(method, method=method) for method in ("slerp", "slerp-norm", "lerp")]
         rows.append(self.swept("slerp of task vectors", base=self.made.base))
-        return rows + [self.merged(name, schedule=slerpmerge.parse_blend(name)) for name in GRADIENTS]
+        return rows + [self.merged(name, schedule=parse_blend(name)) for name in GRADIENTS]
 
 
 def table(rows: list[Row]) -> str:
@@ -107,7 +112,7 @@ def main() -> None:
         proof = Proof(folder, make_specialists(folder))
         entry = proof.sweep()
         console = Console(width=100)
-        console.print(slerpmerge.render_sweep(console, entry))
+        console.print(render_sweep(console, entry))
         every = proof.exhaustive()
         best = min(every, key=lambda found: found[1].mean)
         print(
@@ -115,8 +120,8 @@ def main() -> None:
         )
         rows = proof.methods()
         print(table(rows))
-        found = slerpmerge.inspect_parents(dataclasses.replace(proof.recipe(), save_directory=Path()), quiet)
-        console.print(slerpmerge.render_map(console, found))
+        found = inspect_parents(dataclasses.replace(proof.recipe(), save_directory=Path()), quiet)
+        console.print(render_map(console, found))
 
 
 if __name__ == "__main__":

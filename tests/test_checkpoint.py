@@ -20,7 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slerpmerge import FileHandles, SlerpMergeError, TensorInfo, TensorReader, open_checkpoint, read_header
+from slerpkit.files import FileHandles
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.safetensors_header import read_header
+from slerpkit.parents.tensors import TensorInfo, TensorReader
 from tests.builders import LLAMA_CONFIG, edit_json, llama_tensors, make_checkpoint
 
 STORAGES = ("safetensors", "bin", "legacy-bin")
@@ -236,7 +240,7 @@ def write_large(folder: Path, storage: str) -> None:
 OPEN_AND_TELL = """
 import json, sys, tracemalloc
 from pathlib import Path
-from slerpmerge import open_checkpoint
+from slerpkit.parents.checkpoint import open_checkpoint
 
 def taken():
     system = Path("/proc/self")

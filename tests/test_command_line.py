@@ -18,6 +18,11 @@ import pytest
 import torch
 
 import slerpmerge
+from slerpkit import __version__
+from slerpkit.merge.plan import MergePlan
+from slerpkit.messages import SlerpMergeError
+from slerpkit.screen.flags import parse_size
+from slerpkit.story import prepare_merge
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -396,7 +401,7 @@ class TestWithoutTorch:
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     def test_the_version_is_printed(self, run):
-        assert run("--version") == Outcome(0, f"slerpmerge {slerpmerge.__version__}\n", "")
+        assert run("--version") == Outcome(0, f"slerpmerge {__version__}\n", "")
 
     def test_a_dry_run_prints_the_plan(self, run, pair):
         outcome = run("--primary", "primary", "--secondary", "secondary", "--save-dir", "child", "--dry-run")
@@ -468,12 +473,12 @@ class TestWrongUsage:
         ],
     )
     def test_sizes(self, text, size):
-        assert slerpmerge.parse_size(text) == size
+        assert parse_size(text) == size
 
     @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5XB", "5GBs", "0", "0MB", "0.0001KB", "1e3", "five", "5,5GB"])
     def test_what_is_no_size(self, text):
-        with pytest.raises(slerpmerge.SlerpMergeError, match="is not a size"):
-            slerpmerge.parse_size(text)
+        with pytest.raises(SlerpMergeError, match="is not a size"):
+            parse_size(text)
 
 
 # ── Bad input: each function spoils what make_pair has made below a folder, and returns flags that differ ──
@@ -701,23 +706,27 @@ class TestBadInput:
         def fail(*_: object) -> None:
             raise fault
 
-        monkeypatch.setattr(slerpmerge, "copy_companions", fail)
+        monkeypatch.setattr("slerpkit.story.copy_companions", fail)
         assert_refused(run(*MERGE), cause, "1 of 1 weight files are finished and kept; the same command carries on")
         assert not (tmp_path / "child").exists()
-        monkeypatch.setattr(slerpmerge, "write_index", fail)
+        monkeypatch.setattr("slerpkit.merge.stream.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
-        monkeypatch.setattr(slerpmerge, "choose_device", fail)
+        monkeypatch.setattr("slerpkit.merge.stream.choose_device", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "Mend that")
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     @pytest.mark.parametrize(
-        ("place", "words"), [("copy_companions", "1 of 1 weight files are finished"), ("choose_device", "removed")]
+        ("place", "words"),
+        [
+            ("slerpkit.story.copy_companions", "1 of 1 weight files are finished"),
+            ("slerpkit.merge.stream.choose_device", "removed"),
+        ],
     )
     def test_ctrl_c_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, place, words):
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(slerpmerge, place, interrupt)
+        monkeypatch.setattr(place, interrupt)
         outcome = run(*MERGE)
         assert outcome.status == 130
         assert words in outcome.err
@@ -809,15 +818,15 @@ class TestFullVerification:
 def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypatch, parents):
     """The weights are cut short between the plan and the merge."""
     parents.prints.clear()
-    prepare = slerpmerge.prepare_merge
+    prepare = prepare_merge
 
-    def prepare_then_cut(*arguments: object) -> slerpmerge.MergePlan:
+    def prepare_then_cut(*arguments: object) -> MergePlan:
         plan = prepare(*arguments)
         weights = pair[1] / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-600])
         return plan
 
-    monkeypatch.setattr(slerpmerge, "prepare_merge", prepare_then_cut)
+    monkeypatch.setattr("slerpkit.screen.session.prepare_merge", prepare_then_cut)
     assert_refused(run(*MERGE), "it changed since it was opened", "download it again")
     assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 

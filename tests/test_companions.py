@@ -11,16 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from slerpmerge import (
-    COMPANION_FILES,
-    GENERATION_NAME,
-    TEMPLATE_FILES,
-    TOKENIZER_FILES,
-    CompanionCopied,
-    MergeRecipe,
-    SlerpMergeError,
-    prepare_merge,
-)
+from slerpkit.merge.events import CompanionCopied
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import COMPANION_FILES, GENERATION_NAME, TEMPLATE_FILES, TOKENIZER_FILES
+from slerpkit.recipe import MergeRecipe
+from slerpkit.story import prepare_merge
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,

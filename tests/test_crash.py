@@ -25,29 +25,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import slerpmerge
-from slerpmerge import (
+from slerpkit import __version__
+from slerpkit.files import FileHandles
+from slerpkit.merge.arithmetic import choose_device
+from slerpkit.merge.events import (
     BytesMerged,
     ChildVerified,
     CompanionCopied,
     DeviceChosen,
-    FileHandles,
-    MergeRecipe,
     MergeResumed,
     MergeStopped,
     ParentOpened,
     ParityChecked,
     PlanReady,
     ShardWritten,
-    SlerpMergeError,
     TensorMerged,
-    prepare_merge,
 )
+from slerpkit.merge.journal import Journal, plan_identity
+from slerpkit.merge.save_directory import FolderLock
+from slerpkit.merge.staging import StagedChild
+from slerpkit.messages import SlerpMergeError
+from slerpkit.recipe import MergeRecipe
+from slerpkit.story import prepare_merge
 from tests.builders import DEVICE, PLAIN_CHILD, add_tokenizer, load_tensors, make_pair
 from tests.conftest import fingerprint
 from tests.test_merge import assert_same_bits, merge, staging_beside
 
-SCRIPT = Path(slerpmerge.__file__)
+SCRIPT = Path(__file__).resolve().parents[1] / "slerpmerge.py"
 MOMENTS = [
     (ParentOpened, 1), (ParentOpened, 2), (ParityChecked, 1), (PlanReady, 1), (DeviceChosen, 1), (BytesMerged, 1),
     (TensorMerged, 1), (TensorMerged, 11), (TensorMerged, 21), (ShardWritten, 1), (ShardWritten, 2),
@@ -219,8 +223,8 @@ def test_another_recipe_starts_anew_and_says_why(tmp_path, settings, reason):
 
 
 def test_another_version_starts_anew(tmp_path, monkeypatch):
-    folders, version = interrupted(tmp_path), slerpmerge.__version__
-    monkeypatch.setattr(slerpmerge, "__version__", "99.0")
+    folders, version = interrupted(tmp_path), __version__
+    monkeypatch.setattr("slerpkit.merge.journal.__version__", "99.0")
     assert resumed(*folders) == (0, f"slerpmerge {version} began it")
 
 
@@ -414,7 +418,9 @@ def test_a_parent_that_breaks_during_the_merge_is_named(tmp_path, storage, role,
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be cut there")
 def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     """Its file is open already, and some of its tensors are merged."""
-    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
     primary, secondary = make_pair(tmp_path)
     cut = at(TensorMerged, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
     with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors is damaged or incomplete: it ends inside"):
@@ -438,7 +444,7 @@ class FullDisk(io.FileIO):
 def test_a_disk_that_fills_up_gives_one_message_and_leaves_nothing(tmp_path, parents, monkeypatch, threads):
     primary, secondary = make_pair(tmp_path)
     parents.watch(primary, secondary)
-    monkeypatch.setattr(slerpmerge.io, "FileIO", FullDisk)
+    monkeypatch.setattr(io, "FileIO", FullDisk)
     with pytest.raises(SlerpMergeError, match=r"Could not write .*model\.safetensors: No space left") as caught:
         merge(primary, secondary, tmp_path / "new" / "child", threads=threads)
     assert "Free some space" in caught.value.hint
@@ -455,7 +461,7 @@ def test_writes_that_take_less_than_asked_are_continued(tmp_path, monkeypatch):
         def readinto(self, data: memoryview) -> int:
             return super().readinto(data[:10])
 
-    monkeypatch.setattr(slerpmerge.io, "FileIO", Hesitant)
+    monkeypatch.setattr(io, "FileIO", Hesitant)
     child = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child").child
     assert (child / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
@@ -521,17 +527,20 @@ def test_a_file_size_limit_gives_one_message(tmp_path, parents):
 
 
 WAITING_MERGE = """
-import sys, time, slerpmerge
+import sys, time
+from slerpkit.merge.events import TensorMerged
+from slerpkit.recipe import MergeRecipe
+from slerpkit.story import execute_merge, prepare_merge
 from pathlib import Path
 
 def observe(event):
-    if isinstance(event, slerpmerge.TensorMerged):
+    if isinstance(event, TensorMerged):
         print("there", flush=True)
         time.sleep(60)
 
-slerpmerge.execute_merge(
-    slerpmerge.prepare_merge(
-        slerpmerge.MergeRecipe(*map(Path, sys.argv[1:]), device="cpu", max_shard_bytes=5000), observe
+execute_merge(
+    prepare_merge(
+        MergeRecipe(*map(Path, sys.argv[1:]), device="cpu", max_shard_bytes=5000), observe
     ),
     observe,
 )
@@ -610,7 +619,9 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
 # Loads everything once; then, for each line it is given, a copy of itself merges, slowly enough to be hit.
 MERGES_ON_DEMAND = """
 import json, os, sys, time
-import numpy, torch, slerpmerge
+import numpy, torch
+from slerpkit.recipe import MergeRecipe
+from slerpkit.story import execute_merge, prepare_merge
 from pathlib import Path
 
 def observe(event):
@@ -621,8 +632,8 @@ for line in sys.stdin:
     *folders, device, cut = json.loads(line)
     process = os.fork()
     if process == 0:
-        recipe = slerpmerge.MergeRecipe(*map(Path, folders), device=device, max_shard_bytes=cut, overwrite=True)
-        slerpmerge.execute_merge(slerpmerge.prepare_merge(recipe, observe), observe)
+        recipe = MergeRecipe(*map(Path, folders), device=device, max_shard_bytes=cut, overwrite=True)
+        execute_merge(prepare_merge(recipe, observe), observe)
         os._exit(0)
     print(process, flush=True)
     print(os.waitpid(process, 0)[1], flush=True)
@@ -670,17 +681,19 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
 
 SLOW_MAIN = """
 import sys, time, slerpmerge
+from slerpkit.merge.events import ShardWritten, TensorMerged
+from slerpkit.screen.progress import MergeView
 
-observe = slerpmerge.MergeView.observe
+observe = MergeView.observe
 
 def slowly(view, event):
     observe(view, event)
-    if isinstance(event, slerpmerge.ShardWritten):
+    if isinstance(event, ShardWritten):
         print("written", flush=True)
-    if isinstance(event, slerpmerge.TensorMerged):
+    if isinstance(event, TensorMerged):
         time.sleep(0.03)
 
-slerpmerge.MergeView.observe = slowly
+MergeView.observe = slowly
 sys.exit(slerpmerge.main(sys.argv[1:]))
 """
 
@@ -859,8 +872,8 @@ def test_an_error_while_taking_over_loses_nothing(tmp_path, monkeypatch, error, 
     folders = interrupted(tmp_path)
     before = fingerprint(staging_beside(folders[2]))
     with monkeypatch.context() as patch:
-        patch.setattr(slerpmerge, "leftover_remarks", lambda plan: ())
-        patch.setattr(slerpmerge.Journal if place == "load" else slerpmerge.StagedChild, place, fail(error))
+        patch.setattr("slerpkit.story.leftover_remarks", lambda plan: ())
+        patch.setattr(Journal if place == "load" else StagedChild, place, fail(error))
         with pytest.raises((KeyboardInterrupt, SlerpMergeError)):
             merge(*folders, **INTERRUPTED)
     assert fingerprint(staging_beside(folders[2])) == before
@@ -919,13 +932,13 @@ def test_a_disk_that_cannot_sync_is_noticed_soon(tmp_path, monkeypatch):
 
 def test_a_lock_whose_file_is_gone_holds_nobody_out(tmp_path):
     """Who waited at a file that its holder then removed must not think that it holds the folder."""
-    first = slerpmerge.FolderLock(tmp_path)
+    first = FolderLock(tmp_path)
     (tmp_path / ".lock").unlink()
-    second = slerpmerge.FolderLock(tmp_path)
+    second = FolderLock(tmp_path)
     with pytest.raises(SlerpMergeError, match="Another run"):
-        slerpmerge.FolderLock(tmp_path)
+        FolderLock(tmp_path)
     second.release()
-    slerpmerge.FolderLock(tmp_path).release()
+    FolderLock(tmp_path).release()
     os.close(first._descriptor)
     assert names(tmp_path) == []
 
@@ -947,7 +960,9 @@ def test_a_device_that_is_gone_is_told(tmp_path, monkeypatch):
     journal = staging_beside(folders[2]).with_name("journal.json")
     text = journal.read_bytes().rpartition(b"\n")[0].replace(b'"device": "cpu"', b'"device": "cuda"')
     journal.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
-    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": False})
+    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": False})
+    monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": False})
+    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": False})
     assert resumed(*folders, device="auto") == (0, "it was begun on cuda, which is not there now")
 
 
@@ -955,16 +970,18 @@ def test_a_device_without_memory_is_not_chosen(monkeypatch):
     def probe(device: str) -> float:
         return 1.0 if device == "cpu" else throw(torch.cuda.OutOfMemoryError("CUDA out of memory"))
 
-    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": True})
-    monkeypatch.setattr(slerpmerge, "probe_device", probe)
-    assert slerpmerge.choose_device("auto", 2)[0] == "cpu"
+    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": True})
+    monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True})
+    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True})
+    monkeypatch.setattr("slerpkit.merge.arithmetic.probe_device", probe)
+    assert choose_device("auto", 2)[0] == "cpu"
 
 
 def test_a_chat_template_does_not_start_anew(tmp_path):
     folders = interrupted(tmp_path)
     plan = prepare_merge(MergeRecipe(*folders, max_shard_bytes=5000, device=DEVICE), lambda event: None)
     recipe = dataclasses.replace(plan.recipe, chat_template="secondary")
-    assert slerpmerge.plan_identity(plan) == slerpmerge.plan_identity(dataclasses.replace(plan, recipe=recipe))
+    assert plan_identity(plan) == plan_identity(dataclasses.replace(plan, recipe=recipe))
 
 
 def test_a_save_directory_that_is_a_disk_of_its_own_is_refused_at_once(tmp_path, small_disk):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from slerpmerge import SlerpMergeError
+from slerpkit.messages import SlerpMergeError
 from tests.builders import edit_json, load_tensors, reference_slerp, replace_tensors
 from tests.test_merge import distance, merge
 

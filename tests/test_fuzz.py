@@ -16,7 +16,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from slerpmerge import MergeRecipe, MergeReport, Schedule, SlerpMergeError, execute_merge, prepare_merge
+from slerpkit.merge.events import MergeReport
+from slerpkit.messages import SlerpMergeError
+from slerpkit.recipe import MergeRecipe
+from slerpkit.schedule import Schedule
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     DEVICE,
     HIDDEN,

@@ -12,20 +12,23 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-import slerpmerge
-from slerpmerge import (
+from slerpkit.merge.difference_map import (
+    ANGLE_RAMP,
+    RATIO_RAMP,
+    DifferenceMap,
     MapCell,
-    MergeRecipe,
-    SlerpMergeError,
     TensorDifference,
-    TensorReader,
-    WorkAdvanced,
-    WorkBegan,
     build_map,
-    execute_merge,
-    inspect_parents,
-    prepare_merge,
+    map_scales,
+    save_map,
 )
+from slerpkit.merge.events import WorkAdvanced, WorkBegan
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.tensors import TensorReader
+from slerpkit.recipe import MergeRecipe
+from slerpkit.schedule import parse_blend
+from slerpkit.screen.figures import render_map
+from slerpkit.story import execute_merge, inspect_parents, prepare_merge
 from tests.builders import (
     DEVICE,
     add_tokenizer,
@@ -43,7 +46,7 @@ def quiet(event: object) -> None:
     """Nobody watches."""
 
 
-def inspected(primary: Path, secondary: Path, observe=quiet, **settings) -> slerpmerge.DifferenceMap:
+def inspected(primary: Path, secondary: Path, observe=quiet, **settings) -> DifferenceMap:
     return inspect_parents(MergeRecipe(primary, secondary, Path(), device=DEVICE, **settings), observe)
 
 
@@ -183,7 +186,7 @@ def test_a_child_carries_the_map_of_its_parents(tmp_path):
 
 
 def test_what_a_merge_only_copied_is_left_blank(tmp_path):
-    schedule = slerpmerge.parse_blend("self_attn=0 0.5")
+    schedule = parse_blend("self_attn=0 0.5")
     recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child", schedule=schedule, device=DEVICE)
     child = execute_merge(prepare_merge(recipe, quiet), quiet).child
     cells = json.loads((child / "merge_report.json").read_text("utf-8"))["angles"]["cells"]
@@ -204,7 +207,7 @@ def test_a_report_holds_no_place_and_no_time(tmp_path):
 # ── Pictures ──
 
 
-def large_map(layers: int = 40, components: int = 14) -> slerpmerge.DifferenceMap:
+def large_map(layers: int = 40, components: int = 14) -> DifferenceMap:
     """A map with more columns than a narrow terminal has room for, and a blank."""
     differences = [
         TensorDifference(
@@ -222,7 +225,7 @@ def large_map(layers: int = 40, components: int = 14) -> slerpmerge.DifferenceMa
 def test_the_screen_shows_every_layer_within_its_width(width, encoding, monkeypatch):
     monkeypatch.setattr(RecordingConsole, "encoding", encoding)
     console = RecordingConsole(width)
-    console.print(slerpmerge.render_map(console, large_map()))
+    console.print(render_map(console, large_map()))
     text = console.export_text()
     lines = text.splitlines()
     assert max(map(cell_len, lines)) <= width
@@ -234,14 +237,14 @@ def test_the_screen_shows_every_layer_within_its_width(width, encoding, monkeypa
 
 def test_headings_too_long_for_their_columns_are_numbers_told_below():
     console = RecordingConsole(60)
-    console.print(slerpmerge.render_map(console, large_map()))
+    console.print(render_map(console, large_map()))
     text = console.export_text()
     assert "1 part_00" in text
     assert "14 part_13" in text
 
 
 def test_the_picture_is_xml_whatever_the_names(tmp_path):
-    slerpmerge.save_map(large_map(), tmp_path / "map.svg", "a <title> & more")
+    save_map(large_map(), tmp_path / "map.svg", "a <title> & more")
     root = ElementTree.parse(tmp_path / "map.svg").getroot()
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "a <title> & more" in texts
@@ -249,11 +252,11 @@ def test_the_picture_is_xml_whatever_the_names(tmp_path):
 
 
 def test_colours_run_from_the_least_to_the_greatest():
-    angles, ratios = slerpmerge.map_scales(large_map())
-    assert angles.colour(1.0) == slerpmerge.ANGLE_RAMP[0]
-    assert angles.colour(170.0) == slerpmerge.ANGLE_RAMP[-1]
-    assert ratios.colour(1.0) == slerpmerge.RATIO_RAMP[1]
-    assert ratios.colour(1.5) == slerpmerge.RATIO_RAMP[2]
+    angles, ratios = map_scales(large_map())
+    assert angles.colour(1.0) == ANGLE_RAMP[0]
+    assert angles.colour(170.0) == ANGLE_RAMP[-1]
+    assert ratios.colour(1.0) == RATIO_RAMP[1]
+    assert ratios.colour(1.5) == RATIO_RAMP[2]
 
 
 # ── The command line ──

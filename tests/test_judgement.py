@@ -14,24 +14,22 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-import slerpmerge
-from slerpmerge import (
-    DeviceFull,
-    Lineup,
-    MergeRecipe,
-    Noted,
-    SlerpMergeError,
+from slerpkit.child.report import CARD_MARKS, amend_report
+from slerpkit.evaluation.models import DeviceFull, Lineup, choose_place, on_fitting_place
+from slerpkit.evaluation.perplexity import (
     TextLoss,
-    WorkAdvanced,
-    WorkBegan,
-    WorkEnded,
-    amend_report,
     compare_perplexity,
-    execute_merge,
-    prepare_merge,
+    error_of_difference,
+    ratio_of,
     sliding_windows,
-    taste,
+    standard_error,
 )
+from slerpkit.evaluation.taste import taste
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.messages import SlerpMergeError
+from slerpkit.recipe import MergeRecipe
+from slerpkit.screen.figures import render_perplexities, render_tastes
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import VOCABULARY, add_tokenizer, edit_json, make_pair, make_real_model
 from tests.conftest import fingerprint
 from tests.pictures import RecordingConsole
@@ -120,22 +118,22 @@ def test_the_noise_of_a_text_is_what_chance_makes_of_it():
 
     losses = [drawn() for _ in range(300)]
     scatter = float(torch.tensor([loss.bits_per_byte for loss in losses], dtype=torch.float64).std())
-    told = sum(slerpmerge.standard_error(loss.items) for loss in losses) / len(losses)
+    told = sum(standard_error(loss.items) for loss in losses) / len(losses)
     assert told == pytest.approx(scatter, rel=0.15)
-    assert slerpmerge.ratio_of(losses[0].items) == pytest.approx(losses[0].bits_per_byte)
+    assert ratio_of(losses[0].items) == pytest.approx(losses[0].bits_per_byte)
 
 
 def test_a_difference_that_every_token_agrees_on_has_no_noise():
     steps = (1023, 76)
     left, right = (TextLoss(steps, 3000, tuple(count * each for count in steps)) for each in (2.0, 2.1))
-    assert slerpmerge.error_of_difference(left.items, right.items) == pytest.approx(0.0, abs=1e-12)
+    assert error_of_difference(left.items, right.items) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_texts_cut_into_other_steps_are_not_paired():
     left = [(1.0, 1.0), (5.0, 1.0), (9.0, 1.0), (3.0, 1.0)]
-    assert slerpmerge.error_of_difference(left, [(value + 0.1, 1.0) for value, _ in left]) == pytest.approx(0, abs=1e-9)
-    assert slerpmerge.error_of_difference(left, left[:3]) > 1
-    assert slerpmerge.error_of_difference(left, [(value, 2.0) for value, _ in left]) > 1
+    assert error_of_difference(left, [(value + 0.1, 1.0) for value, _ in left]) == pytest.approx(0, abs=1e-9)
+    assert error_of_difference(left, left[:3]) > 1
+    assert error_of_difference(left, [(value, 2.0) for value, _ in left]) > 1
 
 
 def test_a_text_shorter_than_a_window_is_measured_and_said_to_be(family, tmp_path):
@@ -285,7 +283,8 @@ def test_an_encoder_cannot_be_asked_and_can_be_merged(run, tmp_path, flags):  # 
 
 
 def test_too_little_memory_is_one_message_and_the_child_stands(run, family, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(slerpmerge, "free_memory", lambda: 1e6)
+    monkeypatch.setattr("slerpkit.evaluation.models.free_memory", lambda: 1e6)
+    monkeypatch.setattr("slerpkit.evaluation.sweep.free_memory", lambda: 1e6)
     arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes")
     outcome = run(*arguments, "--taste", ALPHABET[1])
     assert outcome.status == 1
@@ -307,7 +306,7 @@ def test_a_device_that_runs_out_of_memory_is_named(family, tmp_path, monkeypatch
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(slerpmerge, "text_loss", fail)
+    monkeypatch.setattr("slerpkit.evaluation.perplexity.text_loss", fail)
     with pytest.raises(DeviceFull, match="The device cpu ran out of memory with primary"):
         compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
 
@@ -321,16 +320,18 @@ def crowded(device: str, tried: list[str]) -> Sequence[str]:
 
 
 def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor(family, monkeypatch):
-    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": True, "mps": False})
-    monkeypatch.setattr(slerpmerge, "accelerator_memory", lambda device: 1e12)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: 1e12)
     events: list[object] = []
     chosen = Lineup(family.folders, "auto")
-    tried = slerpmerge.on_fitting_place(chosen, events.append, lambda device, dtype: crowded(device, []) and [device])
+    tried = on_fitting_place(chosen, events.append, lambda device, dtype: crowded(device, []) and [device])
     assert tried == ["cpu"]
     (noted,) = (event.text for event in events if isinstance(event, Noted))
     assert "ran out of memory" in noted
     with pytest.raises(DeviceFull):  # what the person asked for is not changed unasked
-        slerpmerge.on_fitting_place(Lineup(family.folders, "cuda"), quiet, lambda device, _: crowded(device, []))
+        on_fitting_place(Lineup(family.folders, "cuda"), quiet, lambda device, _: crowded(device, []))
 
 
 @pytest.mark.parametrize(
@@ -338,10 +339,12 @@ def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor
     [(1e12, ("cuda", "bfloat16")), (1e5, ("cpu", "float32"))],
 )
 def test_the_device_is_the_one_that_fits(family, monkeypatch, memory, place):
-    monkeypatch.setattr(slerpmerge, "accelerators", lambda: {"cuda": True, "mps": False})
-    monkeypatch.setattr(slerpmerge, "accelerator_memory", lambda device: memory)
-    assert slerpmerge.choose_place(Lineup(family.folders, "auto")) == place
-    assert slerpmerge.choose_place(Lineup(family.folders, "cpu")) == ("cpu", "float32")
+    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True, "mps": False})
+    monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: memory)
+    assert choose_place(Lineup(family.folders, "auto")) == place
+    assert choose_place(Lineup(family.folders, "cpu")) == ("cpu", "float32")
 
 
 def test_a_model_of_nothing_but_nan_is_refused(family, tmp_path):
@@ -398,12 +401,12 @@ def test_a_card_without_marks_keeps_all_it_has(family):
 
 def test_an_answer_cannot_break_out_of_the_card(family):
     child = family.folders[2][1]
-    wild = f"| a | b\n# Heading\r\n{slerpmerge.CARD_MARKS[1]}"
+    wild = f"| a | b\n# Heading\r\n{CARD_MARKS[1]}"
     entry = {"prompt": wild, "measured": "x", "answers": {"child": wild}}
     amend_report(child, {"tastes": [entry]})
     amend_report(child, {"tastes": [entry]})
     card = (child / "README.md").read_text("utf-8")
-    assert card.count(slerpmerge.CARD_MARKS[1]) == 1
+    assert card.count(CARD_MARKS[1]) == 1
     assert "\n# Heading" not in card
 
 
@@ -471,7 +474,7 @@ def test_a_card_that_is_not_utf_8_keeps_its_bytes(family):
     for _ in range(2):
         amend_report(card.parent, {"tastes": []})
     assert card.read_bytes().startswith(b"caf\xe9 <!-- until here -->\n")
-    assert card.read_bytes().count(slerpmerge.CARD_MARKS[0].encode()) == 1
+    assert card.read_bytes().count(CARD_MARKS[0].encode()) == 1
 
 
 @pytest.mark.parametrize(
@@ -502,8 +505,8 @@ def test_the_screen_has_all_figures_within_its_width(family, tmp_path, width, en
     monkeypatch.setattr(RecordingConsole, "encoding", encoding)
     console = RecordingConsole(width)
     entries = compare_perplexity(family, [write_text(tmp_path / "text.txt", 200)], quiet)
-    console.print(slerpmerge.render_perplexities(console, entries))
-    console.print(slerpmerge.render_tastes(console, taste(family, [ALPHABET[1]], quiet)))
+    console.print(render_perplexities(console, entries))
+    console.print(render_tastes(console, taste(family, [ALPHABET[1]], quiet)))
     text = console.export_text()
     assert max(map(cell_len, text.splitlines())) <= width
     for model in entries[0]["models"]:
@@ -513,7 +516,8 @@ def test_the_screen_has_all_figures_within_its_width(family, tmp_path, width, en
 
 def test_plain_merges_ask_nobody(tmp_path, monkeypatch):
     """Neither harness nor models are loaded where nothing was asked."""
-    monkeypatch.setattr(slerpmerge, "load_harness", lambda: pytest.fail("loaded"))
-    monkeypatch.setattr(slerpmerge, "speaking_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("slerpkit.evaluation.harness.load_harness", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr("slerpkit.evaluation.taste.speaking_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("slerpkit.evaluation.perplexity.speaking_model", lambda *_: pytest.fail("loaded"))
     recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child")
     execute_merge(prepare_merge(recipe, quiet), quiet)

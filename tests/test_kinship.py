@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import slerpmerge
-from slerpmerge import EXIT_DONE, MergeRecipe, main, measure_kinship, prepare_merge
+from slerpkit.parity.kinship import KINSHIP_ELEMENTS, Kinship, measure_kinship
+from slerpkit.recipe import MergeRecipe
+from slerpkit.screen.session import EXIT_DONE
+from slerpkit.story import prepare_merge
+from slerpmerge import main
 from tests.builders import llama_tensors, load_tensors, make_checkpoint, make_pair
 from tests.test_merge import merge
 
 
-def kinship_of(folder: Path, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> slerpmerge.Kinship:
+def kinship_of(folder: Path, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Kinship:
     parents = make_checkpoint(folder / "primary", left), make_checkpoint(folder / "secondary", right)
     return prepare_merge(MergeRecipe(*parents, folder / "child"), lambda event: None).kinship
 
@@ -53,7 +56,7 @@ def test_the_angles_are_those_of_the_weights(tmp_path, dtypes):
 
 def test_large_matrices_are_sampled_in_their_middle(tmp_path):
     """What lies outside the middle is not read: it would cost the time of a merge."""
-    size = slerpmerge.KINSHIP_ELEMENTS
+    size = KINSHIP_ELEMENTS
     left = {"model.layers.0.mlp.up_proj.weight": torch.ones(4, size)}
     right = {name: weight.clone() for name, weight in left.items()}
     right["model.layers.0.mlp.up_proj.weight"][0] = -1

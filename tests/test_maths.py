@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from slerpmerge import exact_sum, lerp, slerp, slerp_coefficients, slerp_weights
+from slerpkit.maths import exact_sum, lerp, slerp, slerp_coefficients, slerp_weights
 from tests.builders import reference_slerp, units_of_last_place
 
 SEEDS = range(12)

@@ -13,25 +13,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import slerpmerge
-from slerpmerge import (
+from slerpkit.maths import Blend
+from slerpkit.merge.arithmetic import ChunkArithmetic
+from slerpkit.merge.events import (
     BytesMerged,
     ChildPublished,
     ChildVerified,
     CompanionCopied,
     DeviceChosen,
-    MergeRecipe,
     MergeReport,
     ParentOpened,
     ParityChecked,
     PlanReady,
-    Schedule,
-    ScheduleRule,
     ShardWritten,
     TensorMerged,
-    execute_merge,
-    prepare_merge,
 )
+from slerpkit.merge.workers import SPAN_CHUNKS
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.tensors import CHUNK_ELEMENTS
+from slerpkit.recipe import MergeRecipe
+from slerpkit.schedule import Schedule, ScheduleRule
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     DEVICE,
     LAYERS,
@@ -83,7 +85,7 @@ def merge_tensors(
     return load_tensors(report.child), report
 
 
-def blend_of(report: MergeReport, name: str) -> slerpmerge.Blend:
+def blend_of(report: MergeReport, name: str) -> Blend:
     return next(merged.blend for merged in report.result.tensors if merged.job.name == name)
 
 
@@ -162,7 +164,9 @@ def test_dtypes_mixed_within_each_parent(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, SMALL_CHUNK, 1000])
 def test_values_are_right_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", chunk)
     left, right = ({"odd": torch.randn(13, 11, generator=torch.Generator().manual_seed(seed))} for seed in (3, 4))
     child, _ = merge_tensors(tmp_path, left, right, t=0.3)
     assert_right(child, {**llama_tensors(1), **left}, {**llama_tensors(2), **right}, 0.3)
@@ -172,7 +176,7 @@ def test_values_are_right_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk):
 def test_tensors_of_more_than_one_chunk_are_right(tmp_path, dtype):
     """600,000 elements each: sums that lose a hundred-thousandth show here, above all where angles are wide."""
     generator = torch.Generator().manual_seed(5)
-    base, noise = torch.randn(2, slerpmerge.CHUNK_ELEMENTS + 75_712, generator=generator)
+    base, noise = torch.randn(2, CHUNK_ELEMENTS + 75_712, generator=generator)
     left, right = {}, {}
     for degrees in (20, 71, 135):
         angle = math.radians(degrees)
@@ -274,7 +278,9 @@ def test_every_storage_gives_the_same_bits(tmp_path, parents, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_the_bits_do_not_depend_on_threads_shard_cuts_or_the_parents_files(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", SMALL_CHUNK)
     parents = make_pair(tmp_path, dtype)
     plain = load_tensors(merge(*parents, tmp_path / "plain", 0.3, threads=1).child)
     for threads in (2, 5):
@@ -292,7 +298,7 @@ def test_the_bits_do_not_depend_on_threads_shard_cuts_or_the_parents_files(tmp_p
 
 def test_a_tensor_of_several_spans_has_the_same_bits_however_it_is_made(tmp_path):
     """Real chunks: three spans for two and five workers to share, and an end that fills no chunk."""
-    count = 2 * slerpmerge.SPAN_CHUNKS * slerpmerge.CHUNK_ELEMENTS + 12_345
+    count = 2 * SPAN_CHUNKS * CHUNK_ELEMENTS + 12_345
     for seed, role in ((1, "primary"), (2, "secondary")):
         large = torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(BF16)
         tensors = {**llama_tensors(seed), "large": large}
@@ -539,7 +545,9 @@ def test_files_hold_the_layers_in_their_order(tmp_path):
 
 
 def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", SMALL_CHUNK)
     events, threads = [], set()
 
     def observe(event: object) -> None:
@@ -608,10 +616,10 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
 # ── An accelerator that is short of memory ──────────────────────────────────────────────────────
 
 
-def scarce(limit: int, tried: list[tuple[str, int]]) -> type[slerpmerge.ChunkArithmetic]:
+def scarce(limit: int, tried: list[tuple[str, int]]) -> type[ChunkArithmetic]:
     """Arithmetic that plays an accelerator on the processor, with memory for `limit` elements at a time."""
 
-    class Scarce(slerpmerge.ChunkArithmetic):
+    class Scarce(ChunkArithmetic):
         def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
             if (side, dtype) not in self._scratch:
                 self._scratch[side, dtype] = torch.empty(self.elements, dtype=dtype)
@@ -639,11 +647,14 @@ def scarce(limit: int, tried: list[tuple[str, int]]) -> type[slerpmerge.ChunkAri
 def test_an_accelerator_short_of_memory_gets_smaller_pieces_then_the_processor_takes_over(
     tmp_path, monkeypatch, limit, settings
 ):
-    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", SMALL_CHUNK)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", SMALL_CHUNK)
     expected = load_tensors(merge(*make_pair(tmp_path), tmp_path / "expected", 0.3, **settings).child)
     tried: list[tuple[str, int]] = []
-    monkeypatch.setattr(slerpmerge, "ChunkArithmetic", scarce(limit, tried))
-    monkeypatch.setattr(slerpmerge, "choose_device", lambda asked, threads: ("cuda", "as asked"))
+    monkeypatch.setattr("slerpkit.merge.workers.ChunkArithmetic", scarce(limit, tried))
+    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked, threads: ("cuda", "as asked"))
+    monkeypatch.setattr("slerpkit.evaluation.models.choose_device", lambda asked, threads: ("cuda", "as asked"))
     parents = tmp_path / "primary", tmp_path / "secondary"
     child = load_tensors(merge(*parents, tmp_path / "child", 0.3, **settings).child)
     for name, tensor in child.items():
@@ -656,8 +667,9 @@ def test_an_accelerator_that_fails_is_named(tmp_path, monkeypatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal instruction was encountered\nCompile with ...")
 
-    monkeypatch.setattr(slerpmerge.ChunkArithmetic, "load_pair", fail)
-    monkeypatch.setattr(slerpmerge, "choose_device", lambda asked, threads: ("cuda", "as asked"))
-    with pytest.raises(slerpmerge.SlerpMergeError, match="The device cuda failed: CUDA error: an illegal") as caught:
+    monkeypatch.setattr(ChunkArithmetic, "load_pair", fail)
+    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked, threads: ("cuda", "as asked"))
+    monkeypatch.setattr("slerpkit.evaluation.models.choose_device", lambda asked, threads: ("cuda", "as asked"))
+    with pytest.raises(SlerpMergeError, match="The device cuda failed: CUDA error: an illegal") as caught:
         merge(*make_pair(tmp_path), tmp_path / "child")
     assert "--device cpu" in caught.value.hint

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from slerpmerge import Mismatch, ParityReport, SlerpMergeError, check_parity, open_checkpoint
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parity.check import check_parity
+from slerpkit.parity.report import Mismatch, ParityReport
 from tests.builders import (
     HIDDEN,
     LLAMA_CONFIG,

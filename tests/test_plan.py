@@ -19,24 +19,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from slerpmerge import (
-    MergePlan,
-    MergeRecipe,
-    ParentOpened,
-    ParityChecked,
-    PlanReady,
-    Schedule,
-    ScheduleRule,
-    SlerpMergeError,
-    TensorJob,
-    check_save_directory,
-    choose_tokenizer,
-    cut_shards,
-    execute_merge,
-    lay_out_shard,
-    plan_shards,
-    prepare_merge,
-)
+from slerpkit.merge.events import ParentOpened, ParityChecked, PlanReady
+from slerpkit.merge.plan import MergePlan, TensorJob, cut_shards, lay_out_shard, plan_shards
+from slerpkit.merge.save_directory import check_save_directory
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parity.vocabulary import choose_tokenizer
+from slerpkit.recipe import MergeRecipe
+from slerpkit.schedule import Schedule, ScheduleRule
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, load_tensors, make_checkpoint, make_pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -603,7 +593,8 @@ def test_planning_writes_nothing(pair):
 PLAN_AND_TELL = """
 import sys
 from pathlib import Path
-from slerpmerge import MergeRecipe, prepare_merge
+from slerpkit.recipe import MergeRecipe
+from slerpkit.story import prepare_merge
 
 folder = Path(sys.argv[1])
 plan = prepare_merge(MergeRecipe(folder / "primary", folder / "secondary", folder / "child"), lambda event: None)

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from slerpmerge import Lineup, compare_perplexity
+from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.perplexity import compare_perplexity
 from tests.proof import GRADIENTS, Proof, Row, quiet, table
 from tests.specialists import make_specialists
 

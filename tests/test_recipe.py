@@ -16,20 +16,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import slerpmerge
-from slerpmerge import (
-    LayerSlice,
-    MergePlan,
-    MergeRecipe,
-    MergeReport,
-    Schedule,
-    ScheduleRule,
-    SlerpMergeError,
-    execute_merge,
-    prepare_merge,
-    read_recipe,
-    verify_with_transformers,
-)
+from slerpkit.evaluation.models import verify_with_transformers
+from slerpkit.merge.events import MergeReport
+from slerpkit.merge.plan import MergePlan
+from slerpkit.messages import SlerpMergeError
+from slerpkit.recipe import LayerSlice, MergeRecipe
+from slerpkit.recipe_file import read_recipe, recipe_text
+from slerpkit.schedule import Schedule, ScheduleRule
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     DEVICE,
     LLAMA_CONFIG,
@@ -325,7 +319,7 @@ def test_slices_keep_every_t_when_replayed(method: str, extrapolate: bool, tmp_p
     )
     plan = prepare_merge(recipe, quiet)
     child.mkdir()
-    again = plan_of(write(child / "merge_recipe.yaml", slerpmerge.recipe_text(plan, child)), tmp_path / "again")
+    again = plan_of(write(child / "merge_recipe.yaml", recipe_text(plan, child)), tmp_path / "again")
     replayed = {job.name: job.t for job in again.jobs}
     assert [job.name for job in plan.jobs if replayed[job.name] != job.t] == []
 
@@ -754,7 +748,9 @@ def test_bits_do_not_depend_on_threads_or_chunks(
     primary, secondary, base = siblings(tmp_path)
     settings = {"method": "nuslerp", "granularity": granularity, "base": base if with_base else None}
     usual = load_tensors(merge(primary, secondary, tmp_path / "usual", 0.3, threads=1, **settings).child)
-    monkeypatch.setattr(slerpmerge, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
     children = [
         load_tensors(merge(primary, secondary, tmp_path / f"by-{threads}", 0.3, threads=threads, **settings).child)
         for threads in (1, 2, 5)

@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from slerpmerge import Schedule, ScheduleRule, SlerpMergeError, layer_positions
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.tensors import layer_positions
+from slerpkit.schedule import Schedule, ScheduleRule
 
 SEEDS = range(12)
 

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 import slerpmerge
-from slerpmerge import MergeRecipe, SlerpMergeError, execute_merge, prepare_merge, sign_test, verdict_on
+from slerpkit.demo import make_demo_tokenizer
+from slerpkit.evaluation.harness import judged_metrics, score, sign_test, verdict_on
+from slerpkit.evaluation.models import Lineup
+from slerpkit.messages import SlerpMergeError
+from slerpkit.recipe import MergeRecipe
+from slerpkit.screen.figures import render_scores
+from slerpkit.story import execute_merge, prepare_merge
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run, run_program  # noqa: F401  (run is a fixture)
 
@@ -34,7 +40,7 @@ def make_reader(folder: Path, seed: int) -> Path:
     """A tiny Llama that reads English bytes, of a family whose members differ by their seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = slerpmerge.make_demo_tokenizer()
+    tokenizer = make_demo_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -246,7 +252,7 @@ def test_the_table_stays_within_its_width(width):
         ],
     }
     console = RecordingConsole(width)
-    console.print(slerpmerge.render_scores(console, [{"rows": [row], "measured": "So and so."}]))
+    console.print(render_scores(console, [{"rows": [row], "measured": "So and so."}]))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     joined = "".join(text.split())
@@ -258,14 +264,16 @@ def test_a_figure_that_is_no_mean_of_its_items_is_not_judged():
     """A perplexity over words is known for the whole alone; the items hold something else under its name."""
     samples = [{"doc_id": n, "filter": "none", "perplexity": -float(n), "acc": float(n % 2)} for n in range(4)]
     result = {"results": {"x": {"perplexity,none": 4.48, "acc,none": 0.5}}, "samples": {"x": samples}}
-    assert list(slerpmerge.judged_metrics(result)) == [("x", "acc", "none")]
+    assert list(judged_metrics(result)) == [("x", "acc", "none")]
 
 
 def test_a_harness_without_figures_for_items_is_refused(monkeypatch, place):
-    monkeypatch.setattr(slerpmerge, "find_tasks", lambda *_: (["x"], None))
-    monkeypatch.setattr(slerpmerge, "load_harness", lambda: None)
-    monkeypatch.setattr(slerpmerge, "harness_results", lambda *_: {"results": {"x": {"alias": "x"}}, "samples": {}})
+    monkeypatch.setattr("slerpkit.evaluation.harness.find_tasks", lambda *_: (["x"], None))
+    monkeypatch.setattr("slerpkit.evaluation.harness.load_harness", lambda: None)
+    monkeypatch.setattr(
+        "slerpkit.evaluation.harness.harness_results", lambda *_: {"results": {"x": {"alias": "x"}}, "samples": {}}
+    )
     roles = ("primary", "secondary", "child")
-    lineup = slerpmerge.Lineup(tuple((role, place / role) for role in roles), "cpu")
+    lineup = Lineup(tuple((role, place / role) for role in roles), "cpu")
     with pytest.raises(SlerpMergeError, match="no figure that is a mean over their items"):
-        slerpmerge.score(lineup, ["x"], None, quiet)
+        score(lineup, ["x"], None, quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,21 +10,27 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-import slerpmerge
-from slerpmerge import (
-    MergePlan,
-    MergeRecipe,
-    Noted,
-    SlerpMergeError,
+from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.perplexity import compare_perplexity
+from slerpkit.evaluation.sweep import (
+    MOST_TRIALS,
+    TRIAL_PREFIX,
+    Sweep,
     Trial,
-    WorkAdvanced,
-    WorkBegan,
     Yardstick,
-    execute_merge,
     find_t,
     forget_sweep,
-    prepare_merge,
+    remove_trial,
 )
+from slerpkit.files import is_inside
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan
+from slerpkit.merge.plan import MergePlan
+from slerpkit.messages import SlerpMergeError
+from slerpkit.recipe import LayerSlice, MergeRecipe
+from slerpkit.recipe_file import read_recipe
+from slerpkit.schedule import Schedule
+from slerpkit.screen.figures import draw_plot, render_sweep
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import load_tensors, make_pair, make_real_model
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run  # noqa: F401  (a fixture)
@@ -58,7 +65,7 @@ def bowl(best: float, tried: list[float] | None = None):
     def measure(sweep, role: str, folder: Path):
         recipe = folder / "merge_recipe.yaml"
         t = {"primary": 0.0, "secondary": 1.0}.get(role)
-        t = slerpmerge.read_recipe(recipe)["schedule"].rules[0].gradient[0] if t is None else t
+        t = read_recipe(recipe)["schedule"].rules[0].gradient[0] if t is None else t
         if tried is not None:
             tried.append(t)
         loss = 1 + (t - best) ** 2
@@ -78,10 +85,10 @@ def left_over(folder: Path) -> list[str]:
 @pytest.mark.parametrize("best", [0.03, 0.1, 0.27, 0.5, 0.64, 0.88, 0.99])
 def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
     tried: list[float] = []
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(best, tried))
+    monkeypatch.setattr(Sweep, "measure", bowl(best, tried))
     entry = find_t(plan, Yardstick((Path("text-1.txt"),)), quiet)
     assert abs(entry["best_t"] - best) <= 0.0251
-    assert len(tried) == len(set(tried)) <= slerpmerge.MOST_TRIALS
+    assert len(tried) == len(set(tried)) <= MOST_TRIALS
     assert tried[:2] == [0.0, 1.0]
 
 
@@ -94,10 +101,10 @@ def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
             recipe = MergeRecipe(
                 tmp_path / "primary", tmp_path / "secondary", tmp_path / f"at-{trial['t']}", device="cpu"
             )
-            recipe = slerpmerge.dataclasses.replace(recipe, schedule=slerpmerge.Schedule.constant(trial["t"]))
+            recipe = dataclasses.replace(recipe, schedule=Schedule.constant(trial["t"]))
             folder = execute_merge(prepare_merge(recipe, quiet), quiet).child
-        lineup = slerpmerge.Lineup((("child", folder),), "cpu")
-        found = [entry["models"][0]["bits_per_byte"] for entry in slerpmerge.compare_perplexity(lineup, texts, quiet)]
+        lineup = Lineup((("child", folder),), "cpu")
+        found = [entry["models"][0]["bits_per_byte"] for entry in compare_perplexity(lineup, texts, quiet)]
         assert trial["values"] == pytest.approx(found, rel=1e-6)
         assert trial["loss"] == pytest.approx(sum(found) / 2, rel=1e-6)
     children = {trial["t"]: trial["loss"] for trial in entry["trials"] if trial["role"] == "child"}
@@ -137,7 +144,7 @@ def test_the_verdict_says_what_is_noise_and_when_a_parent_is_better(primary, wor
     best = Trial("child", 0.5, (2.1,), (weighed(2.0, 2.1, 2.2),))
     trials = [Trial("primary", 0.0, (0.0,), (weighed(*primary),)), best]
     trials += [Trial("secondary", 1.0, (0.0,), (weighed(4.0, 4.1, 4.2),))]
-    assert words in slerpmerge.Sweep.verdict(trials, best)
+    assert words in Sweep.verdict(trials, best)
 
 
 # ── What it leaves ──
@@ -161,13 +168,13 @@ def test_the_best_child_is_made_and_nothing_else_is_left(run, plan, tmp_path):  
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
 def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_after):
     tried: list[float] = []
-    measure = slerpmerge.Sweep.measure
+    measure = Sweep.measure
 
     def counted(sweep, role, folder):
         tried.append(role)
         return measure(sweep, role, folder)
 
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", counted)
+    monkeypatch.setattr(Sweep, "measure", counted)
     yardstick = Yardstick((tmp_path / "text-1.txt",))
 
     def stop(event: object) -> None:
@@ -190,7 +197,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
 @pytest.mark.parametrize("change", ["text", "method", "restart", "torn", "empty"])
 def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatch, change):
     tried: list[float] = []
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3, tried))
+    monkeypatch.setattr(Sweep, "measure", bowl(0.3, tried))
     yardstick = Yardstick((tmp_path / "text-1.txt",))
     whole = len(find_t(plan, yardstick, quiet)["trials"])
     assert len(tried) == whole
@@ -198,9 +205,9 @@ def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatc
     if change == "text":
         write_text(tmp_path / "text-1.txt", 201)
     elif change == "method":
-        recipe = slerpmerge.dataclasses.replace(recipe, method="lerp")
+        recipe = dataclasses.replace(recipe, method="lerp")
     elif change == "restart":
-        recipe = slerpmerge.dataclasses.replace(recipe, restart=True)
+        recipe = dataclasses.replace(recipe, restart=True)
     else:
         torn = "{}" if change == "torn" else ""
         (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text(torn, encoding="utf-8")
@@ -213,7 +220,7 @@ def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_pa
     memory = tmp_path / "memory"
     if in_memory:
         memory.mkdir()
-    monkeypatch.setattr(slerpmerge, "MEMORY_FOLDER", memory)
+    monkeypatch.setattr("slerpkit.evaluation.sweep.MEMORY_FOLDER", memory)
     measure = bowl(0.3)
     seen = []
 
@@ -222,34 +229,34 @@ def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_pa
         seen.append(len(children))
         if role == "child":
             assert children == [folder]
-            assert slerpmerge.is_inside(folder, memory) == in_memory
+            assert is_inside(folder, memory) == in_memory
         return measure(sweep, role, folder)
 
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", watched)
+    monkeypatch.setattr(Sweep, "measure", watched)
     find_t(plan, Yardstick((tmp_path / "text-1.txt",)), quiet)
     assert max(seen) == 1
     assert list(tmp_path.rglob("merge_report.json")) == []
 
 
 def test_a_trial_that_a_killed_sweep_left_is_removed_by_the_next(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3))
-    monkeypatch.setattr(slerpmerge, "remove_trial", lambda storage: None)  # as if it had never come to it
+    monkeypatch.setattr(Sweep, "measure", bowl(0.3))
+    monkeypatch.setattr("slerpkit.evaluation.sweep.remove_trial", lambda storage: None)  # as if it had never come to it
     yardstick = Yardstick((tmp_path / "text-1.txt",))
     find_t(plan, yardstick, quiet)
     storage = Path(json.loads((tmp_path / ".child.slerpmerge-sweep" / "journal.json").read_text("utf-8"))["storage"])
     assert (storage / "trial" / "model.safetensors").is_file()
     monkeypatch.undo()
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", bowl(0.3))
+    monkeypatch.setattr(Sweep, "measure", bowl(0.3))
     find_t(plan, yardstick, quiet)
     assert not storage.exists()
 
 
 def test_a_journal_cannot_have_a_folder_of_the_persons_removed(tmp_path):
-    for name in ("precious", slerpmerge.TRIAL_PREFIX + "link"):
+    for name in ("precious", TRIAL_PREFIX + "link"):
         (tmp_path / "precious").mkdir(exist_ok=True)
         if name != "precious":
             (tmp_path / name).symlink_to(tmp_path / "precious")
-        slerpmerge.remove_trial(str(tmp_path / name))
+        remove_trial(str(tmp_path / name))
     assert (tmp_path / "precious").is_dir()
 
 
@@ -262,7 +269,7 @@ def test_two_sweeps_into_one_place_are_refused(plan, tmp_path, monkeypatch):
             find_t(plan, yardstick, quiet)
         return measure(sweep, role, folder)
 
-    monkeypatch.setattr(slerpmerge.Sweep, "measure", again)
+    monkeypatch.setattr(Sweep, "measure", again)
     find_t(plan, yardstick, quiet)
 
 
@@ -287,7 +294,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_it_begins(run, plan, tmp_path,
 
 
 def test_slices_have_no_single_t(tmp_path):
-    cut = slerpmerge.LayerSlice(0, 0, 1, slerpmerge.Schedule.constant(0.5))
+    cut = LayerSlice(0, 0, 1, Schedule.constant(0.5))
     recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child", slices=(cut,))
     with pytest.raises(SlerpMergeError, match="one t of whole models"):
         find_t(prepare_merge(recipe, quiet), Yardstick((write_text(tmp_path / "text.txt", 9),)), quiet)
@@ -321,7 +328,7 @@ def curve(texts: int = 1) -> dict[str, object]:
 def test_the_curve_is_drawn_within_the_width_with_both_parents_at_its_ends(width, encoding, texts, monkeypatch):
     monkeypatch.setattr(RecordingConsole, "encoding", encoding)
     console = RecordingConsole(width)
-    console.print(slerpmerge.render_sweep(console, curve(texts)))
+    console.print(render_sweep(console, curve(texts)))
     text = console.export_text()
     assert max(map(cell_len, text.splitlines())) <= width
     assert "[red]text-0" in text
@@ -335,7 +342,7 @@ def test_the_curve_is_drawn_within_the_width_with_both_parents_at_its_ends(width
 def test_points_stand_where_their_values_are():
     console = RecordingConsole(100)
     trials = [{"role": "child", "t": t} for t in (0, 0.5, 1)]
-    lines = slerpmerge.draw_plot(console, trials, [3.0, 1.0, 2.0], [None] * 3, best_t=0.5)
+    lines = draw_plot(console, trials, [3.0, 1.0, 2.0], [None] * 3, best_t=0.5)
     rows = {mark: row for row, line in enumerate(lines) for mark in "●◆" if mark in line}
     assert lines[0].split() == ["3.0000", "●"]
     assert lines[8].split() == ["1.0000", "◆"]

@@ -14,14 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slerpmerge import (
-    ChildVerified,
-    CompanionCopied,
-    MergeReport,
-    SlerpMergeError,
-    read_header,
-    verify_with_transformers,
-)
+from slerpkit.evaluation.models import verify_with_transformers
+from slerpkit.merge.events import ChildVerified, CompanionCopied, MergeReport
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.safetensors_header import read_header
 from tests.builders import (
     HIDDEN,
     VOCABULARY,

@@ -13,8 +13,16 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-import slerpmerge
-from slerpmerge import MergeView, Mismatch, ParityReport, SlerpMergeError
+from slerpkit.maths import Blend
+from slerpkit.merge.events import BytesMerged, DeviceChosen, Event, MergeReport, PlanReady, TensorMerged
+from slerpkit.merge.plan import MergePlan
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.tensors import layer_positions
+from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.schedule import parse_blend
+from slerpkit.screen.console import render_error
+from slerpkit.screen.panels import draw_curve, render_curves, render_parity, render_plan, render_report
+from slerpkit.screen.progress import MergeView
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
 
 WIDTHS = (60, 100, 160)
@@ -40,10 +48,10 @@ def screens(console: Console, scene: Scene) -> Iterator[str]:
     """Every picture of the view, one after another, as drawn on this console."""
     error = SlerpMergeError("model.safetensors is damaged or incomplete: it ends early.", "Download it again.")
     for picture in (
-        slerpmerge.render_parity(console, scene.plan.parity),
-        slerpmerge.render_plan(console, scene.plan),
-        slerpmerge.render_report(console, scene.report),
-        slerpmerge.render_error(console, error),
+        render_parity(console, scene.plan.parity),
+        render_plan(console, scene.plan),
+        render_report(console, scene.report),
+        render_error(console, error),
     ):
         with console.capture() as capture:
             console.print(picture)
@@ -65,7 +73,7 @@ def parity_of(*mismatches: Mismatch) -> ParityReport:
     return ParityReport(mismatches, ())
 
 
-def long_named(scene: Scene) -> slerpmerge.TensorMerged:
+def long_named(scene: Scene) -> TensorMerged:
     """A tensor whose name no terminal is wide enough for."""
     merged = scene.report.result.tensors[0]
     return dataclasses.replace(merged, job=dataclasses.replace(merged.job, name="model.layers.0." + "expert." * 40))
@@ -97,8 +105,8 @@ class TestPlainLines:
     def test_one_large_tensor_gives_one_line(self, scene):
         console = plain_console()
         view = MergeView(console)
-        view.observe(slerpmerge.PlanReady(scene.plan))
-        view.observe(slerpmerge.BytesMerged(scene.plan.child_bytes))
+        view.observe(PlanReady(scene.plan))
+        view.observe(BytesMerged(scene.plan.child_bytes))
         assert written(console).split() == ["100", "%", "14.5", "GB", "of", "14.5", "GB"]
 
     def test_a_stream_that_is_no_terminal_gets_no_escape_code(self, scene):
@@ -124,7 +132,7 @@ class TestWidths:
     def test_nor_is_the_progress(self, scene, width):
         console = RecordingConsole(width, get_time=(clock := Clock()))
         view = MergeView(console)
-        view.observe(slerpmerge.PlanReady(scene.plan))
+        view.observe(PlanReady(scene.plan))
         draw_progress(view, clock, scene, stop_at=0.5)
         text = console.export_text()
         assert max(cell_len(line) for line in text.splitlines()) <= width
@@ -137,8 +145,8 @@ class TestWidths:
     def test_a_long_tensor_name_stays_on_its_line(self, scene, width):
         console = RecordingConsole(width, get_time=Clock())
         view = MergeView(console)
-        view.observe(slerpmerge.PlanReady(scene.plan))
-        view.observe(slerpmerge.DeviceChosen("cpu", "as asked"))
+        view.observe(PlanReady(scene.plan))
+        view.observe(DeviceChosen("cpu", "as asked"))
         view.observe(long_named(scene))
         view.stop()
         console.export_text()  # forgets what the live display drew
@@ -151,7 +159,7 @@ class TestWidths:
 class TestParityPanel:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_both_values_and_what_follows_are_shown(self, width):
-        text = words(shown(lambda console: slerpmerge.render_parity(console, parity_of(DTYPE, LICENCE)), width))
+        text = words(shown(lambda console: render_parity(console, parity_of(DTYPE, LICENCE)), width))
         for value in ("dtype of 3 tensors", "bfloat16", "float16", "Saved in", "licence", "apache-2.0", "mit"):
             assert value in text
         assert "1 mended, 1 to know" in text
@@ -160,29 +168,29 @@ class TestParityPanel:
     def test_common_names_are_not_cut_in_two(self, width):
         names = ("max_position_embeddings", "generation_config.json")
         report = parity_of(*(dataclasses.replace(LICENCE, subject=name) for name in names))
-        text = shown(lambda console: slerpmerge.render_parity(console, report), width)
+        text = shown(lambda console: render_parity(console, report), width)
         for name in names:
             assert name in text
 
     def test_what_blocks_is_counted(self):
-        text = shown(lambda console: slerpmerge.render_parity(console, parity_of(ROPE, LICENCE)), 100)
+        text = shown(lambda console: render_parity(console, parity_of(ROPE, LICENCE)), 100)
         assert "1 blocking" in text
         assert "10000" in text
         assert "500000" in text
 
     def test_equal_parents_are_said_to_be_equal(self):
-        assert "match" in shown(lambda console: slerpmerge.render_parity(console, parity_of()), 100)
+        assert "match" in shown(lambda console: render_parity(console, parity_of()), 100)
 
     def test_no_mismatch_is_left_out_in_silence(self):
         many = [dataclasses.replace(LICENCE, subject=f"key_{number}") for number in range(30)]
-        text = shown(lambda console: slerpmerge.render_parity(console, parity_of(*many)), 100)
+        text = shown(lambda console: render_parity(console, parity_of(*many)), 100)
         listed = sum(f"key_{number} " in text for number in range(30))
         assert listed == 30 or f"{30 - listed} more" in text
 
     def test_markup_and_control_characters_are_shown_not_obeyed(self):
         odd = dataclasses.replace(LICENCE, subject="[red]key[/]", primary="a\x1b[31mb", secondary="c\x9b\u202ed")
         for width in WIDTHS:
-            text = shown(lambda console: slerpmerge.render_parity(console, parity_of(odd)), width)
+            text = shown(lambda console: render_parity(console, parity_of(odd)), width)
             assert "[red]key[/]" in text
             assert r"a\x1b[31mb" in text
             assert not {"\x1b", "\x9b", "\u202e"} & set(text)
@@ -191,7 +199,7 @@ class TestParityPanel:
 class TestPlanPanel:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_parents_child_and_cost_are_named(self, scene, width):
-        text = words(shown(lambda console: slerpmerge.render_plan(console, scene.plan), width))
+        text = words(shown(lambda console: render_plan(console, scene.plan), width))
         for value in (
             "meadow/finch-7b-chat: LlamaForCausalLM, 7.2B parameters, 14.5 GB, bfloat16",
             "meadow/finch-7b-code: LlamaForCausalLM, 7.2B parameters, 14.5 GB, float16",
@@ -206,11 +214,11 @@ class TestPlanPanel:
 
 
 class TestReportPanel:
-    def report_with(self, scene: Scene, *warnings: str) -> slerpmerge.MergeReport:
+    def report_with(self, scene: Scene, *warnings: str) -> MergeReport:
         """The scene's report cut down to four tensors: two slerped, one lerped, one copied."""
         slerped = [merged for merged in scene.report.result.tensors if merged.blend.rule == "slerp"][:2]
         lerped, copied = (
-            dataclasses.replace(slerped[0], blend=slerpmerge.Blend(0.5, 0.5, rule, reason, 1.0))
+            dataclasses.replace(slerped[0], blend=Blend(0.5, 0.5, rule, reason, 1.0))
             for rule, reason in (("lerp", "parallel"), ("copy", "identical"))
         )
         result = dataclasses.replace(scene.report.result, tensors=(*slerped, lerped, copied))
@@ -219,7 +227,7 @@ class TestReportPanel:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_counts_place_speed_and_checks_are_shown(self, scene, width):
         report = self.report_with(scene)
-        text = words(shown(lambda console: slerpmerge.render_report(console, report), width))
+        text = words(shown(lambda console: render_report(console, report), width))
         assert "/home/ada/models/finch-7b-chat-finch-7b-code-slerp" in text.replace(" ", ""), "folded where it must be"
         assert "2 slerped, 1 lerped, 1 copied" in text
         assert "1 parallel" in text
@@ -229,12 +237,12 @@ class TestReportPanel:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_warnings_are_shown(self, scene, width):
         report = self.report_with(scene, "lm_head.weight: 3 values are infinite or not a number")
-        text = words(shown(lambda console: slerpmerge.render_report(console, report), width))
+        text = words(shown(lambda console: render_report(console, report), width))
         assert "• lm_head.weight: 3 values are infinite or not a number" in text
 
     def test_thousands_of_warnings_do_not_bury_the_summary(self, scene):
         report = self.report_with(scene, *(f"tensor_{number}: 1 value is infinite" for number in range(3000)))
-        text = shown(lambda console: slerpmerge.render_report(console, report), 100)
+        text = shown(lambda console: render_report(console, report), 100)
         assert len(text.splitlines()) < 100
 
 
@@ -242,7 +250,7 @@ class TestError:
     @pytest.mark.parametrize("width", WIDTHS)
     def test_cause_comes_before_remedy(self, width):
         error = SlerpMergeError("The folder [red]x does not exist.", "Give another folder.")
-        lines = shown(lambda console: slerpmerge.render_error(console, error), width).splitlines()
+        lines = shown(lambda console: render_error(console, error), width).splitlines()
         assert lines == ["✗ The folder [red]x does not exist.", "→ Give another folder."]
 
 
@@ -255,15 +263,15 @@ class TestLesserTerminals:
     def test_so_does_its_progress(self, scene, width):
         console = plain_console(width, "ascii", force_terminal=True, get_time=(clock := Clock()))
         view = MergeView(console)
-        view.observe(slerpmerge.PlanReady(scene.plan))
+        view.observe(PlanReady(scene.plan))
         draw_progress(view, clock, scene, stop_at=0.5)
         assert "50%" in written(console)
 
     def test_so_does_the_name_of_a_tensor_that_is_too_long(self, scene):
         console = plain_console(60, "ascii", force_terminal=True)
         with MergeView(console) as view:
-            view.observe(slerpmerge.PlanReady(scene.plan))
-            view.observe(slerpmerge.DeviceChosen("cpu", "as asked"))
+            view.observe(PlanReady(scene.plan))
+            view.observe(DeviceChosen("cpu", "as asked"))
             view.observe(long_named(scene))
             console.print(view.render())
         assert "model.layers.0.expert." in written(console)
@@ -277,8 +285,8 @@ class TestLesserTerminals:
 
 
 class TestLiveDisplay:
-    def live_events(self, scene: Scene) -> list[slerpmerge.Event]:
-        return [slerpmerge.PlanReady(scene.plan), *scene.executed[:3]]
+    def live_events(self, scene: Scene) -> list[Event]:
+        return [PlanReady(scene.plan), *scene.executed[:3]]
 
     def end_of(self, threads: set[threading.Thread]) -> bool:
         """Whether these threads end by themselves; one that was told to may need a moment."""
@@ -338,10 +346,10 @@ def test_the_pictures_show_the_whole_session(scene):
     assert str(Path.cwd()) not in "".join(pictures.values())
 
 
-def scheduled(plan: slerpmerge.MergePlan, blend: str) -> slerpmerge.MergePlan:
+def scheduled(plan: MergePlan, blend: str) -> MergePlan:
     """The plan with each tensor's t as this answer to `Blend` gives it."""
-    schedule = slerpmerge.parse_blend(blend)
-    positions = slerpmerge.layer_positions([job.name for job in plan.jobs])
+    schedule = parse_blend(blend)
+    positions = layer_positions([job.name for job in plan.jobs])
     shards = []
     for shard in plan.shards:
         ts = [schedule.t_for(job.name, positions.get(job.name, 0)) for job in shard.jobs]
@@ -363,23 +371,23 @@ class TestCurves:
         ],
     )
     def test_a_curve_is_bars_or_digits(self, values, bars, digits):
-        assert slerpmerge.draw_curve(plain_console(), values) == bars
-        assert slerpmerge.draw_curve(plain_console(encoding="ascii"), values) == digits
+        assert draw_curve(plain_console(), values) == bars
+        assert draw_curve(plain_console(encoding="ascii"), values) == digits
 
     def test_a_long_curve_is_thinned_and_keeps_its_ends(self):
-        curve = slerpmerge.draw_curve(plain_console(), [layer / 99 for layer in range(100)])
+        curve = draw_curve(plain_console(), [layer / 99 for layer in range(100)])
         assert len(curve) == 24
         assert curve == "".join(sorted(curve))
         assert (curve[0], curve[-1]) == ("▁", "█")
 
     @pytest.fixture
-    def plan(self, scene) -> slerpmerge.MergePlan:
+    def plan(self, scene) -> MergePlan:
         """The scene's plan with attention from 0 to 1, MLP from 1 to 0, and 0.25 for the rest."""
         return scheduled(scene.plan, "self_attn=0,1 mlp=1,0 0.25")
 
     @pytest.mark.parametrize("width", [60, 100])
     def test_a_table_has_a_row_for_each_component(self, plan, width):
-        text = shown(lambda console: slerpmerge.render_curves(console, plan), width)
+        text = shown(lambda console: render_curves(console, plan), width)
         assert max(map(cell_len, text.splitlines())) <= width
         assert "t of every tensor" in text
         whole = words(text)
@@ -390,7 +398,7 @@ class TestCurves:
         assert "0.25" in whole
 
     def test_at_100_columns_curves_and_ends_stand_in_one_line(self, plan):
-        lines = shown(lambda console: slerpmerge.render_curves(console, plan), 100).splitlines()
+        lines = shown(lambda console: render_curves(console, plan), 100).splitlines()
         rows = [line.strip("│ ").split() for line in lines]
         found = {row[1]: row[2:] for row in rows if row[:1] == ["model.layers"]}
         assert found.keys() == {"attention", "mlp", "other"}
@@ -402,12 +410,12 @@ class TestCurves:
         assert found["other"][1:] == ["0.25", "to", "0.25"]
 
     def test_at_60_columns_no_curve_is_broken(self, plan):
-        text = shown(lambda console: slerpmerge.render_curves(console, plan), 60)
+        text = shown(lambda console: render_curves(console, plan), 60)
         curves = re.findall(r"[▁▂▃▄▅▆▇█]+", text)
         assert [len(curve) for curve in curves] == [24, 24, 24]
 
     def test_a_component_whose_tensors_differ_is_not_drawn_as_if_they_did_not(self, scene):
         """q_proj at 0 among attention at 1 shows in the table, as t of every tensor."""
         plans = [scheduled(scene.plan, blend) for blend in ("q_proj=0 self_attn=1 0.5", "self_attn=1 0.5")]
-        tables = [shown(lambda console, plan=plan: slerpmerge.render_curves(console, plan), 100) for plan in plans]
+        tables = [shown(lambda console, plan=plan: render_curves(console, plan), 100) for plan in plans]
         assert tables[0] != tables[1]

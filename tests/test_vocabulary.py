@@ -14,19 +14,15 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slerpmerge import (
-    MergeRecipe,
-    MergeReport,
-    RowMap,
-    SlerpMergeError,
-    check_parity,
-    execute_merge,
-    generate_text,
-    make_demo_parents,
-    open_checkpoint,
-    prepare_merge,
-    read_recipe,
-)
+from slerpkit.demo import generate_text, make_demo_parents
+from slerpkit.merge.events import MergeReport
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parity.check import check_parity
+from slerpkit.parity.report import RowMap
+from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe_file import read_recipe
+from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     HIDDEN,
     LLAMA_CONFIG,
@@ -123,7 +119,9 @@ def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_pat
 @pytest.mark.parametrize("shuffled", [0, 1])
 @pytest.mark.parametrize("chunk", [HIDDEN, 5 * HIDDEN + 3, 1 << 19])
 def test_rows_in_any_order_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk, shuffled):
-    monkeypatch.setattr("slerpmerge.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", chunk)
     orders = [WORDS, [WORDS[0], *numpy.random.default_rng(3).permutation(WORDS[1:])]]
     primary = make_parent(tmp_path / "primary", 1, orders[shuffled])
     secondary = make_parent(tmp_path / "secondary", 2, orders[1 - shuffled])

@@ -17,15 +17,18 @@ import pytest
 import torch
 
 import slerpmerge
-from slerpmerge import (
-    ScheduleRule,
-    SlerpMergeError,
-    clean_path,
-    order_rules,
-    parse_blend,
-    parse_rule,
-    proposed_save_directory,
-)
+from slerpkit.files import clean_path
+from slerpkit.merge.save_directory import proposed_save_directory
+from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import find_model, open_checkpoint
+from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe_file import recipe_text
+from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
+from slerpkit.screen.finder import ModelFinder
+from slerpkit.screen.flags import build_parser, equivalent_command
+from slerpkit.screen.session import CommandLine
+from slerpkit.screen.wizard import OTHER_BLENDS
+from slerpkit.story import prepare_merge
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -125,7 +128,7 @@ class TestParseBlend:
         ],
     )
     def test_names_their_beginnings_and_numbers(self, text, t):
-        assert parse_blend(text) == slerpmerge.Schedule.constant(t)
+        assert parse_blend(text) == Schedule.constant(t)
 
     @pytest.mark.parametrize(
         ("text", "gradient"),
@@ -618,9 +621,9 @@ class TestSixtyColumns:
             lines = terminal.text.partition("? Blend")[0].splitlines()
             assert max(map(len, lines)) <= 60
             listed = [line.strip() for line in lines]
-        for name, _, _ in slerpmerge.BLENDS:
+        for name, _, _ in BLENDS:
             assert any(re.match(rf"{name} .*[▁▂▃▄▅▆▇█]{{8}}", line) for line in listed), name
-        for name, _ in slerpmerge.OTHER_BLENDS:
+        for name, _ in OTHER_BLENDS:
             assert any(line.startswith(name) for line in listed), name
 
     def test_a_refusal_is_readable_to_its_end(self, tmp_path):
@@ -660,8 +663,8 @@ cached_links = pytest.mark.skipif(os.name == "nt", reason="links need rights the
 
 @cached_links
 class TestFinding:
-    def finder(self, folder: Path, *places: Path) -> slerpmerge.ModelFinder:
-        finder = slerpmerge.ModelFinder(places)
+    def finder(self, folder: Path, *places: Path) -> ModelFinder:
+        finder = ModelFinder(places)
         finder._look()
         return finder
 
@@ -684,9 +687,9 @@ class TestFinding:
         os.utime(newer, (2e9, 2e9))
         (offer,) = self.finder(tmp_path).offers("finch")
         assert offer[0] == "ada/finch"
-        assert slerpmerge.find_model("ada/finch") == whole
+        assert find_model("ada/finch") == whole
         (newer / "model.safetensors").symlink_to((whole / "model.safetensors").resolve())
-        assert slerpmerge.find_model("ada/finch") == newer
+        assert find_model("ada/finch") == newer
 
     def test_what_fits_the_primary_comes_first_and_the_others_say_why_not(self, tmp_path, hub, monkeypatch):
         primary, _ = make_pair(tmp_path)
@@ -706,14 +709,14 @@ class TestFinding:
 
     def test_a_name_of_the_hub_that_is_not_there_says_how_to_get_it(self, hub):
         with pytest.raises(SlerpMergeError) as caught:
-            slerpmerge.open_checkpoint(slerpmerge.find_model("ada/finch"))
+            open_checkpoint(find_model("ada/finch"))
         assert "hf download ada/finch" in caught.value.hint
 
     @posix_paths
     def test_windows_separators_are_understood(self, tmp_path, monkeypatch):
         make_pair(tmp_path / "models")
         monkeypatch.chdir(tmp_path)
-        assert slerpmerge.find_model("models\\primary") == Path("models/primary")
+        assert find_model("models\\primary") == Path("models/primary")
 
     @needs_terminal
     def test_tab_completes_a_found_model_and_the_cache_does_not_delay_the_prompt(self, tmp_path, hub):
@@ -818,18 +821,18 @@ class TestSecondThoughts:
     def test_the_command_says_all_that_is_not_the_default_or_the_recipes(self, tmp_path, monkeypatch, saved):
         """Parsed again, it gives the recipe that it was made of."""
         monkeypatch.chdir(tmp_path)
-        rules = (slerpmerge.ScheduleRule((-0.5, 1.25), "self_attn"), slerpmerge.ScheduleRule((0.123456789,)))
-        recipe = slerpmerge.MergeRecipe(
-            *make_pair(tmp_path), Path("a child"), slerpmerge.Schedule(rules), method="slerp-norm", extrapolate=True,
+        rules = (ScheduleRule((-0.5, 1.25), "self_attn"), ScheduleRule((0.123456789,)))
+        recipe = MergeRecipe(
+            *make_pair(tmp_path), Path("a child"), Schedule(rules), method="slerp-norm", extrapolate=True,
             dtype="float16", max_shard_bytes=12345, device="cpu", threads=3, overwrite=True, epsilon=1e-5,
         )  # fmt: skip
         if saved:
-            plan = slerpmerge.prepare_merge(recipe, lambda event: None)
-            slerpmerge.write_text(tmp_path / "r.yaml", slerpmerge.recipe_text(plan, tmp_path))
+            plan = prepare_merge(recipe, lambda event: None)
+            write_text(tmp_path / "r.yaml", recipe_text(plan, tmp_path))
             recipe = dataclasses.replace(recipe, recipe_file=Path("r.yaml"), dtype="bfloat16")
-        words = shlex.split(slerpmerge.equivalent_command(recipe))
-        arguments = slerpmerge.build_parser().parse_args(words[2:])
-        again = slerpmerge.MergeRecipe(**slerpmerge.CommandLine(arguments).preset())
+        words = shlex.split(equivalent_command(recipe))
+        arguments = build_parser().parse_args(words[2:])
+        again = MergeRecipe(**CommandLine(arguments).preset())
         for field in dataclasses.fields(recipe):
             left, right = getattr(recipe, field.name), getattr(again, field.name)
             same = left.resolve() == right.resolve() if isinstance(left, Path) else left == right

@@ -1,0 +1,139 @@
+"""Everything beside the weights: config, tokenizer, template, generation settings, recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.child.report import write_report
+from slerpkit.files import copy_matching, read_json, read_json_if_there, write_json, write_text
+from slerpkit.merge.events import CompanionCopied
+from slerpkit.parents.checkpoint import COMPANION_FILES, GENERATION_NAME, TEMPLATE_FILES, TOKENIZER_FILES
+from slerpkit.parity.chat import child_generation_config, follow_tokens
+from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
+from slerpkit.parity.embeddings import is_tied, true_tie
+from slerpkit.parity.vocabulary import extend_tokenizer, open_tokenizer, settle_tokenizer
+from slerpkit.recipe_file import RECIPE_NAME, recipe_text
+
+if TYPE_CHECKING:
+    from slerpkit.merge.events import MergeResult, Observer
+    from slerpkit.merge.plan import MergePlan
+    from slerpkit.merge.staging import StagedChild
+
+
+def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> None:
+    """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
+    observe(CompanionCopied(write_child_config(plan, child.folder), "made"))
+    for role, patterns in (
+        (plan.tokenizer_role, TOKENIZER_FILES),
+        (plan.template_role, TEMPLATE_FILES),
+        ("primary", COMPANION_FILES),
+    ):
+        if role is not None:
+            for name in copy_matching(plan.parent(role).folder, child.folder, patterns):
+                observe(CompanionCopied(name, role))
+    for name in adapt_tokenizer(plan, child.folder):
+        observe(CompanionCopied(name, "made"))
+    if (source := write_generation_config(plan, child.folder)) is not None:
+        observe(CompanionCopied(GENERATION_NAME, source))
+    write_text(child.folder / RECIPE_NAME, recipe_text(plan, child.target))
+    observe(CompanionCopied(RECIPE_NAME, "made"))
+    for name in write_report(plan, result, child.folder):
+        observe(CompanionCopied(name, "made"))
+
+
+def write_generation_config(plan: MergePlan, folder: Path) -> str | None:
+    """generation_config.json; returns whose it is, or "made" where ids follow the other parent's tokenizer."""
+    role = plan.template_role
+    settings, _ = child_generation_config(plan.primary, plan.secondary, plan.parity.vocabulary, role)
+    if not settings:
+        return None
+    for source in ("primary", "secondary"):
+        path = plan.parent(source).folder / GENERATION_NAME
+        if read_json_if_there(path) == settings:
+            list(copy_matching(path.parent, folder, [GENERATION_NAME]))
+            return source
+    write_json(folder / GENERATION_NAME, settings)
+    return "made"
+
+
+def adapt_tokenizer(plan: MergePlan, folder: Path) -> Iterator[str]:
+    """Puts the other parent's chat template and tokens into the donor's copied files; yields the names of those."""
+    settings_path, more_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings = read_json_if_there(settings_path)
+    before = dict(settings)
+    if plan.template_role != plan.tokenizer_role:
+        theirs = read_json_if_there(plan.parent(plan.template_role).folder / settings_path.name).get("chat_template")
+        settings = {key: value for key, value in settings.items() if key != "chat_template"}
+        settings |= {} if theirs is None else {"chat_template": theirs}
+    appended = plan.parity.vocabulary.appended
+    if appended:
+        tokenizer = open_tokenizer(folder / "tokenizer.json")
+        settle_tokenizer(tokenizer, folder)
+        extend_tokenizer(tokenizer, [(token.content, token.flags) for token in appended])
+        write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+        yield "tokenizer.json"
+        if isinstance(settings.get("added_tokens_decoder"), dict):
+            entries = {str(token.number): {"content": token.content, **dict(token.flags)} for token in appended}
+            settings = {**settings, "added_tokens_decoder": {**settings["added_tokens_decoder"], **entries}}
+        if more_path.is_file():
+            write_json(more_path, {**read_json(more_path), **{token.content: token.number for token in appended}})
+            yield more_path.name
+    if settings != before:
+        write_json(settings_path, settings)
+        yield settings_path.name
+
+
+def write_child_config(plan: MergePlan, folder: Path) -> str:
+    """config.json: the primary's, key by key, with what is another in the child. Returns its name."""
+    config = dict(plan.primary.config)
+    vocabulary = plan.parity.vocabulary
+    if vocabulary.role == "secondary":
+        config = follow_tokens(config, plan.secondary.config, vocabulary, "primary")
+    if plan.recipe.dtype != "auto":
+        stated = [key for key in DTYPE_KEYS if key in config] or ["torch_dtype"]
+        config.update(dict.fromkeys(stated, plan.recipe.dtype))
+        for key, part in config.items():
+            if isinstance(part, dict):  # a model inside a model states its own
+                config[key] = {k: plan.recipe.dtype if k in DTYPE_KEYS else v for k, v in part.items()}
+    rows = vocabulary.parent_rows[0]
+    if rows != vocabulary.rows and not any("vocab_size" in scope for scope in language_scopes(config)):
+        place = next((key for key in LANGUAGE_CONFIGS if isinstance(config.get(key), dict)), None)
+        config |= {"vocab_size": rows} if place is None else {place: {**config[place], "vocab_size": rows}}
+    config = with_value(config, "vocab_size", rows, vocabulary.rows)
+    stated_tie, tie = is_tied(config), true_tie(plan.primary)
+    if stated_tie is None and tie is not None:
+        config["tie_word_embeddings"] = tie
+    config = with_value(config, "tie_word_embeddings", stated_tie, tie)
+    if plan.recipe.slices:
+        config = with_depth(config, plan)
+    write_json(folder / "config.json", config)
+    return "config.json"
+
+
+def with_value(config: Mapping[str, Any], key: str, before: Any, after: Any) -> dict[str, Any]:
+    """A config with a value exchanged wherever it is stated, in models inside the model too."""
+    changed = {
+        k: with_value(part, key, before, after) if isinstance(part, dict) else part for k, part in config.items()
+    }
+    if key in changed and changed[key] == before and before is not None:
+        changed[key] = after
+    return changed
+
+
+def with_depth(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
+    """The config of a child of another depth: the number of layers, and lists with an entry for each layer."""
+    layers = [part.primary_start + step for part in plan.recipe.slices for step in range(part.length)]
+    depth = stated_depth(config)
+    changed = dict(config)
+    for key, value in config.items():
+        if DEPTH_KEY.search(key) and value == depth:
+            changed[key] = len(layers)
+        elif isinstance(value, list) and key.endswith("_only_layers"):  # numbers of layers, not an entry for each
+            changed[key] = [number for number, layer in enumerate(layers) if layer in value]
+        elif isinstance(value, list) and len(value) == depth and "layer" in key:
+            changed[key] = [value[layer] for layer in layers]
+        elif isinstance(value, dict) and key == "text_config":
+            changed[key] = with_depth(value, plan)
+    return changed

@@ -1,0 +1,259 @@
+"""merge_report.json, and the model card that is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slerpkit import __version__
+from slerpkit.files import read_bytes, read_json_if_there, replace_files, write_json, write_text
+from slerpkit.merge.difference_map import MAP_NAME, map_of_merge, save_map
+from slerpkit.messages import SlerpMergeError, format_count
+from slerpkit.parents.checkpoint import CARD_NAME
+from slerpkit.recipe import vectors_of
+
+if TYPE_CHECKING:
+    from slerpkit.merge.difference_map import DifferenceMap
+    from slerpkit.merge.events import MergeResult, TensorMerged
+    from slerpkit.merge.plan import MergePlan
+
+REPORT_NAME = "merge_report.json"
+MEASURED_BY_MERGE = "v0 . v1 / (|v0| |v1|) over every element of a tensor, in float32 by chunks, added up exactly"
+
+
+def lasting_report(plan: MergePlan, result: MergeResult, found: DifferenceMap) -> dict[str, Any]:
+    """merge_report.json: how the child was made and what was found, with names and no local paths, times or machines.
+
+    What is measured of the child afterwards joins it: "checks", "tastes", "perplexities", "scores", "sweep".
+    """
+    recipe, parity = plan.recipe, plan.parity
+    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
+    return {
+        "slerpmerge": __version__,
+        "child": recipe.save_directory.resolve().name,
+        "recipe": {
+            **{role: None if parent is None else parent.name for role, parent in parents.items()},
+            "method": recipe.method,
+            "granularity": recipe.granularity,
+            "blend": recipe.describe_blend(),
+            "dtype": recipe.dtype if recipe.dtype != "auto" else f"{', '.join(plan.primary.dtypes)} (the primary's)",
+            "dot_threshold": recipe.dot_threshold,
+            "epsilon": recipe.epsilon,
+            "tokenizer_from": plan.tokenizer_role,
+            "chat_template_from": plan.template_role,
+        },
+        "kinship": plan.kinship.as_dict(),
+        "parity": {kind: [dataclasses.asdict(m) for m in parity.of_severity(kind)] for kind in ("mended", "notice")},
+        "vocabulary": parity.vocabulary.as_dict(),
+        "rules": rules_followed(result),
+        "angles": {"measured": MEASURED_BY_MERGE, **found.as_dict()},
+    }
+
+
+def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
+    """How many tensors were slerped, lerped and copied, why, and the angles between the parents there."""
+    groups: dict[tuple[str, str], list[TensorMerged]] = {}
+    for merged in result.tensors:
+        groups.setdefault((merged.blend.rule, merged.blend.reason), []).append(merged)
+    found = []
+    for (rule, reason), members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        angles = [merged.blend.angle_degrees for merged in members if merged.blend.angle_degrees is not None]
+        found.append(
+            {
+                "rule": f"{rule} ({reason})" if reason else rule,
+                "tensors": len(members),
+                "parameters": sum(merged.job.element_count for merged in members),
+                "degrees": [min(angles), max(angles)] if angles else None,
+            }
+        )
+    return found
+
+
+def write_report(plan: MergePlan, result: MergeResult, folder: Path) -> Iterator[str]:
+    """The report, its map and the child's card; yields their names."""
+    found = map_of_merge(result, vectors_of(plan.recipe))
+    report = lasting_report(plan, result, found)
+    save_map(found, folder / MAP_NAME, f"{plan.primary.name} and {plan.secondary.name}")
+    yield MAP_NAME
+    write_json(folder / REPORT_NAME, report)
+    yield REPORT_NAME
+    write_text(folder / CARD_NAME, card_front(report) + card_block(report))
+    yield CARD_NAME
+
+
+def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Adds what was found of a child to its report and card. Lists grow; of the card only the tool's own part changes.
+
+    Raises SlerpMergeError where the disk refuses; the files are then as before.
+    """
+    report, card = read_json_if_there(folder / REPORT_NAME), ""
+    path = folder / CARD_NAME
+    try:
+        for key, value in changes.items():
+            report[key] = [*report.get(key, []), *value] if isinstance(value, list) else value
+        block = card_block(report)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{folder / REPORT_NAME} is not as slerpmerge writes it."
+        raise SlerpMergeError(what, "Move it away; a new one is then begun.") from error
+    if path.exists():  # bytes that are not UTF-8 stay what they are
+        card = read_bytes(path).decode("utf-8", "surrogateescape")
+    begin = card.find(CARD_MARKS[0])
+    end = card.find(CARD_MARKS[1], begin)
+    if 0 <= begin < end:
+        card = card[:begin] + block.rstrip("\n") + card[end + len(CARD_MARKS[1]) :]
+    else:
+        card = card.rstrip("\n") + "\n\n" * bool(card) + block
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    replace_files(
+        {folder / REPORT_NAME: text.encode("utf-8", "backslashreplace"), path: card.encode("utf-8", "surrogateescape")}
+    )
+
+
+CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until here -->")
+
+
+def card_front(report: Mapping[str, Any]) -> str:
+    """What hubs read of a card, and its title: the part that is the person's to change."""
+    recipe = report["recipe"]
+    names = [recipe["primary"], recipe["secondary"]]
+    front = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)]
+    front += ["library_name: transformers", "tags:", "- merge", "- slerp", "---", "", f"# {report['child']}", ""]
+    front += [
+        f"A merge of **{names[0]}** and **{names[1]}** by spherical linear interpolation,",
+        f"made with slerpmerge {report['slerpmerge']}.",
+        "",
+    ]
+    return "\n".join(front) + "\n"
+
+
+def card_block(report: Mapping[str, Any]) -> str:
+    """The part of a card that tells what the report tells, between two marks."""
+    parts = [CARD_MARKS[0], ""]
+    for section in (card_recipe, card_rules, card_mended, card_sweep, card_perplexities, card_scores, card_tastes):
+        lines = section(report)
+        parts += [*lines, ""] if lines else []
+    return "\n".join([*parts, CARD_MARKS[1], ""])
+
+
+def card_recipe(report: Mapping[str, Any]) -> list[str]:
+    """What the person decided. Names, never local paths."""
+    recipe = report.get("recipe")
+    if recipe is None:
+        return []
+    settings = [
+        ("primary (t = 0)", recipe["primary"]),
+        ("secondary (t = 1)", recipe["secondary"]),
+        *([("base of the task vectors", recipe["base"])] if recipe["base"] is not None else []),
+        ("method", recipe["method"]),
+        ("blend", recipe["blend"]),
+        ("dtype", recipe["dtype"]),
+        ("dot threshold", f"{recipe['dot_threshold']:g}"),
+        ("epsilon", f"{recipe['epsilon']:g}"),
+        ("tokenizer from", recipe["tokenizer_from"] or "neither"),
+        *(
+            [("chat template from", recipe["chat_template_from"])]
+            if recipe["chat_template_from"] != recipe["tokenizer_from"]
+            else []
+        ),
+    ]
+    return ["## Recipe", "", *markdown_table(("setting", "value"), settings)]
+
+
+def card_rules(report: Mapping[str, Any]) -> list[str]:
+    """What was done with the tensors, and the map of how the parents differ."""
+    if "rules" not in report:
+        return []
+    rows = []
+    for entry in report["rules"]:
+        degrees = entry["degrees"]
+        angles = f"{degrees[0]:.2f}° to {degrees[1]:.2f}°" if degrees else ""
+        rows.append((entry["rule"], str(entry["tensors"]), format_count(entry["parameters"]), angles))
+    table = markdown_table(("rule", "tensors", "parameters", "angle between the parents"), rows)
+    picture = f"![How the parents differ, layer by component]({MAP_NAME})"
+    return ["## What was done", "", *table, "", picture]
+
+
+def card_mended(report: Mapping[str, Any]) -> list[str]:
+    """The differences that a stated rule resolved."""
+    mended = report.get("parity", {}).get("mended", [])
+    lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in mended]
+    return ["## What was mended", "", *lines] if lines else []
+
+
+def card_sweep(report: Mapping[str, Any]) -> list[str]:
+    """The curve by which t was found."""
+    sweep = report.get("sweep")
+    if not sweep:
+        return []
+    names = sweep["names"]
+    rows = []
+    for trial in sweep["trials"]:
+        noise = "" if trial["noise"] is None else f" ± {trial['noise']:.4f}"
+        figures = [f"{value:.4f}" for value in trial["values"]]
+        label = f"{trial['t']:g}" + (f" ({trial['role']})" if trial["role"] != "child" else "")
+        label = f"**{label}**" if trial["t"] == sweep["best_t"] and trial["role"] == "child" else label
+        rows.append((label, *figures, f"{trial['over_best']:+.4f}{noise}"))
+    heads = ("t", *(f"{name} ({sweep['unit']})" for name in names), "mean loss over the best's")
+    return ["## How t was found", "", sweep["measured"], "", *markdown_table(heads, rows), "", sweep["verdict"]]
+
+
+def card_perplexities(report: Mapping[str, Any]) -> list[str]:
+    """Parents and child on the same texts."""
+    lines: list[str] = []
+    for entry in report.get("perplexities", []):
+        rows = [
+            (
+                model["role"],
+                str(model["tokens"]),
+                f"{model['perplexity']:.4f}",
+                f"{model['bits_per_byte']:.4f}" + (f" ± {model['noise']:.4f}" if model["noise"] is not None else ""),
+            )
+            for model in entry["models"]
+        ]
+        table = markdown_table(("model", "tokens", "perplexity", "bits per byte"), rows)
+        lines += ["", f"On {table_cell(entry['text'])}. {entry['measured']}", "", *table]
+    return ["## Perplexity", *lines] if lines else []
+
+
+def card_scores(report: Mapping[str, Any]) -> list[str]:
+    """Parents and child on the harness's tasks."""
+    lines: list[str] = []
+    for entry in report.get("scores", []):
+        rows = [
+            (
+                row["task"],
+                row["metric"],
+                *(f"{value:.4f} ± {error:.4f}" if error is not None else f"{value:.4f}" for value, error in figures),
+                *(row["verdicts"]),
+            )
+            for row in entry["rows"]
+            for figures in [[row["figures"][role] for role in ("primary", "secondary", "child")]]
+        ]
+        heads = ("task", "metric", "primary", "secondary", "child", "child against primary", "child against secondary")
+        lines += ["", entry["measured"], "", *markdown_table(heads, rows)]
+    return ["## Scores", *lines] if lines else []
+
+
+def card_tastes(report: Mapping[str, Any]) -> list[str]:
+    """What parents and child answered to the same prompts."""
+    lines: list[str] = []
+    for entry in report.get("tastes", []):
+        rows = [(role, answer) for role, answer in entry["answers"].items()]
+        lines += ["", f"> {table_cell(entry['prompt'])}", "", *markdown_table(("model", "answer"), rows)]
+        lines += ["", entry["measured"]]
+    return ["## Tastes", *lines] if lines else []
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(map(table_cell, heads)) + " |", "|---" * len(heads) + "|"]
+    return lines + ["| " + " | ".join(map(table_cell, row)) + " |" for row in rows]
+
+
+def table_cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table's cell, nor be taken for a mark of the card."""
+    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("<!--", "&lt;!--")
+    return text.replace("\r", "").replace("\n", "<br>")

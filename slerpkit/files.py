@@ -1,0 +1,223 @@
+"""Small files and folders: read within bounds, replaced by one rename, looked at without following links."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, printable, shorten
+
+MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
+
+
+def clean_path(text: str) -> Path:
+    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    elif os.name != "nt":
+        text = re.sub(r"\\([^\w\\])", r"\1", text)  # as a terminal pastes a dropped folder
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """A small file, whole. Raises SlerpMergeError where it cannot be read or is larger than `limit` bytes."""
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(min(size, limit) + 1)
+    except OSError as error:
+        raise explain_os_error(error, path, "read") from error
+    if max(size, len(data)) > limit:
+        raise SlerpMergeError(
+            f"{path} is larger than {format_bytes(limit)}, too large for what it should be.",
+            "Download this file again from where the model comes from.",
+        )
+    return data
+
+
+def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
+    """A JSON object from a stranger's file; a name given twice, or nesting without end, is refused."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"the name {twice!r} stands there twice")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise SlerpMergeError(f"{source} does not hold valid JSON: {reason}.", "Download this file again.") from error
+    if not isinstance(value, dict):
+        raise SlerpMergeError(f"{source} holds no JSON object.", "Download this file again.")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    return parse_json_object(read_bytes(path), path)
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is none."""
+    return read_json(path) if path.is_file() else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A small JSON file, as people like to read it."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small text file, UTF-8. Raises SlerpMergeError where the disk refuses."""
+    try:
+        # Half a surrogate pair from a stranger's config stays the escape it was.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    except OSError as error:
+        raise explain_os_error(error, path, "write") from error
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Gives small files new content, by renames once all of it is written; a link in the way is not followed."""
+    fresh = {path: path.with_name(f".{path.name}.new") for path in contents}
+    try:
+        for path, content in contents.items():
+            fresh[path].unlink(missing_ok=True)
+            with open(fresh[path], "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, new in fresh.items():
+            new.replace(path)
+    except OSError as error:
+        for new in fresh.values():
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+        raise explain_os_error(error, path, "write") from error
+
+
+def file_size(path: Path) -> int:
+    """A file's size in bytes. Raises SlerpMergeError where the system will not tell."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise explain_os_error(error, path, "look at") from error
+
+
+def check_path(path: Path, what: str) -> None:
+    """Raises SlerpMergeError for a path that the system cannot even look for, such as one of absurd length."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        name = printable(shorten(str(path), 200))
+        raise SlerpMergeError(f"The {what} {name} is no usable path: {reason}.", "Check the path.") from error
+
+
+def nested_files(folder: Path) -> Iterator[Path]:
+    """Every file and folder below a folder; folders that are links are named and not entered."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            yield Path(place, name)
+
+
+class FileHandles:
+    """Open files of one thread, for reads and writes at a place. Few at a time; portable everywhere.
+
+    Each `purpose` has a handle, and so a place, of its own: both parents may be the same file.
+    """
+
+    most_open = 16  # a model can have hundreds of shards
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[Path, str, int], io.FileIO] = OrderedDict()
+
+    def at(self, path: Path, mode: str, offset: int, purpose: int = 0) -> io.FileIO:
+        """The file, unbuffered, standing at `offset` bytes."""
+        handle = self._open.get((path, mode, purpose))
+        if handle is None:
+            if len(self._open) >= self.most_open:
+                self._open.popitem(last=False)[1].close()
+            handle = self._open[path, mode, purpose] = io.FileIO(path, mode)
+        self._open.move_to_end((path, mode, purpose))
+        handle.seek(offset)
+        return handle
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies somewhere below it."""
+    return path == folder or folder in path.parents
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder above `path` that exists: where its bytes will come to lie."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a path is a file itself, and no link, pipe or folder."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def is_plain_folder(path: Path) -> bool:
+    """Whether a path is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def read_text_if_there(path: Path) -> str | None:
+    """A small text file, or None; what is not UTF-8 shows as replacement characters."""
+    return read_bytes(path).decode("utf-8", "replace") if path.is_file() else None
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk. Folders: where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no call for it
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir():  # some network disks cannot sync a folder; the files themselves are safe
+            raise explain_os_error(error, path, "write to the disk") from error
+
+
+def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> Iterator[str]:
+    """Copies the files, and whole folders, that match; yields their names. Links are followed, as in a hub's cache."""
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            try:
+                if path.is_dir():
+                    shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
+                else:
+                    shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                raise explain_os_error(error, path, "copy") from error
+            yield path.name

@@ -1,0 +1,245 @@
+"""The child while it grows: taken over, synced, published by one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slerpkit.files import is_plain_folder, sync_to_disk
+from slerpkit.merge.events import ChildPublished, MergeResumed, MergeStopped
+from slerpkit.merge.journal import Journal
+from slerpkit.merge.save_directory import FolderLock, check_replaceable, interruptions_held, staging_area
+from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
+from slerpkit.parents.checkpoint import set_of, stamps_of
+
+if TYPE_CHECKING:
+    from slerpkit.merge.events import Observer, TensorMerged
+    from slerpkit.merge.plan import MergePlan
+
+
+class BackgroundSync:
+    """One thread that asks the disk for finished files while the merge goes on."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.Queue[tuple[Path, Callable[[], None]] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._given_up = False
+        self._thread = threading.Thread(target=self._work, name="sync", daemon=True)
+        self._thread.start()
+
+    def submit(self, path: Path, then: Callable[[], None] = lambda: None) -> None:
+        """Asks for one file; `then` is called once it is on the disk. Raises what went wrong with one before it."""
+        if self._error is not None:
+            raise self._error
+        self._tasks.put((path, then))
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                if not self._given_up:
+                    sync_to_disk(task[0])
+                    if not self._given_up:
+                        task[1]()
+            except BaseException as error:  # handed to whoever waits
+                self._error = error
+
+    def finish(self) -> None:
+        """Waits until all is on the disk that was asked for; raises what went wrong."""
+        self.stop(math.inf)
+        if self._error is not None:
+            raise self._error
+
+    def stop(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Waits for what was asked for until `seconds` are over or it is `enough`, then gives up the rest."""
+        self._tasks.put(None)
+        limit = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < limit and not enough():
+            self._thread.join(0.1)  # a wait without end would be deaf to Ctrl-C on Windows
+        self._given_up = True
+
+
+class StagedChild:
+    """The child while it grows: in a hidden folder beside the save directory, published by one rename.
+
+    Leaving the `with` block by an error keeps the files that are finished, for the same merge to carry on with; where
+    there are none, all is as it was. Another run that makes the same child is refused meanwhile: a lock in the hidden
+    folder, which dies with its process, tells.
+    """
+
+    def __init__(self, plan: MergePlan, observe: Observer) -> None:
+        self.plan = plan
+        self.observe = observe
+        self.target = plan.recipe.save_directory.resolve()
+        self.area = staging_area(self.target)
+        self.folder = self.area / "child"
+        self.replaced = self.area / "replaced"  # a child that stood there before, until the new one does
+        self.journal = Journal(self.area, plan)
+        self._is_trusted = True
+        self._made: list[Path] = []
+
+    def __enter__(self) -> StagedChild:
+        try:
+            if os.path.lexists(self.area) and not is_plain_folder(self.area):
+                raise SlerpMergeError(f"{self.area} is in the way; it is no folder of this tool's.", "Remove it.")
+            for folder in reversed([self.area, *self.area.parents]):
+                if not folder.exists():
+                    folder.mkdir()
+                    self._made.append(folder)
+            self._lock = FolderLock(self.area)
+        except BaseException as error:
+            self._remove_made()
+            if isinstance(error, OSError):
+                raise explain_os_error(error, self.area, "make the folder") from error
+            raise
+        try:
+            with interruptions_held():
+                resumed = self._take_over()
+            if resumed is not None:
+                self.observe(resumed)
+            self._sync = BackgroundSync()
+        except BaseException as error:  # nothing is removed that a later run could use
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                self.area.rmdir()
+            self._remove_made()
+            if isinstance(error, OSError):
+                raise explain_os_error(error, self.area, "prepare the folder") from error
+            raise
+        return self
+
+    def _take_over(self) -> MergeResumed | None:
+        """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
+        for path in (self.folder, self.replaced):
+            if os.path.lexists(path) and not is_plain_folder(path):
+                path.unlink()  # a link or a file; what a link leads to is none of ours
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        if self.replaced.is_dir() and (is_empty or not self.target.exists()):
+            if is_empty:
+                self.target.rmdir()
+            self.replaced.rename(self.target)
+        if self.target.is_dir() and any(self.target.iterdir()):
+            check_replaceable(self.target, self.plan.recipe.overwrite)
+        leftover = self.folder.is_dir() and any(self.folder.iterdir())
+        reason = "as asked" if self.plan.recipe.restart else self.journal.load()
+        self._remove_unfinished()
+        self.folder.mkdir(exist_ok=True)
+        return MergeResumed(len(self.journal.finished), len(self.plan.shards), reason) if leftover else None
+
+    def finish_file(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
+        """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""
+        self._sync.submit(self.folder / file_name, lambda: self.journal.add(file_name, tensors))
+
+    def distrust(self) -> None:
+        """Says that nothing of this child is of use to a later run."""
+        self._is_trusted = False
+
+    def sync(self) -> float:
+        """Waits until every file is on the disk; returns the seconds waited."""
+        started = time.perf_counter()
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.name not in self.journal.shards:
+                self._sync.submit(path)
+        self._sync.finish()
+        sync_to_disk(self.folder)
+        return time.perf_counter() - started
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            with interruptions_held() as held:
+                # A person who pressed Ctrl-C does not wait for the disk.
+                self._sync.stop(30 if isinstance(error, Exception) else 0.5, enough=lambda: bool(held))
+                self._leave()
+            return
+        try:
+            with interruptions_held():
+                self._publish()
+        except BaseException as fault:
+            if self.folder.exists():
+                self._leave()
+            if isinstance(fault, OSError):
+                raise explain_os_error(fault, self.target, "put the finished child at") from fault
+            raise
+
+    def _publish(self) -> None:
+        if self.target.is_dir():
+            if any(self.target.iterdir()):
+                check_replaceable(self.target, self.plan.recipe.overwrite)
+                shutil.rmtree(self.replaced, ignore_errors=True)
+                self.target.rename(self.replaced)
+            else:
+                self.target.rmdir()  # not every system renames onto an empty folder
+        try:
+            self.folder.rename(self.target)
+        except BaseException:
+            if self.replaced.exists():
+                self.replaced.rename(self.target)
+            raise
+        sync_to_disk(self.target.parent)
+        self.observe(ChildPublished(self.target))
+        self._remove_area()
+
+    def _leave(self) -> None:
+        """After an error: only what the next run can use stays."""
+        if not self._is_trusted:
+            self.journal.finished.clear()
+        if self.journal.finished:
+            self._remove_unfinished()
+            self._lock.release()
+            self.observe(MergeStopped(len(self.journal.finished), len(self.plan.shards)))
+        else:
+            self._remove_area()
+            self._remove_made()
+
+    def _remove_unfinished(self) -> None:
+        for path in list(self.folder.iterdir()) if is_plain_folder(self.folder) else ():
+            if is_plain_folder(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in self.journal.finished:
+                path.unlink()
+        if not self.journal.finished:
+            self._remove_journal()
+        if self.target.is_dir() and any(self.target.iterdir()):
+            shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _remove_journal(self) -> None:
+        for path in (self.journal.path, self.journal.path.with_suffix(".new")):
+            if is_plain_folder(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _remove_area(self) -> None:
+        for folder in (self.folder, self.replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
+            self._remove_journal()
+        self._lock.release()
+        with contextlib.suppress(OSError):  # the next run may be there already
+            self.area.rmdir()
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+                folder.rmdir()
+
+
+def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
+    """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
+    for parent in (plan.primary, plan.secondary, plan.base):
+        if parent is None:
+            continue
+        changed = set_of(parent.stamps) ^ set_of(stamps_of(parent.folder, parent.stamps))
+        if changed:
+            child.distrust()
+            raise SlerpMergeError(
+                f"{parent.folder} changed during the merge: {format_names(sorted({name for name, _ in changed}))}.",
+                "Nothing was saved, for the child would be of neither. Leave the parents alone and run it again.",
+            )

@@ -1,0 +1,99 @@
+"""The one error a person sees, and figures and names in words."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class SlerpMergeError(Exception):
+    """Something the world did, in words for the person at the prompt.
+
+    message: what happened, to which file or tensor. hint: what to do about it.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def format_bytes(count: float) -> str:
+    """A byte count in decimal units, as disks and hubs state them: 2.2 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_count(count: int) -> str:
+    """A parameter count as people say it: 1.1B, 7.2B, 350M."""
+    for limit, unit in ((999_500_000, "B"), (999_500, "M"), (999.5, "K")):
+        if count >= limit:
+            size = {"B": 1e9, "M": 1e6, "K": 1e3}[unit]
+            return f"{count / size:.1f}{unit}" if count < 99.5 * size else f"{count / size:.0f}{unit}"
+    return str(count)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: under 0.1 s, 0.8 s, 42 s, 3 min 05 s."""
+    if seconds < 0.1:
+        return "under 0.1 s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text from a stranger's file without control characters, which could drive the terminal or fake a line."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def shorten(value: Any, most: int = 60) -> str:
+    """Any value for people; long ones are cut."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def format_names(names: Sequence[str], most: int = 6) -> str:
+    """A list of names that stays readable when there are thousands of them."""
+    shown = ", ".join(map(printable, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
+    """The operating system's refusal, in words. `doing` completes "Could not ..."."""
+    reason = error.strerror or str(error)
+    hints = {
+        "ENOSPC": "Free some space, or choose a save directory on another disk.",
+        "EDQUOT": "Your quota is used up; choose a save directory elsewhere.",
+        "EACCES": "Check who owns it and its permissions.",
+        "EPERM": "Check who owns it and its permissions.",
+        "EROFS": "That disk is mounted read-only; choose another place.",
+        "ENOENT": "Check the path; it may have been moved or deleted.",
+        "EIO": "The disk reports a fault; copy or download the file again.",
+    }
+    if not doing.startswith("read"):
+        hints["EIO"] = "The disk reports a fault; choose a save directory on another one."
+    name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
+    return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
+
+
+def is_utf8(text: str) -> bool:
+    """False for halves of surrogate pairs, which a pickle can hold and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shortest_number(value: float) -> str:
+    """A number in the fewest digits that mean it."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -1,0 +1,187 @@
+"""A tensor: where its bytes lie, what its name tells, and the one reader of bytes."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slerpkit.files import FileHandles
+from slerpkit.lazy import numpy
+from slerpkit.messages import SlerpMergeError, explain_os_error
+
+CHUNK_ELEMENTS = 524_288  # elements read, computed and written at once: few enough calls, and near the cache
+MAX_DIMENSIONS = 64
+MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
+# safetensors' names; bytes per element. Sub-byte types are packed quantised weights: refused by name.
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64",
+}  # fmt: skip
+SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
+
+
+def component_of(tensor_name: str) -> str:
+    """attention, mlp or other (norms among them): what people give a gradient of its own."""
+    if "norm" in tensor_name:
+        return "other"
+    found = (name for name, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
+    return next(found, "other")
+
+
+def find_layer(tensor_name: str) -> tuple[str, int] | None:
+    """(stack, index) of a tensor inside a stack of layers: its name up to the first number, and that number.
+
+    The first number is the layer; later ones are experts or parts of it. None outside every stack.
+    """
+    parts = tensor_name.split(".")
+    for place, part in enumerate(parts):
+        if part.isascii() and part.isdigit() and len(part) < 9 and int(part) <= MAX_LAYER_INDEX:
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor's bytes lie, as its file's header says and its file's size confirms."""
+
+    name: str
+    dtype: str  # safetensors' name: BF16, F32, ...
+    shape: tuple[int, ...]
+    file: Path
+    offset: int  # bytes from the start of the file
+    byte_count: int
+
+    @property
+    def element_count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_DTYPES
+
+
+def broken_file(path: Path, reason: str) -> SlerpMergeError:
+    """The error for a file whose content cannot be believed."""
+    return SlerpMergeError(
+        f"{path} is damaged or incomplete: {reason}.",
+        "Its download was probably cut short. Delete this file and download it again.",
+    )
+
+
+class TensorReader:
+    """Reads stretches of tensors into buffers: the one way weights come in, for every format."""
+
+    def __init__(self, handles: FileHandles) -> None:
+        self._handles = handles
+
+    def begin(self, info: TensorInfo, start: int, purpose: int = 0) -> Callable[[memoryview], None]:
+        """A function that fills one buffer after another with the tensor's bytes, from byte `start` on.
+
+        Both raise SlerpMergeError where the file cannot be read or ends early.
+        """
+        try:
+            handle = self._handles.at(info.file, "r", info.offset + start, purpose)
+        except OSError as error:
+            raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error
+        return functools.partial(self._fill, handle, info)
+
+    def read_into(self, info: TensorInfo, start: int, view: memoryview) -> None:
+        """Fills `view` with the tensor's bytes from byte `start` on."""
+        self.begin(info, start)(view)
+
+    def read_rows(self, info: TensorInfo, rows: numpy.ndarray, view: memoryview, purpose: int = 0) -> None:
+        """Fills `view` with some rows of a tensor, in the order of `rows`; with zeros where one is -1.
+
+        Rows that follow one another there are read at once.
+        """
+        if not len(rows):
+            return
+        width = len(view) // len(rows)
+        goes_on = (numpy.diff(rows) == 1) & (rows[:-1] >= 0) | (rows[1:] < 0) & (rows[:-1] < 0)
+        starts = [0, *(numpy.flatnonzero(~goes_on) + 1).tolist(), len(rows)]
+        for start, stop in zip(starts, starts[1:]):
+            part = view[start * width : stop * width]
+            if rows[start] < 0:
+                part[:] = bytes(len(part))
+            else:
+                self.begin(info, int(rows[start]) * width, purpose)(part)
+
+    @staticmethod
+    def _fill(handle: io.FileIO, info: TensorInfo, view: memoryview) -> None:
+        try:
+            filled = handle.readinto(view)
+            while filled < len(view):  # a signal or a network disk may cut a read short
+                count = handle.readinto(view[filled:])
+                if not count:
+                    raise broken_file(info.file, f"it ends inside {info.name!r}; it changed since it was opened")
+                filled += count
+        except OSError as error:
+            raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error
+
+
+def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two tensors of one shape hold the same bytes; stops at the first difference."""
+    if first.dtype != second.dtype:
+        return False
+    if (first.file, first.offset) == (second.file, second.offset):
+        return True
+    reader = TensorReader(handles := FileHandles())
+    rooms = [memoryview(bytearray(min(CHUNK_ELEMENTS, first.byte_count))) for _ in range(2)]
+    try:
+        for start in range(0, first.byte_count, CHUNK_ELEMENTS):
+            parts = [room[: min(CHUNK_ELEMENTS, first.byte_count - start)] for room in rooms]
+            for info, part in zip((first, second), parts):
+                reader.read_into(info, start, part)
+            if parts[0] != parts[1]:
+                return False
+    finally:
+        handles.close()
+    return True
+
+
+def renumber(tensor_name: str, index: int) -> str:
+    """The name of the same tensor in another layer."""
+    stack, _ = find_layer(tensor_name)
+    rest = tensor_name[len(stack) + 1 :].partition(".")[2] if stack else tensor_name.partition(".")[2]
+    return ".".join(part for part in (stack, str(index), rest) if part)
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
+    places = {name: find_layer(name) for name in names}
+    last_index: dict[str, int] = {}
+    for place in places.values():
+        if place is not None:
+            stack, index = place
+            last_index[stack] = max(index, last_index.get(stack, 0))
+
+    def position(place: tuple[str, int] | None) -> float:
+        if place is None:
+            return 0.0
+        stack, index = place
+        return index / last_index[stack] if last_index[stack] else 1.0
+
+    return {name: position(place) for name, place in places.items()}
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(0, int(p), "") if p.isascii() and p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def dtype_width(name: str) -> int:
+    """Bytes of a number of torch's dtype of this name."""
+    return DTYPE_BYTES[SAFETENSORS_NAMES[name]]

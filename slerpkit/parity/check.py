@@ -1,0 +1,108 @@
+"""check_parity: every difference between two parents; misfit, the same in a few words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slerpkit.messages import SlerpMergeError, shorten
+from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parity.chat import check_talk, child_generation_config, compare_companions
+from slerpkit.parity.configs import check_quantisation, compare_configs
+from slerpkit.parity.embeddings import settle_heads
+from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, name_like, pair_tensors
+from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.parity.vocabulary import align_vocabularies
+
+if TYPE_CHECKING:
+    from slerpkit.parents.checkpoint import Checkpoint
+    from slerpkit.recipe import LayerSlice
+
+
+def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) -> list[Mismatch]:
+    """What keeps a base model from being one, beyond the shapes of its tensors."""
+    if base is None:
+        return []
+    found = [*check_quantisation(primary, base), *compare_configs(primary, base, any_depth)]
+    return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in found if m.severity == "blocking"]
+
+
+def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+    """A notice where both parents are one folder."""
+    if primary.folder.resolve() != secondary.folder.resolve():
+        return []
+    why = "The child will be a copy of it."
+    return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
+
+
+def misfit(primary: Checkpoint, other: Checkpoint) -> str | None:
+    """Why a model cannot be merged with the primary, in a few words; None where headers show no reason."""
+    if primary.folder.resolve() == other.folder.resolve():
+        return "the primary itself"
+    found = check_quantisation(primary, other) + compare_configs(primary, other)
+    found += pair_tensors(primary, name_like(other, primary)[0])[1]
+    for m in found:
+        if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
+            return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
+    return None
+
+
+def check_parity(
+    primary: Checkpoint,
+    secondary: Checkpoint,
+    dtype: str = "auto",
+    slices: Sequence[LayerSlice] = (),
+    base: Checkpoint | None = None,
+    tokenizer: str = "auto",
+    template: str = "auto",
+) -> ParityReport:
+    """Every difference between two parents, each blocking, mended or a notice; and the pairs of tensors.
+
+    dtype, slices, tokenizer, template: as in MergeRecipe. base: what both parents' task vectors start from, where
+    they are asked for. Reads headers and small files; of weights, only a head that should not be there.
+    """
+    alike, renamed = name_like(secondary, primary)
+    ground = None if base is None else name_like(base, primary)[0]
+    vocabulary, found = align_vocabularies(primary, alike, tokenizer, ground)
+    settled, heads = settle_heads(primary)
+    pairs, unpaired = pair_tensors(settled, alike, slices, ground, vocabulary)
+    talk, offered = check_talk(primary, secondary, vocabulary, template)
+    found += [
+        *check_quantisation(primary, secondary),
+        *compare_configs(primary, secondary, any_depth=bool(slices)),
+        *check_base(primary, base, any_depth=bool(slices)),
+        *check_slices(slices, primary, alike),
+        *heads,
+        *renamed,
+        *unpaired,
+        *check_dtypes(primary, alike, dtype),
+        *talk,
+        *compare_companions(primary, secondary),
+        *child_generation_config(primary, secondary, vocabulary)[1],
+        *check_same_model(primary, secondary),
+    ]
+    rank = {"blocking": 0, "mended": 1, "notice": 2}
+    found.sort(key=lambda m: rank[m.severity])
+    return ParityReport(tuple(found), tuple(pairs), vocabulary, offered)
+
+
+def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
+    """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first."""
+    secondary = open_checkpoint(secondary_folder)
+    blocking = check_parity(open_checkpoint(primary_folder), secondary).of_severity("blocking")
+    if blocking:
+        first = blocking[0]
+        more = f" And {len(blocking) - 1} more." if len(blocking) > 1 else ""
+        raise SlerpMergeError(
+            f"It does not fit the primary: {first.subject} is {first.secondary}, not {first.primary}.{more}",
+            first.consequence,
+        )
+
+
+def check_fit_of_base(primary_folder: Path, base_folder: Path) -> None:
+    """Raises SlerpMergeError where a model cannot be what the parents were fine-tuned from."""
+    reason = misfit(open_checkpoint(primary_folder), open_checkpoint(base_folder))
+    if reason is not None:
+        raise SlerpMergeError(f"It is no base of the primary: {reason}.", "Give the model both were fine-tuned from.")

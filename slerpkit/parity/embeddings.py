@@ -1,0 +1,145 @@
+"""Tensors with a row for each token: embeddings, heads, and what is tied to what."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.messages import format_names
+from slerpkit.parents.tensors import find_layer, have_same_bytes, natural_order
+from slerpkit.parity.configs import LANGUAGE_CONFIGS, language_scopes
+from slerpkit.parity.report import Mismatch
+
+if TYPE_CHECKING:
+    from slerpkit.parents.checkpoint import Checkpoint
+    from slerpkit.parents.tensors import TensorInfo
+
+
+def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the embedding: the config's vocab_size, where a matrix confirms it; or those of the one embedding."""
+    for scope in language_scopes(checkpoint.config):
+        rows = scope.get("vocab_size")
+        if isinstance(rows, int) and any(holds_tokens(info, rows) for info in checkpoint.tensors.values()):
+            return rows
+    found = {
+        info.shape[0]
+        for info in checkpoint.tensors.values()
+        if EMBEDDING_NAME.search(info.name) and len(info.shape) == 2 and holds_tokens(info, info.shape[0])
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+# Words in the names of tensors; which tensor is which follows from its shape where that is clear.
+EMBEDDING_NAME = re.compile(
+    r"embed_tokens\.weight|word_embeddings?\.weight|wte\.weight|embed_in\.weight|shared\.weight"
+)
+TOKEN_NAME = re.compile(r"emb|wte|shared|head|output|proj_out|decoder\.(weight|bias)$|predictions\.bias$|logits")
+OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
+
+
+def holds_tokens(info: TensorInfo, rows: int | None) -> bool:
+    """Whether a tensor can have a row for each token, as an embedding, a head and a head's bias have, by its shape."""
+    if not info.is_float or not info.element_count or find_layer(info.name) or OTHER_ROWS_NAME.search(info.name):
+        return False
+    if rows is None or rows not in info.shape[: 1 + (info.shape[:1] == (1,))]:
+        return False
+    return len(info.shape) == 2 or (len(info.shape) == 1 and info.name.endswith("bias"))
+
+
+def beside_tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a single token has: of (tokens, width) the width; of (tokens,) and (1, tokens) nothing."""
+    return shape[1:] if shape[0] != 1 else ()
+
+
+def token_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors with a row for each token. Where rows are as many as something else in the config, by name too."""
+    rows = vocabulary_rows(checkpoint)
+    scopes = language_scopes(checkpoint.config)
+    sizes = [n for scope in scopes for key, n in scope.items() if type(n) is int and not key.endswith("_id")]
+    in_doubt = sizes.count(rows) > sum(scope.get("vocab_size") == rows for scope in scopes)
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if holds_tokens(info, rows) and (not in_doubt or TOKEN_NAME.search(name))
+    }
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether the head shares the embedding's weights, as the config tells; None where it is silent."""
+    stated = (scope.get("tie_word_embeddings") for scope in [config, *language_scopes(config)])
+    return next((value for value in stated if isinstance(value, bool)), None)
+
+
+def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
+    """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
+    if is_tied(other.config) is False or len(head.shape) != 2 or head.name not in token_tensors(owner):
+        return None
+    candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def token_matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The matrices with a row for each token, the input embedding first; then its head, its copies, or others."""
+    found = [info for info in token_tensors(checkpoint).values() if len(info.shape) == 2 and info.shape[0] != 1]
+    # Where several share their weights, an embedding is stored under its own name or as the shared one.
+    ranks = (re.compile(r"shared"), EMBEDDING_NAME, re.compile(r"embeddings|embed_tokens|wte"), re.compile("emb"))
+
+    def rank(info: TensorInfo) -> int:
+        return next((place for place, mark in enumerate(ranks) if mark.search(info.name)), len(ranks))
+
+    return sorted(found, key=lambda info: (rank(info), natural_order(info.name)))
+
+
+def copies_of_embedding(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """Matrices that hold the embedding's own bytes once more, as a head stored although it is tied does.
+
+    Reads them where there are any.
+    """
+    embedding, *others = token_matrices(checkpoint) or [None]
+    return [info for info in others if info.shape == embedding.shape and have_same_bytes(embedding, info)]
+
+
+def own_heads(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """Heads that differ from the embedding: as large, and not an embedding of another kind by name."""
+    embedding, *others = token_matrices(checkpoint) or [None]
+    heads = [info for info in others if not re.search(r"emb(?!ed_out)|wte|shared", info.name)]
+    return [info for info in heads if info.shape == embedding.shape and not have_same_bytes(embedding, info)]
+
+
+def settle_heads(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
+    """The primary without the copies of its embedding that its config says are tied; what was found.
+
+    A stored head that differs from the embedding is a head of its own, whatever the config says of it.
+    """
+    if not is_tied(primary.config):
+        return primary, []
+    copies = [info.name for info in copies_of_embedding(primary)]
+    heads = [info.name for info in own_heads(primary)]
+    found = []
+    if copies:
+        why = "Tied to the embedding and equal to it; the child does without the copy."
+        found.append(Mismatch("mended", format_names(copies), "stored although tied", "not needed", why))
+    if heads:
+        why = "It differs from the embedding, so the child has it, and says that it is not tied."
+        found.append(Mismatch("mended", format_names(heads), "stored although tied", "see the primary", why))
+    rest = {name: info for name, info in primary.tensors.items() if name not in copies}
+    return dataclasses.replace(primary, tensors=rest), found
+
+
+def true_tie(primary: Checkpoint) -> bool | None:
+    """Whether the child's head is its embedding, as the weights tell; None where they do not.
+
+    The config's word counts, unless it says tied and a head of another content is stored. Where it is silent, a
+    single matrix with a row for each token must serve as both.
+    """
+    stated = is_tied(primary.config)
+    matrices = token_matrices(primary)
+    if stated is False or not matrices:
+        return stated
+    if own_heads(primary):
+        return False
+    if stated or any(key in primary.config for key in LANGUAGE_CONFIGS):
+        return stated
+    return True if len(matrices) == 1 + len(copies_of_embedding(primary)) else None

@@ -1,0 +1,112 @@
+"""The angle between the parents, from a sample of their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.files import FileHandles
+from slerpkit.lazy import numpy
+from slerpkit.maths import cosine_between, degrees_of
+from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader, component_of, find_layer
+
+if TYPE_CHECKING:
+    from slerpkit.parents.tensors import TensorInfo
+    from slerpkit.parity.report import TensorPair
+
+SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
+STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """How far apart the parents' matrices stand, from a sample of them: whether they come from one base model."""
+
+    degrees: float | None  # over all that was sampled; None where there was nothing to compare
+    by_component: tuple[tuple[str, float], ...]  # (attention, mlp or other; degrees)
+
+    @property
+    def verdict(self) -> str:
+        """siblings, relatives, strangers, or unknown."""
+        if self.degrees is None:
+            return "unknown"
+        if self.degrees < SIBLINGS_DEGREES:
+            return "siblings"
+        return "relatives" if self.degrees < STRANGERS_DEGREES else "strangers"
+
+    def describe(self) -> str:
+        """The verdict in words, with the figures."""
+        if self.degrees is None:
+            return "unknown: no matrices to compare"
+        parts = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
+        return f"{self.verdict}: {self.degrees:.1f} degrees apart ({parts})"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, "degrees": self.degrees, "components": dict(self.by_component)}
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know before, and after, strangers are merged."""
+        if self.verdict != "strangers":
+            return None
+        return (
+            f"The parents look like {self.describe()}. Fine-tunes of one base model lie a few degrees apart; "
+            "these share a shape and not an origin, and children of such parents seldom speak."
+        )
+
+
+KINSHIP_MATRICES = 96  # sampled at most, spread over the layers
+KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
+
+
+def measure_kinship(pairs: Sequence[TensorPair]) -> Kinship:
+    """The angle between the parents' matrices, by component, from a sample; without torch, within a second.
+
+    Vectors such as norms are left out: those of strangers look alike too. So are embeddings where layers have
+    matrices: their rows are not in the same order everywhere.
+    """
+    matrices = [
+        pair
+        for pair in pairs
+        if pair.secondary and not pair.rows and is_matrix(pair.primary) and is_matrix(pair.secondary)
+    ]
+    matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
+    sums: dict[str, list[float]] = {}
+    reader = TensorReader(handles := FileHandles())
+    try:
+        for pair in matrices[:: -(-len(matrices) // KINSHIP_MATRICES) or 1]:
+            found = sums.setdefault(component_of(pair.name), [0.0, 0.0, 0.0])
+            with numpy.errstate(all="ignore"):  # what is not finite is left out
+                v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
+                products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
+            totals = [total + product for total, product in zip(found, products)]
+            if math.isfinite(sum(totals)):
+                found[:] = totals
+    finally:
+        handles.close()
+    angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
+    return Kinship(angle_of(*(sum(part) for part in zip(*sums.values()))) if sums else None, tuple(angles))
+
+
+def is_matrix(info: TensorInfo) -> bool:
+    """Whether a tensor has a direction to speak of: real numbers in two dimensions or more."""
+    return info.is_float and len(info.shape) > 1 and info.element_count > 0
+
+
+def read_middle(reader: TensorReader, info: TensorInfo) -> Any:
+    """Up to KINSHIP_ELEMENTS values from the middle of a tensor, as a flat float64 array of numpy."""
+    width = DTYPE_BYTES[info.dtype]
+    count = min(KINSHIP_ELEMENTS, info.element_count)
+    data = bytearray(count * width)
+    reader.read_into(info, (info.element_count - count) // 2 * width, memoryview(data))
+    if info.dtype != "BF16":
+        return numpy.frombuffer(data, f"<f{width}").astype("f8")
+    # A bfloat16 is the upper half of a float32.
+    return (numpy.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
+
+
+def angle_of(primary_squared: float, secondary_squared: float, dot: float) -> float | None:
+    """Degrees between two vectors, from v0 . v0, v1 . v1 and v0 . v1; None where one has no length."""
+    return degrees_of(cosine_between(dot, math.sqrt(primary_squared), math.sqrt(secondary_squared)))

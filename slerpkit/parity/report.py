@@ -1,0 +1,142 @@
+"""The words of parity: a mismatch, the child's vocabulary, a pair of tensors, the report."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.lazy import numpy
+from slerpkit.messages import SlerpMergeError, printable
+
+if TYPE_CHECKING:
+    from slerpkit.parents.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One difference between the parents and what follows from it."""
+
+    severity: str  # "blocking", "mended" or "notice"
+    subject: str  # the config key, tensor or file
+    primary: str
+    secondary: str
+    consequence: str  # why it blocks, the rule that mends it, or what to know
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Which rows of the sources make each row of a tensor that has a row for each token.
+
+    A row that every source has is blended; one that a single source has is kept as it is.
+    """
+
+    sources: tuple[numpy.ndarray, ...]  # of each source: (the child's rows,), int64, its row or -1
+
+    @functools.cached_property
+    def is_blended(self) -> numpy.ndarray:
+        """(the child's rows,), bool."""
+        return numpy.logical_and.reduce([rows >= 0 for rows in self.sources])
+
+    @functools.cached_property
+    def blended(self) -> tuple[numpy.ndarray, ...]:
+        """As `sources`, with -1 for the rows that are kept."""
+        return tuple(numpy.where(self.is_blended, rows, -1) for rows in self.sources)
+
+    def is_kept(self, side: int) -> numpy.ndarray:
+        """(the child's rows,), bool: kept from this source."""
+        return (self.sources[side] >= 0) & ~self.is_blended
+
+    def first(self, order: Sequence[int]) -> RowMap:
+        """The map of some of the sources, in another order."""
+        return RowMap(tuple(self.sources[side] for side in order))
+
+
+@dataclass(frozen=True)
+class AppendedToken:
+    """A token that the child's tokenizer gets beside its donor's."""
+
+    content: str
+    number: int  # its id in the child
+    flags: tuple[tuple[str, bool], ...]  # special, lstrip, rstrip, normalized, single_word
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The child's tokens: whose they are, and which of the parents' rows stand for them."""
+
+    role: str | None  # the tokenizer's donor: "primary", "secondary", or None where neither has one
+    reason: str
+    parent_rows: tuple[int | None, ...]  # primary, secondary, base; None where config and tensors do not tell
+    rows: int | None  # the child's
+    tensors: tuple[frozenset[str], ...] = ()  # of each parent: the names of those with a row for each token
+    row_map: RowMap | None = None  # None: every row with the one of the same number
+    appended: tuple[AppendedToken, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()  # matched, moved, kept, padding, appended, left out
+
+    def place_of(self, number: int, side: int = 0) -> int | None:
+        """The child's id of the token that has the id `number` in a parent (0 primary, 1 secondary)."""
+        if self.row_map is None or number < 0:
+            return number
+        found = numpy.flatnonzero(self.row_map.sources[side] == number)
+        return int(found[0]) if len(found) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "by_token": self.row_map is not None, **dict(self.counts)}
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a tensor of the child comes from, and where it stands among the layers."""
+
+    secondary: int  # the number of its layer there; -1 where it has the same name everywhere
+    base: int
+    position: float  # 0 first, 1 last in its slice or stack, 1 in one of a single layer, 0 outside layers
+    slice_number: int  # -1 outside the recipe's slices
+
+
+@dataclass(frozen=True)
+class TensorPair:
+    """What the child's tensor of this name is made from."""
+
+    name: str
+    primary: TensorInfo
+    secondary: TensorInfo | None  # None: the primary's stands alone
+    base: TensorInfo | None = None
+    place: LayerPlace = LayerPlace(-1, -1, 0.0, -1)
+    rows: RowMap | None = None  # where rows follow tokens
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The child's."""
+        shape = self.primary.shape
+        if self.rows is None:
+            return shape
+        count = len(self.rows.is_blended)
+        return (count, *shape[1:]) if shape[0] != 1 else (1, count)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every difference found, not the first, and the pairs of tensors that follow."""
+
+    mismatches: tuple[Mismatch, ...]
+    pairs: tuple[TensorPair, ...]
+    vocabulary: Vocabulary = Vocabulary(None, "neither parent has a tokenizer", (None, None), None)
+    offered_template: str | None = None  # the parent whose chat template would fit a child that has none
+
+    def of_severity(self, severity: str) -> tuple[Mismatch, ...]:
+        return tuple(mismatch for mismatch in self.mismatches if mismatch.severity == severity)
+
+    def raise_if_blocking(self) -> None:
+        blocking = self.of_severity("blocking")
+        if not blocking:
+            return
+        lines = [
+            printable(f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}") for m in blocking
+        ]
+        hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
+        if any(m.subject == "quantisation" for m in blocking):
+            hint = "Choose the original, unquantised models; quantise the child afterwards."
+        raise SlerpMergeError("These parents cannot make a right child:\n  " + "\n  ".join(lines), hint)

@@ -1,0 +1,123 @@
+"""Which t each tensor gets: gradients, filters, the named blends, and how people type them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from slerpkit.messages import SlerpMergeError
+
+
+@dataclass(frozen=True)
+class ScheduleRule:
+    """One line of a schedule: the gradient that tensors get whose name holds `name_filter`."""
+
+    gradient: tuple[float, ...]  # one value is a constant; more are anchors over the layers
+    name_filter: str = "*"  # a case-sensitive substring; "*" matches every name
+
+    def matches(self, tensor_name: str) -> bool:
+        return self.name_filter == "*" or self.name_filter in tensor_name
+
+    def value_at(self, position: float) -> float:
+        """The gradient's value at `position` (0 to 1), linear between anchors, as mergekit reads a list."""
+        scaled = position * (len(self.gradient) - 1)
+        index = int(scaled)
+        following = self.gradient[min(index + 1, len(self.gradient) - 1)]
+        return (1 - (scaled - index)) * self.gradient[index] + (scaled - index) * following
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which t each tensor gets. The first rule whose filter matches wins."""
+
+    rules: tuple[ScheduleRule, ...]
+
+    @classmethod
+    def constant(cls, t: float) -> Schedule:
+        return cls((ScheduleRule((t,)),))
+
+    def t_for(self, tensor_name: str, position: float) -> float:
+        """t for a tensor whose layer stands at `position` in its stack (0 first, 1 last; 0 outside layers).
+
+        Raises SlerpMergeError when no rule matches the name.
+        """
+        for rule in self.rules:
+            if rule.matches(tensor_name) and rule.gradient:
+                return rule.value_at(position)
+        raise SlerpMergeError(
+            f"The schedule of t has no value for the tensor {tensor_name}.",
+            "Add a last value without a filter; it is used for everything that no filter matches.",
+        )
+
+    def values(self) -> Iterator[float]:
+        for rule in self.rules:
+            yield from rule.gradient
+
+    def describe(self) -> str:
+        """In words: t = 0.5, or each filter with its gradient."""
+        parts = []
+        for rule in self.rules:
+            gradient = ", ".join(f"{value:g}" for value in rule.gradient)
+            parts.append(f"t = {gradient}" if rule.name_filter == "*" else f"{rule.name_filter}: t = {gradient}")
+        return "; ".join(parts)
+
+
+BLENDS = (
+    ("even", "0.5", "both parents alike"),
+    ("lean to primary", "0.3", "more of the primary"),
+    ("lean to secondary", "0.7", "more of the secondary"),
+    (
+        "attention and mlp",
+        "self_attn=0,0.5,0.3,0.7,1 mlp=1,0.5,0.7,0.3,0 0.5",
+        "attention one way, MLP the other: the well-known gradient",
+    ),
+    ("primary at the ends", "0,0.5,1,0.5,0", "secondary in the middle"),
+    ("secondary at the ends", "1,0.5,0,0.5,1", "primary in the middle"),
+    ("ramp", "0,0.1,0.5,0.9,1", "from primary to secondary, smoothly"),
+)
+BLEND_HELP = "Say a name from the list, such as even, or a number: 0 is the primary alone, 1 the secondary alone"
+
+
+def parse_number(text: str) -> float:
+    """A number. Raises SlerpMergeError, in words for the prompt."""
+    try:
+        t = float(text)
+    except ValueError:
+        t = math.nan
+    if not math.isfinite(t):
+        raise SlerpMergeError(f"{text!r} is not a number.", f"{BLEND_HELP}.")
+    return t
+
+
+def parse_rule(text: str) -> ScheduleRule:
+    """`0.5`, a gradient `0,0.5,1`, or either for names that hold a text: `self_attn=0,1`."""
+    name_filter, equals, values = text.rpartition("=")
+    if equals and not name_filter:
+        raise SlerpMergeError(f"{text!r} has no name before the =.", "Write it like self_attn=0,0.5,1.")
+    return ScheduleRule(tuple(parse_number(part.strip()) for part in values.split(",")), name_filter or "*")
+
+
+def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
+    """Filters as they were given, then the bare value, which is for the rest."""
+    rules = list(rules)
+    if sum(rule.name_filter == "*" for rule in rules) > 1:
+        raise SlerpMergeError("There are two values for the rest of the tensors.", "A gradient has commas: 0.5,0.6.")
+    return Schedule(tuple(sorted(rules, key=lambda rule: rule.name_filter == "*")))
+
+
+def parse_blend(text: str) -> Schedule:
+    """An answer to `Blend`: a blend's name or the beginning of one, a number, a gradient, or filters with theirs."""
+    wanted = " ".join(text.lower().split())
+    matches = [name for name, _, _ in BLENDS if wanted and name.startswith(wanted)]
+    if len(matches) > 1:
+        raise SlerpMergeError(f"{text!r} could be {' or '.join(matches)}.", "Type more of it.")
+    named = [meaning for name, meaning, _ in BLENDS if name in matches]
+    rules = [parse_rule(part) for part in (named[0] if len(named) == 1 else text).split()]
+    schedule = order_rules(rules)
+    for t in schedule.values():
+        if not 0 <= t <= 1:
+            raise SlerpMergeError(f"{t:g} is not a number from 0 to 1.", f"{BLEND_HELP}.")
+    if not rules or schedule.rules[-1].name_filter != "*":
+        raise SlerpMergeError(f"{text!r} leaves out the other tensors.", "Add a value for the rest, such as 0.5.")
+    return schedule

@@ -1,0 +1,236 @@
+"""Parity, plan and report as panels; t as curves."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from slerpkit.messages import format_bytes, format_count, format_names, format_seconds
+from slerpkit.parents.checkpoint import describe_checkpoint
+from slerpkit.parents.tensors import component_of, find_layer
+from slerpkit.recipe import describe_method
+from slerpkit.screen.console import NARROW_COLUMNS, displayable, fact_table, is_unicode, mark_of, panel
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from slerpkit.merge.events import MergeReport
+    from slerpkit.merge.plan import MergePlan
+    from slerpkit.parity.report import Mismatch, ParityReport
+    from slerpkit.schedule import Schedule
+
+MOST_NOTICES = 12
+
+
+def render_parity(console: Console, report: ParityReport) -> RenderableType:
+    """Every mismatch with its mark, both values, and what is done about it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    if not report.mismatches:
+        return panel(console, Text("The parents match in every respect that was checked."), "Parity")
+    shown = [m for m in report.mismatches if m.severity != "notice"]
+    notices = report.of_severity("notice")
+    shown += notices[:MOST_NOTICES]
+    more = f"and {len(notices) - MOST_NOTICES} more to know; --json lists them all"
+    if console.width < NARROW_COLUMNS:
+        content: RenderableType = stacked_mismatches(console, shown)
+    else:
+        content = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
+        content.add_column("", width=1)
+        content.add_column("what", width=min(24, max(len(m.subject) for m in shown)), overflow="fold")
+        for heading, ratio in (("primary", 2), ("secondary", 2), ("what follows", 4)):
+            content.add_column(heading, ratio=ratio, overflow="fold")
+        for m in shown:
+            cells = (Text(displayable(console, value)) for value in (m.subject, m.primary, m.secondary, m.consequence))
+            content.add_row(mark_of(console, m.severity), *cells)
+    if len(notices) > MOST_NOTICES:
+        content = Group(content, Text(more, style="dim"))
+    title = f"Parity: {len(report.of_severity('mended'))} mended, {len(notices)} to know"
+    blocking = len(report.of_severity("blocking"))
+    return panel(console, content, f"Parity: {blocking} blocking" if blocking else title)
+
+
+def stacked_mismatches(console: Console, mismatches: Iterable[Mismatch]) -> RenderableType:
+    """Mismatches one below the other, for narrow terminals."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines: list[RenderableType] = []
+    for m in mismatches:
+        lines.append(Text.assemble(mark_of(console, m.severity), " ", (displayable(console, m.subject), "bold")))
+        lines.append(Text(f"  primary {displayable(console, m.primary)}"))
+        lines.append(Text(f"  secondary {displayable(console, m.secondary)}"))
+        lines.append(Text(f"  {displayable(console, m.consequence)}", style="dim"))
+    return Group(*lines)
+
+
+def describe_rules(plan: MergePlan) -> str:
+    """How many tensors there are, and how many fall to each rule."""
+    parts = [f"{plan.count(rule)} to {rule}" for rule in ("slerp", "lerp", "copy") if plan.count(rule)]
+    return f"{sum(1 for _ in plan.jobs)} ({', '.join(parts)})"
+
+
+CURVE_LEVELS = "▁▂▃▄▅▆▇█"
+CURVE_COLUMNS = 24  # a curve is drawn with at most this many cells
+
+
+def draw_curve(console: Console, values: Sequence[float]) -> str:
+    """t over the layers in one line: a bar for each, or a digit from 0 to 9 where bars cannot be shown."""
+    if len(values) > CURVE_COLUMNS:
+        steps = CURVE_COLUMNS - 1
+        values = [values[round(step * (len(values) - 1) / steps)] for step in range(CURVE_COLUMNS)]
+    if not is_unicode(console):  # tenths: 5 is 0.5, and 9 stands for all above
+        return "".join(str(min(max(int(t * 10 + 1e-9), 0), 9)) for t in values)
+    last = len(CURVE_LEVELS) - 1
+    return "".join(CURVE_LEVELS[min(max(round(t * last), 0), last)] for t in values)
+
+
+def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> list[tuple[str, str]]:
+    """(component, curve) of a schedule before any model is known, as a decoder of so many layers would have it."""
+    examples = {"attention": "self_attn.q_proj.weight", "mlp": "mlp.up_proj.weight", "other": "input_layernorm.weight"}
+    positions = [layer / (layers - 1) for layer in range(layers)]
+    rows = []
+    for component, name in examples.items():
+        values = [schedule.t_for(f"model.layers.{layer}.{name}", p) for layer, p in enumerate(positions)]
+        rows.append((component, draw_curve(console, values)))
+    return rows if len({curve for _, curve in rows}) > 1 else [("all", rows[0][1])]
+
+
+def t_by_component(plan: MergePlan) -> list[tuple[str, str, list[float]]]:
+    """(stack, component, t over its layers); a component whose tensors differ stands once for each difference."""
+    by_tensor: dict[tuple[str, str], dict[int, float]] = {}
+    for job in plan.jobs:
+        if (place := find_layer(job.name)) is not None:
+            rest = job.name[len(place[0]) :].lstrip(".").partition(".")[2]
+            by_tensor.setdefault((place[0], rest), {})[place[1]] = job.t
+    groups: dict[tuple[str, str, tuple[float, ...]], list[str]] = {}
+    for (stack, rest), by_layer in by_tensor.items():
+        values = tuple(by_layer[layer] for layer in sorted(by_layer))
+        groups.setdefault((stack, component_of(rest), values), []).append(rest)
+    alone = Counter((stack, component) for stack, component, _ in groups)
+    return [
+        (stack, component if alone[stack, component] == 1 else format_names(names, 2), list(values))
+        for (stack, component, values), names in groups.items()
+    ]
+
+
+def render_curves(console: Console, plan: MergePlan) -> RenderableType:
+    """t over the layers, for each component of each stack, as it will be used; then the tensors outside layers."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines: list[RenderableType] = []
+    for stack, component, values in t_by_component(plan):
+        name = displayable(console, f"{stack}  {component:<10}")
+        curve = f"{draw_curve(console, values)}  {values[0]:.4g} to {values[-1]:.4g}"
+        narrow = console.width < NARROW_COLUMNS or len(name) > 50
+        lines.append(Text(f"{name}\n  {curve}" if narrow else f"{name:<26}  {curve}"))
+    outside: dict[float, list[str]] = {}
+    for job in plan.jobs:
+        if find_layer(job.name) is None:
+            outside.setdefault(job.t, []).append(job.name)
+    for t, names in outside.items():
+        lines.append(Text(displayable(console, f"{t:.4g} for {format_names(names, 3)}")))
+    return panel(console, Group(*lines), "t of every tensor")
+
+
+def render_plan(console: Console, plan: MergePlan) -> RenderableType:
+    """What will be made, from what, and what it will cost."""
+    recipe = plan.recipe
+    shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    speed = format_bytes(plan.read_bytes_per_second)
+    donor = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
+    facts = [
+        ("primary", describe_checkpoint(plan.primary)),
+        ("secondary", describe_checkpoint(plan.secondary)),
+        ("child", str(recipe.save_directory)),
+        ("blend", f"{describe_method(recipe)}, {recipe.describe_blend()}"),
+        *([("base", describe_checkpoint(plan.base))] if plan.base is not None else []),
+        ("kinship", plan.kinship.describe()),
+        ("tensors", describe_rules(plan)),
+        ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
+        ("tokenizer", donor + plan.parity.vocabulary.reason),
+        ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
+        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
+        ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
+    ]
+    facts += [("mind", remark) for remark in plan.remarks]
+    return panel(console, fact_table(console, facts), "Plan")
+
+
+def describe_outcome(report: MergeReport) -> str:
+    """How many tensors were slerped, lerped and copied, and why some were not slerped."""
+    result = report.result
+    reasons: dict[str, int] = {}
+    for merged in result.tensors:
+        if merged.blend.rule == "lerp" and merged.blend.reason:
+            reasons[merged.blend.reason] = reasons.get(merged.blend.reason, 0) + 1
+    why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+    counts = ", ".join(f"{result.count(r)} {r}ed" for r in ("slerp", "lerp") if result.count(r))
+    copied = f"{result.count('copy')} copied" if result.count("copy") else ""
+    return ", ".join(part for part in (counts, copied) if part) + (f" (of the lerped: {why})" if why else "")
+
+
+def render_report(console: Console, report: MergeReport) -> RenderableType:
+    """The closing summary: what stands where, how fast it was, what to know, what to do next."""
+    from rich.console import Group
+    from rich.text import Text
+
+    plan, result = report.plan, report.result
+    parameters = format_count(sum(job.element_count for job in plan.jobs))
+    speed = format_bytes(plan.child_bytes / max(result.seconds, 1e-9))
+    merging = f"{format_seconds(result.seconds)} to merge ({speed}/s)"
+    facts = [
+        ("child", str(report.child)),
+        ("size", f"{parameters} parameters, {format_bytes(plan.child_bytes)}"),
+        ("tensors", describe_outcome(report)),
+        ("time", f"{merging}, {format_seconds(report.total_seconds)} in all"),
+        ("tokenizer", f"from the {plan.tokenizer_role}" if plan.tokenizer_role else "none"),
+        *(("mended", f"{m.subject}: {m.consequence}") for m in plan.parity.of_severity("mended")[:MOST_NOTICES]),
+    ]
+    lines: list[RenderableType] = [fact_table(console, facts), Text()]
+    lines += [Text.assemble(mark_of(console, "mended"), " ", displayable(console, check)) for check in report.checks]
+    warnings = list(report.warnings[:MOST_NOTICES])
+    if len(report.warnings) > MOST_NOTICES:
+        warnings.append(f"and {len(report.warnings) - MOST_NOTICES} more; --json lists them all")
+    lines += [Text.assemble(mark_of(console, "notice"), " ", displayable(console, warning)) for warning in warnings]
+    if (advice := near_parallel_advice(report)) is not None:
+        lines.append(Text.assemble(mark_of(console, "notice"), " ", advice))
+    return panel(console, Group(*lines), "Done")
+
+
+def near_parallel_advice(report: MergeReport) -> str | None:
+    """Plain words where most tensors were so near each other that SLERP had nothing to follow."""
+    recipe, tensors = report.plan.recipe, report.result.tensors
+    near = sum(merged.blend.reason == "parallel" for merged in tensors)
+    if recipe.base is not None or 2 * near < len(tensors):
+        return None
+    return (
+        f"{near} of {len(tensors)} tensors lie less than {math.degrees(math.acos(recipe.dot_threshold)):.1f} degrees "
+        "apart, where SLERP is a straight line. What each parent learned since their common base lies further apart: "
+        "to blend that, name the base with --base."
+    )
+
+
+def next_commands(report: MergeReport) -> list[str]:
+    """Commands to try the child with, ready to paste."""
+    child = repr(str(report.child))
+    if report.plan.tokenizer_role and report.plan.primary.architecture.endswith("ForCausalLM"):
+        speak = f"pipeline('text-generation', {child})('Once upon a time', max_new_tokens=40)"
+        code = f"from transformers import pipeline; print({speak}[0]['generated_text'])"
+    else:
+        code = f"from transformers import AutoModel; print(AutoModel.from_pretrained({child}))"
+    plain = not set('"$`!%\\') & set(code)  # double quotes are understood everywhere, but keep these special
+    speak = f'python -c "{code}"' if plain or os.name == "nt" else f"python -c {shlex.quote(code)}"
+    folder = shlex.quote(str(report.child))
+    return [
+        speak,
+        f"python llama.cpp/convert_hf_to_gguf.py {folder}",
+        f"hf upload {shlex.quote(report.child.name)} {folder}",
+    ]

@@ -1,0 +1,67 @@
+"""The process and its terminal: signals, encodings, torch loading behind the prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from slerpkit.merge.save_directory import STOP_SIGNALS
+
+
+def load_in_background() -> None:
+    """Starts to load torch while the person types; the first merge then need not wait for it."""
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+
+
+def wait_for_torch() -> None:
+    """Loads torch, or waits until the background has. A collector that rested meanwhile goes back to work."""
+    importlib.import_module("torch")
+    if not gc.isenabled():
+        gc.freeze()  # of all that is loaded by now nothing is garbage
+        gc.enable()
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asked the process to end, as it does before a machine goes away or when a terminal is lost."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def signals_end_it() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP end a merge as Ctrl-C does: tidily, and with what is finished kept."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+    # What is ignored on purpose, as nohup has it, stays so.
+    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def prepare_terminal() -> None:
+    """Makes old consoles understand colours, and names that a terminal cannot show stop nothing."""
+    import colorama
+
+    colorama.just_fix_windows_console()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("NO_COLOR"):  # older versions of prompt_toolkit do not know it
+        os.environ.setdefault("PROMPT_TOOLKIT_COLOR_DEPTH", "DEPTH_1_BIT")
