@@ -15,11 +15,10 @@ from slerpkit import __version__
 from slerpkit.files import clean_path, read_bytes
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import MAX_LAYER_INDEX
-from slerpkit.recipe import CHILD_DTYPES, LayerSlice
+from slerpkit.recipe import CHILD_DTYPES, LayerSlice, MergeRecipe
 from slerpkit.schedule import Schedule, ScheduleRule
 
 if TYPE_CHECKING:
-    from slerpkit.merge.plan import MergePlan
     from slerpkit.parents.checkpoint import Checkpoint
 
 RECIPE_NAME = "merge_recipe.yaml"
@@ -358,16 +357,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return RecipeReader(path).read()
 
 
-def recipe_text(plan: MergePlan, child: Path) -> str:
+def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: Path) -> str:
     """merge_recipe.yaml, in mergekit's syntax: --recipe makes the same bits of it again.
 
-    Paths run from the child's folder. What mergekit's keys cannot say stands under `slerpmerge`.
+    parents: by role, "primary", "secondary" and, where there is one, "base". Paths run from the child's folder. What
+    mergekit's keys cannot say stands under `slerpmerge`.
     """
     import yaml
 
-    recipe = plan.recipe
-    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
-    places = {role: relative_place(parent.folder, child) for role, parent in parents.items() if parent is not None}
+    places = {role: relative_place(parent.folder, child) for role, parent in parents.items()}
     method = "slerp"
     if recipe.method == "nuslerp" or recipe.base is not None:
         method = "nuslerp"
@@ -409,8 +407,7 @@ def recipe_text(plan: MergePlan, child: Path) -> str:
     elif method != "slerp" and recipe.weights is None:
         own["t"] = recipe_rules(recipe.schedule)
     for role, parent in parents.items():
-        if parent is not None:
-            own[role] = {"name": parent.name, "headers": header_fingerprint(parent)}
+        own[role] = {"name": parent.name, "headers": header_fingerprint(parent)}
     return yaml.safe_dump({**content, "slerpmerge": own}, sort_keys=False, allow_unicode=True)
 
 

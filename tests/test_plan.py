@@ -567,7 +567,7 @@ def test_the_plan_names_the_donor(tmp_path):
     add_tokenizer(secondary)
     plan = planned(tmp_path)
     assert plan.tokenizer_role == "secondary"
-    assert plan.parent(plan.tokenizer_role) == plan.secondary
+    assert plan.parents[plan.tokenizer_role] == plan.secondary
     assert planned(tmp_path, primary=secondary, secondary=primary).tokenizer_role == "primary"
 
 

@@ -319,7 +319,7 @@ def test_slices_keep_every_t_when_replayed(method: str, extrapolate: bool, tmp_p
     )
     plan = prepare_merge(recipe, quiet)
     child.mkdir()
-    again = plan_of(write(child / "merge_recipe.yaml", recipe_text(plan, child)), tmp_path / "again")
+    again = plan_of(write(child / "merge_recipe.yaml", recipe_text(plan.recipe, plan.parents, child)), tmp_path / "again")
     replayed = {job.name: job.t for job in again.jobs}
     assert [job.name for job in plan.jobs if replayed[job.name] != job.t] == []
 

@@ -828,7 +828,7 @@ class TestSecondThoughts:
         )  # fmt: skip
         if saved:
             plan = prepare_merge(recipe, lambda event: None)
-            write_text(tmp_path / "r.yaml", recipe_text(plan, tmp_path))
+            (tmp_path / "r.yaml").write_text(recipe_text(plan.recipe, plan.parents, tmp_path), encoding="utf-8")
             recipe = dataclasses.replace(recipe, recipe_file=Path("r.yaml"), dtype="bfloat16")
         words = shlex.split(equivalent_command(recipe))
         arguments = build_parser().parse_args(words[2:])

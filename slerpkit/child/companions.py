@@ -31,13 +31,13 @@ def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, ob
         ("primary", COMPANION_FILES),
     ):
         if role is not None:
-            for name in copy_matching(plan.parent(role).folder, child.folder, patterns):
+            for name in copy_matching(plan.parents[role].folder, child.folder, patterns):
                 observe(CompanionCopied(name, role))
     for name in adapt_tokenizer(plan, child.folder):
         observe(CompanionCopied(name, "made"))
     if (source := write_generation_config(plan, child.folder)) is not None:
         observe(CompanionCopied(GENERATION_NAME, source))
-    write_text(child.folder / RECIPE_NAME, recipe_text(plan, child.target))
+    write_text(child.folder / RECIPE_NAME, recipe_text(plan.recipe, plan.parents, child.target))
     observe(CompanionCopied(RECIPE_NAME, "made"))
     for name in write_report(plan, result, child.folder):
         observe(CompanionCopied(name, "made"))
@@ -50,7 +50,7 @@ def write_generation_config(plan: MergePlan, folder: Path) -> str | None:
     if not settings:
         return None
     for source in ("primary", "secondary"):
-        path = plan.parent(source).folder / GENERATION_NAME
+        path = plan.parents[source].folder / GENERATION_NAME
         if read_json_if_there(path) == settings:
             list(copy_matching(path.parent, folder, [GENERATION_NAME]))
             return source
@@ -64,7 +64,7 @@ def adapt_tokenizer(plan: MergePlan, folder: Path) -> Iterator[str]:
     settings = read_json_if_there(settings_path)
     before = dict(settings)
     if plan.template_role != plan.tokenizer_role:
-        theirs = read_json_if_there(plan.parent(plan.template_role).folder / settings_path.name).get("chat_template")
+        theirs = read_json_if_there(plan.parents[plan.template_role].folder / settings_path.name).get("chat_template")
         settings = {key: value for key, value in settings.items() if key != "chat_template"}
         settings |= {} if theirs is None else {"chat_template": theirs}
     appended = plan.parity.vocabulary.appended

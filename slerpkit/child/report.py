@@ -30,12 +30,12 @@ def lasting_report(plan: MergePlan, result: MergeResult, found: DifferenceMap) -
     What is measured of the child afterwards joins it: "checks", "tastes", "perplexities", "scores", "sweep".
     """
     recipe, parity = plan.recipe, plan.parity
-    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
     return {
         "slerpmerge": __version__,
         "child": recipe.save_directory.resolve().name,
         "recipe": {
-            **{role: None if parent is None else parent.name for role, parent in parents.items()},
+            **{role: parent.name for role, parent in plan.parents.items()},
+            "base": None if plan.base is None else plan.base.name,
             "method": recipe.method,
             "granularity": recipe.granularity,
             "blend": recipe.describe_blend(),

@@ -42,12 +42,9 @@ def plan_identity(plan: MergePlan) -> dict[str, Any]:
         for name, value in values.items()
         if name not in settled
     }
-    parents = {"primary": plan.primary, "secondary": plan.secondary, "base": plan.base}
     layout = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
     stamps = {
-        role: {name: list(stamp) for name, stamp in parent.stamps.items()}
-        for role, parent in parents.items()
-        if parent is not None
+        role: {name: list(stamp) for name, stamp in parent.stamps.items()} for role, parent in plan.parents.items()
     }
     return {"version": __version__, "recipe": recipe, "parents": stamps, "layout": layout}
 

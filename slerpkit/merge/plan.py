@@ -119,8 +119,11 @@ class MergePlan:
         asked = self.recipe.chat_template
         return self.tokenizer_role if asked == "auto" or self.tokenizer_role is None else asked
 
-    def parent(self, role: str) -> Checkpoint:
-        return {"primary": self.primary, "secondary": self.secondary}[role]
+    @property
+    def parents(self) -> dict[str, Checkpoint]:
+        """By role: "primary", "secondary" and, where there is one, "base"."""
+        base = {} if self.base is None else {"base": self.base}
+        return {"primary": self.primary, "secondary": self.secondary, **base}
 
     def count(self, rule: str) -> int:
         return sum(job.rule == rule for job in self.jobs)

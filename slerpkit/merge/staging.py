@@ -233,9 +233,7 @@ class StagedChild:
 
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
     """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
-    for parent in (plan.primary, plan.secondary, plan.base):
-        if parent is None:
-            continue
+    for parent in plan.parents.values():
         changed = set_of(parent.stamps) ^ set_of(stamps_of(parent.folder, parent.stamps))
         if changed:
             child.distrust()

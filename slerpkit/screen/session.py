@@ -219,7 +219,7 @@ class CommandLine:
     def save_recipe(self, plan: MergePlan) -> None:
         """Writes the merge as a recipe, and says how to make the child of it."""
         path = self.wizard.ask_recipe_file().resolve()
-        write_text(path, recipe_text(plan, path.parent))
+        write_text(path, recipe_text(plan.recipe, plan.parents, path.parent))
         self.wrote = f"The recipe stands in {path}."
         self.show(self.wrote)
         self.show_command(dataclasses.replace(plan.recipe, recipe_file=path))
