@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = SlerpMergeError(f"A package cannot be loaded: {error}.", "pip install -r requirements.txt")
     except (OSError, MemoryError) as error:
         cause = str(error) or "out of memory"
-        fault = SlerpMergeError(f"The system refused: {cause}.", "Mend that and try again.")
+        fault = SlerpMergeError(f"The system refused: {cause}.", "Put that right and try again.")
     show_fault(fault, command_line.wrote if command_line else NOTHING_WRITTEN)
     return EXIT_REFUSED
 

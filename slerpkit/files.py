@@ -144,7 +144,7 @@ class FileHandles:
     Each `purpose` has a handle, and so a place, of its own: both parents may be the same file.
     """
 
-    most_open = 16  # a model can have hundreds of shards
+    max_open = 16  # a model can have hundreds of shards
 
     def __init__(self) -> None:
         self._open: OrderedDict[tuple[Path, str, int], io.FileIO] = OrderedDict()
@@ -153,7 +153,7 @@ class FileHandles:
         """The file, unbuffered, standing at `offset` bytes."""
         handle = self._open.get((path, mode, purpose))
         if handle is None:
-            if len(self._open) >= self.most_open:
+            if len(self._open) >= self.max_open:
                 self._open.popitem(last=False)[1].close()
             handle = self._open[path, mode, purpose] = io.FileIO(path, mode)
         self._open.move_to_end((path, mode, purpose))

@@ -14,7 +14,7 @@ TINY_NORM = 1e-8  # a norm at or below this has no direction worth following
 
 
 @dataclass(frozen=True)
-class Blend:
+class TensorWeights:
     """child = primary_weight * v0 + secondary_weight * v1, and why these weights."""
 
     primary_weight: float
@@ -69,7 +69,7 @@ def slerp_coefficients(
     method: str = "slerp",
     dot_threshold: float = COLINEAR_DOT,
     epsilon: float = TINY_NORM,
-) -> Blend:
+) -> TensorWeights:
     """The two weights that blend a pair of tensors, from three sums over them. float64 throughout.
 
     `slerp` weights the raw tensors, the convention of dvschultz's gist and of mergekit; `slerp-norm`
@@ -81,7 +81,7 @@ def slerp_coefficients(
     cosine = cosine_between(dot, primary_norm, secondary_norm)
     angle = degrees_of(cosine)
     norms = primary_norm, secondary_norm
-    straight = functools.partial(Blend, 1 - t, t, "lerp", angle_degrees=angle, norms=norms)
+    straight = functools.partial(TensorWeights, 1 - t, t, "lerp", angle_degrees=angle, norms=norms)
     if method == "lerp":
         return straight(reason="")
     if not measurable:
@@ -98,7 +98,7 @@ def slerp_coefficients(
         norm = (1 - t) * primary_norm + t * secondary_norm
         weight_primary *= norm / primary_norm
         weight_secondary *= norm / secondary_norm
-    return Blend(weight_primary, weight_secondary, "slerp", "", angle, norms)
+    return TensorWeights(weight_primary, weight_secondary, "slerp", "", angle, norms)
 
 
 def vector_weights(sums: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ class RecipeFile:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
             reason = getattr(error, "problem", None) or str(error)
-            raise SlerpMergeError(f"{path}{place}: this is not valid YAML: {reason}.", "Mend that line.") from error
+            raise SlerpMergeError(f"{path}{place}: this is not valid YAML: {reason}.", "Correct that line.") from error
         if self.root is None:
             raise SlerpMergeError(f"{path} is empty.", "A recipe names at least merge_method and two models.")
 

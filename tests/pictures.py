@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.text import Text
 
 from slerpkit.merge.difference_map import map_of_merge
-from slerpkit.merge.events import BytesMerged, Event, MergeReport, MergeResult, PlanReady, TensorMerged
-from slerpkit.merge.plan import MergePlan, TensorJob, estimate_memory, plan_shards
+from slerpkit.merge.events import BytesMerged, Event, MergedTensor, MergeReport, MergeResult, PlanReady
+from slerpkit.merge.plan import MergePlan, TensorPlan, estimate_memory, plan_shards
 from slerpkit.parents.checkpoint import Checkpoint
 from slerpkit.recipe import MAX_SHARD_BYTES, MergeRecipe
 from slerpkit.screen.figures import render_map
@@ -86,7 +86,7 @@ def distance(tensor_name: str) -> float:
 def grow(info: Any) -> Any:
     """A tensor's description at the size that the invented models have."""
     shape = tuple(GROWN[length] for length in info.shape)
-    if isinstance(info, TensorJob):
+    if isinstance(info, TensorPlan):
         return dataclasses.replace(info, shape=shape, sources=tuple(map(grow, info.sources)))
     growth = math.prod(shape) // info.element_count
     return dataclasses.replace(info, shape=shape, byte_count=info.byte_count * growth)
@@ -122,7 +122,7 @@ def grow_plan(plan: MergePlan) -> MergePlan:
 
 
 def grow_event(event: Event, plan: MergePlan) -> Iterator[Event]:
-    if isinstance(event, TensorMerged):
+    if isinstance(event, MergedTensor):
         merged = dataclasses.replace(event, job=grow(event.job))
         yield BytesMerged(merged.job.byte_count)
         yield merged
@@ -143,7 +143,7 @@ def make_scene(folder: Path) -> Scene:
         report = execute_merge(tiny_plan, executed.append)
     plan = grow_plan(tiny_plan)
     told = [[grown for event in events for grown in grow_event(event, plan)] for events in (prepared, executed)]
-    tensors = tuple(event for event in told[1] if isinstance(event, TensorMerged))
+    tensors = tuple(event for event in told[1] if isinstance(event, MergedTensor))
     result = MergeResult(tensors, MERGE_SECONDS, "cpu")
     report = dataclasses.replace(
         report, child=Path("/home/ada/models", CHILD), plan=plan, result=result, sync_seconds=1.9, total_seconds=15.2
@@ -183,7 +183,7 @@ def draw_progress(view: MergeView, clock: Clock, scene: Scene, stop_at: float) -
             clock.now += MERGE_SECONDS * event.byte_count / scene.plan.child_bytes
         with mock.patch("rich.live.Live.start"):  # a picture needs no refreshing thread
             view.observe(event)
-        if not drawn and isinstance(event, TensorMerged) and view.merged_bytes >= stop_at * view.total_bytes:
+        if not drawn and isinstance(event, MergedTensor) and view.merged_bytes >= stop_at * view.total_bytes:
             view.console.print(view.render())
             drawn = True
 

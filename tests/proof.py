@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
-from slerpkit.evaluation.sweep import Yardstick, find_t, forget_sweep
+from slerpkit.evaluation.sweep import Objective, find_t, forget_sweep
 from slerpkit.recipe import MergeRecipe
 from slerpkit.schedule import Schedule, parse_blend
 from slerpkit.screen.figures import render_map, render_sweep
@@ -62,7 +62,7 @@ class Proof:
     def measure(self, name: str, folder: Path) -> Row:
         """A model's bits per byte on both texts."""
         entries = compare_perplexity(
-            Lineup((("child", folder),), "cpu"), (self.made.arithmetic, self.made.reversal), quiet
+            ComparedModels((("child", folder),), "cpu"), (self.made.arithmetic, self.made.reversal), quiet
         )
         return Row(name, *(entry["models"][0]["bits_per_byte"] for entry in entries))
 
@@ -73,7 +73,7 @@ class Proof:
     def sweep(self, **settings: Any) -> dict[str, Any]:
         """The entry of a sweep on both texts."""
         plan = prepare_merge(self.recipe(**settings), quiet)
-        entry = find_t(plan, Yardstick((self.made.arithmetic, self.made.reversal)), quiet)
+        entry = find_t(plan, Objective((self.made.arithmetic, self.made.reversal)), quiet)
         forget_sweep(plan.recipe.save_directory)
         return entry
 

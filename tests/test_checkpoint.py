@@ -308,7 +308,7 @@ def test_few_files_stay_open_however_many_shards_there_are(tmp_path):
     infos = open_checkpoint(make_checkpoint(tmp_path / "model", tensors, shards=40)).tensors
     handles = FileHandles()
     opened = [handles.at(info.file, "r", 0) for info in infos.values()]
-    assert sum(not handle.closed for handle in opened) <= FileHandles.most_open
+    assert sum(not handle.closed for handle in opened) <= FileHandles.max_open
     buffer = bytearray(8)
     TensorReader(handles).read_into(infos["t0.weight"], 0, memoryview(buffer))
     assert bytes(buffer) == raw_bytes(tensors["t0.weight"])

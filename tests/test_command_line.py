@@ -40,7 +40,7 @@ from tests.conftest import fingerprint
 
 REPORT_KEYS = {
     "child", "tensors", "slerped", "lerped", "copied", "bytes", "seconds", "sync_seconds", "total_seconds",
-    "bytes_per_second", "tokenizer_from", "mended", "notices", "warnings",
+    "bytes_per_second", "tokenizer_from", "resolved", "notices", "warnings",
 }  # fmt: skip
 
 # Runs a script and tells on stderr which of the slow libraries it has loaded.
@@ -255,8 +255,8 @@ class TestBase:
         assert "slerp of task vectors, t = 0.25" in outcome.out
         child, *others = (load_tensors(folder) for folder in (tmp_path / "child", *pair, base))
         for name, tensor in child.items():
-            left, right, ground = (tensors[name].double() for tensors in others)
-            exact = ground + reference_slerp(left - ground, right - ground, 0.25)
+            left, right, base_tensor = (tensors[name].double() for tensors in others)
+            exact = base_tensor + reference_slerp(left - base_tensor, right - base_tensor, 0.25)
             assert torch.allclose(tensor.double(), exact, rtol=2**-8, atol=1e-6), name
 
     def test_as_json(self, run, pair, base):
@@ -270,11 +270,11 @@ class TestBase:
 
     @pytest.mark.parametrize("flags", [(), ("--base", "origin")], ids=["without", "with"])
     def test_near_parallel_parents_get_the_advice_to_name_it(self, run, tmp_path, flags):
-        ground = llama_tensors(3, torch.float32)
-        make_checkpoint(tmp_path / "origin", ground)
+        base_tensor = llama_tensors(3, torch.float32)
+        make_checkpoint(tmp_path / "origin", base_tensor)
         for seed, name in enumerate(("primary", "secondary")):
             drift = llama_tensors(seed, torch.float32)
-            make_checkpoint(tmp_path / name, {key: ground[key] + 0.001 * drift[key] for key in ground})
+            make_checkpoint(tmp_path / name, {key: base_tensor[key] + 0.001 * drift[key] for key in base_tensor})
         outcome = run(*MERGE, *flags)
         assert outcome.status == 0
         text = " ".join(outcome.out.replace("│", " ").split())
@@ -345,7 +345,7 @@ class TestJson:
         assert report["bytes_per_second"] == pytest.approx(report["bytes"] / report["seconds"])
         assert report["sync_seconds"] >= 0
         assert report["tokenizer_from"] is None
-        assert report["mended"] == report["notices"] == report["warnings"] == []
+        assert report["resolved"] == report["notices"] == report["warnings"] == []
 
     def test_differences_and_warnings_are_in_it(self, run, tmp_path):
         primary = llama_tensors(1)
@@ -353,7 +353,7 @@ class TestJson:
         make_checkpoint(tmp_path / "primary", primary, {**LLAMA_CONFIG, "max_position_embeddings": 128})
         add_tokenizer(make_checkpoint(tmp_path / "secondary", llama_tensors(2, torch.float16)))
         report = run(*MERGE, "--json").report
-        assert [mended["subject"] for mended in report["mended"]] == ["dtype of 21 tensors"]
+        assert [resolved["subject"] for resolved in report["resolved"]] == ["dtype of 21 tensors"]
         assert "max_position_embeddings" in [notice["subject"] for notice in report["notices"]]
         assert report["tokenizer_from"] == "secondary"
         assert len(report["warnings"]) == 1
@@ -712,7 +712,7 @@ class TestBadInput:
         monkeypatch.setattr("slerpkit.merge.stream.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
         monkeypatch.setattr("slerpkit.merge.stream.choose_device", fail)
-        assert_refused(run(*MERGE, "--restart"), cause, "Mend that")
+        assert_refused(run(*MERGE, "--restart"), cause, "Put that right")
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     @pytest.mark.parametrize(

@@ -30,18 +30,18 @@ from slerpkit.files import FileHandles
 from slerpkit.merge.arithmetic import choose_device
 from slerpkit.merge.events import (
     BytesMerged,
-    ChildVerified,
     CompanionCopied,
     DeviceChosen,
+    MergedTensor,
     MergeResumed,
     MergeStopped,
     ParentOpened,
     ParityChecked,
     PlanReady,
     ShardWritten,
-    TensorMerged,
+    Verification,
 )
-from slerpkit.merge.journal import Journal, plan_identity
+from slerpkit.merge.journal import Journal, merge_fingerprint
 from slerpkit.merge.save_directory import FolderLock
 from slerpkit.merge.staging import StagedChild
 from slerpkit.messages import SlerpMergeError
@@ -54,9 +54,9 @@ from tests.test_merge import assert_same_bits, merge, staging_beside
 SCRIPT = Path(__file__).resolve().parents[1] / "slerpmerge.py"
 MOMENTS = [
     (ParentOpened, 1), (ParentOpened, 2), (ParityChecked, 1), (PlanReady, 1), (DeviceChosen, 1), (BytesMerged, 1),
-    (TensorMerged, 1), (TensorMerged, 11), (TensorMerged, 21), (ShardWritten, 1), (ShardWritten, 2),
+    (MergedTensor, 1), (MergedTensor, 11), (MergedTensor, 21), (ShardWritten, 1), (ShardWritten, 2),
     (CompanionCopied, 1), (CompanionCopied, 2), (CompanionCopied, 3), (CompanionCopied, 4),
-    (ChildVerified, 1),
+    (Verification, 1),
 ]  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def resumed(primary: Path, secondary: Path, child: Path, **settings: Any) -> tup
     report = merge(primary, secondary, child, t, observe=events.append, **{**INTERRUPTED, **settings})
     (found,) = (event for event in events if isinstance(event, MergeResumed))
     assert [event.total for event in events if isinstance(event, MergeResumed)] == [len(report.plan.shards)]
-    merged = [event.job.name for event in events if isinstance(event, TensorMerged)]
+    merged = [event.job.name for event in events if isinstance(event, MergedTensor)]
     assert merged == [job.name for job in report.plan.jobs]
     assert sum(event.byte_count for event in events if isinstance(event, BytesMerged)) == report.plan.child_bytes
     other = merge(primary, secondary, child.with_name("other"), t, **{**INTERRUPTED, **settings})
@@ -278,7 +278,7 @@ def test_an_interruption_leaves_an_empty_save_directory_and_its_neighbours(tmp_p
     child.mkdir(parents=True)
     (tmp_path / "there" / "neighbour").write_text("mine")
     with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, child, observe=at(TensorMerged, 3, interrupt))
+        merge(primary, secondary, child, observe=at(MergedTensor, 3, interrupt))
     assert names(tmp_path / "there") == ["child", "neighbour"]
     assert names(child) == []
 
@@ -291,7 +291,7 @@ def test_a_folder_made_on_the_way_stays_if_somebody_else_uses_it(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, tmp_path / "new" / "deep" / "child", observe=at(TensorMerged, 3, act))
+        merge(primary, secondary, tmp_path / "new" / "deep" / "child", observe=at(MergedTensor, 3, act))
     assert names(tmp_path / "new") == ["mine"]
 
 
@@ -300,7 +300,7 @@ def test_torch_has_its_threads_back_after_an_interruption(tmp_path):
     torch.set_num_threads(before + 1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            merge(*make_pair(tmp_path), tmp_path / "child", observe=at(TensorMerged, 3, interrupt))
+            merge(*make_pair(tmp_path), tmp_path / "child", observe=at(MergedTensor, 3, interrupt))
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -324,7 +324,7 @@ def test_folders_made_on_the_way_are_removed_where_the_last_cannot_be(tmp_path, 
 # ── A child that stands there already ───────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("moment", "number"), [(DeviceChosen, 1), (TensorMerged, 11), (ChildVerified, 1)])
+@pytest.mark.parametrize(("moment", "number"), [(DeviceChosen, 1), (MergedTensor, 11), (Verification, 1)])
 def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(tmp_path, moment, number):
     primary, secondary = make_pair(tmp_path)
     child = merge(primary, secondary, tmp_path / "child", 0.2, max_shard_bytes=5000).child
@@ -357,7 +357,7 @@ def test_what_somebody_puts_there_meanwhile_is_not_overwritten(tmp_path):
         (child / "thesis.txt").write_text("mine")
 
     with pytest.raises(SlerpMergeError, match="is not empty"):
-        merge(primary, secondary, child, observe=at(TensorMerged, 5, act))
+        merge(primary, secondary, child, observe=at(MergedTensor, 5, act))
     assert (child / "thesis.txt").read_text() == "mine"
     assert left_behind(child) == ["model.safetensors"]
     (child / "thesis.txt").rename(tmp_path / "thesis.txt")
@@ -422,7 +422,7 @@ def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
     monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
     primary, secondary = make_pair(tmp_path)
-    cut = at(TensorMerged, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
+    cut = at(MergedTensor, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
     with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors is damaged or incomplete: it ends inside"):
         merge(primary, secondary, tmp_path / "child", observe=cut, threads=1)
     assert names(tmp_path) == ["primary", "secondary"]
@@ -484,7 +484,7 @@ def test_a_parent_that_is_another_by_the_end_has_no_child(tmp_path, role, how):
     primary, secondary = make_pair(tmp_path)
     for folder in (primary, secondary):
         add_tokenizer(folder)
-    observe = at(ChildVerified, 1, lambda: how(tmp_path / role / "tokenizer.json"))
+    observe = at(Verification, 1, lambda: how(tmp_path / role / "tokenizer.json"))
     with pytest.raises(SlerpMergeError, match=rf"{role} changed during the merge: tokenizer\.json"):
         merge(primary, secondary, tmp_path / "child", observe=observe)
     assert names(tmp_path) == ["primary", "secondary"]
@@ -496,11 +496,11 @@ def test_open_files_stay_few(tmp_path):
     folder.mkdir()
     handles = FileHandles()
     opened = []
-    for number in range(3 * FileHandles.most_open):
+    for number in range(3 * FileHandles.max_open):
         (folder / str(number)).write_bytes(b"0123456789")
         opened.append(handles.at(folder / str(number), "r", 4))
     assert opened[-1].read(2) == b"45"
-    assert sum(not handle.closed for handle in opened) == FileHandles.most_open
+    assert sum(not handle.closed for handle in opened) == FileHandles.max_open
     handles.close()
     assert all(handle.closed for handle in opened)
 
@@ -528,13 +528,13 @@ def test_a_file_size_limit_gives_one_message(tmp_path, parents):
 
 WAITING_MERGE = """
 import sys, time
-from slerpkit.merge.events import TensorMerged
+from slerpkit.merge.events import MergedTensor
 from slerpkit.recipe import MergeRecipe
 from slerpkit.story import execute_merge, prepare_merge
 from pathlib import Path
 
 def observe(event):
-    if isinstance(event, TensorMerged):
+    if isinstance(event, MergedTensor):
         print("there", flush=True)
         time.sleep(60)
 
@@ -591,7 +591,7 @@ def test_a_second_merge_to_the_same_place_does_not_take_the_firsts_away(tmp_path
         command = command_line(primary, secondary, child, "--t", "0.9")
         second.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
 
-    merge(primary, secondary, child, 0.1, observe=at(TensorMerged, 5, act))
+    merge(primary, secondary, child, 0.1, observe=at(MergedTensor, 5, act))
     assert second[0].returncode == 1
     assert_same_bits(load_tensors(child), load_tensors(merge(primary, secondary, tmp_path / "other", 0.1).child))
 
@@ -606,7 +606,7 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, tmp_path / "child", observe=at(TensorMerged, 20, act))
+        merge(primary, secondary, tmp_path / "child", observe=at(MergedTensor, 20, act))
     (tmp_path / "kept" / "child" / "model-00001-of-00099.safetensors").write_bytes(b"from another recipe")
     (tmp_path / "kept").rename(staged[0])
     child = merge(primary, secondary, tmp_path / "child").child
@@ -681,7 +681,7 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
 
 SLOW_MAIN = """
 import sys, time, slerpmerge
-from slerpkit.merge.events import ShardWritten, TensorMerged
+from slerpkit.merge.events import ShardWritten, MergedTensor
 from slerpkit.screen.progress import MergeView
 
 observe = MergeView.observe
@@ -690,7 +690,7 @@ def slowly(view, event):
     observe(view, event)
     if isinstance(event, ShardWritten):
         print("written", flush=True)
-    if isinstance(event, TensorMerged):
+    if isinstance(event, MergedTensor):
         time.sleep(0.03)
 
 MergeView.observe = slowly
@@ -889,7 +889,7 @@ def test_a_finished_child_is_kept_where_the_old_one_may_not_be_replaced(tmp_path
             primary,
             secondary,
             tmp_path / "new",
-            observe=at(ChildVerified, 1, lambda: shutil.copytree(child, tmp_path / "new")),
+            observe=at(Verification, 1, lambda: shutil.copytree(child, tmp_path / "new")),
         )
     finished = tmp_path / ".new.slerpmerge-staging"
     before = fingerprint(finished)
@@ -908,7 +908,7 @@ def test_an_empty_folder_does_not_cost_the_old_child(tmp_path, area):
     child.rename(area / "replaced")
     child.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(TensorMerged, 1, interrupt))
+        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(MergedTensor, 1, interrupt))
     assert fingerprint(child) == before
 
 
@@ -981,7 +981,7 @@ def test_a_chat_template_does_not_start_anew(tmp_path):
     folders = interrupted(tmp_path)
     plan = prepare_merge(MergeRecipe(*folders, max_shard_bytes=5000, device=DEVICE), lambda event: None)
     recipe = dataclasses.replace(plan.recipe, chat_template="secondary")
-    assert plan_identity(plan) == plan_identity(dataclasses.replace(plan, recipe=recipe))
+    assert merge_fingerprint(plan) == merge_fingerprint(dataclasses.replace(plan, recipe=recipe))
 
 
 def test_a_save_directory_that_is_a_disk_of_its_own_is_refused_at_once(tmp_path, small_disk):

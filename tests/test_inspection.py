@@ -127,10 +127,10 @@ def test_with_a_base_it_is_the_task_vectors_that_are_measured(tmp_path):
     base = make_checkpoint(tmp_path / "base", llama_tensors(3, torch.float32))
     found = inspected(*folders, base=base)
     assert found.vectors == "task vectors"
-    left, right, ground = map(load_tensors, (*folders, base))
+    left, right, base_tensor = map(load_tensors, (*folders, base))
     for difference in found.tensors:
         name = difference.name
-        degrees, *norms = exact(left[name] - ground[name], right[name] - ground[name])
+        degrees, *norms = exact(left[name] - base_tensor[name], right[name] - base_tensor[name])
         assert difference.degrees == pytest.approx(degrees, abs=1e-3)
         assert difference.norms == pytest.approx(norms, rel=1e-5)
 

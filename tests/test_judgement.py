@@ -15,7 +15,7 @@ import torch
 from rich.cells import cell_len
 
 from slerpkit.child.report import CARD_MARKS, amend_report
-from slerpkit.evaluation.models import DeviceFull, Lineup, choose_place, on_fitting_place
+from slerpkit.evaluation.models import ComparedModels, DeviceOutOfMemory, choose_device_and_dtype, with_fallback_to_cpu
 from slerpkit.evaluation.perplexity import (
     TextLoss,
     compare_perplexity,
@@ -49,13 +49,13 @@ def write_text(path: Path, characters: int, seed: int = 1) -> Path:
 
 
 @pytest.fixture
-def family(tmp_path, parents) -> Lineup:
+def family(tmp_path, parents) -> ComparedModels:
     """Two real tiny models and their child, which are asked on the processor."""
     primary, secondary = (make_real_model(tmp_path / name, seed) for seed, name in ((1, "primary"), (2, "secondary")))
     parents.watch(primary, secondary)
     recipe = MergeRecipe(primary, secondary, tmp_path / "child", device="cpu")
     child = execute_merge(prepare_merge(recipe, quiet), quiet).child
-    return Lineup((("primary", primary), ("secondary", secondary), ("child", child)), "cpu")
+    return ComparedModels((("primary", primary), ("secondary", secondary), ("child", child)), "cpu")
 
 
 def direct_nats(folder: Path, text: str, window: int, stride: int) -> tuple[float, int]:
@@ -202,7 +202,7 @@ def test_a_chat_template_is_applied_where_there_is_one(family):
     edit_json(child / "tokenizer_config.json", chat_template=f"{mark}{{{{ messages[0]['content'] }}}}{mark}")
     (entry,) = taste(family, [ALPHABET[3]], quiet)
     assert "the chat templates of child" in entry["measured"]
-    plain = Lineup((("child", child),), "cpu")
+    plain = ComparedModels((("child", child),), "cpu")
     (child / "chat_template.jinja").unlink()
     edit_json(child / "tokenizer_config.json", chat_template=...)
     (same,) = taste(plain, [mark + ALPHABET[3] + mark], quiet)
@@ -248,7 +248,7 @@ def test_a_parent_without_a_tokenizer_reads_with_anothers(family, tmp_path):
     shutil.copytree(family.folders[1][1], tmp_path / "bare")
     for path in (tmp_path / "bare").glob("tokenizer*"):
         path.unlink()
-    bare = Lineup((family.folders[0], ("secondary", tmp_path / "bare"), family.folders[2]), "cpu")
+    bare = ComparedModels((family.folders[0], ("secondary", tmp_path / "bare"), family.folders[2]), "cpu")
     text = write_text(tmp_path / "text.txt", 100)
     assert (
         compare_perplexity(bare, [text], quiet)[0]["models"] == compare_perplexity(family, [text], quiet)[0]["models"]
@@ -307,7 +307,7 @@ def test_a_device_that_runs_out_of_memory_is_named(family, tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr("slerpkit.evaluation.perplexity.text_loss", fail)
-    with pytest.raises(DeviceFull, match="The device cpu ran out of memory with primary"):
+    with pytest.raises(DeviceOutOfMemory, match="The device cpu ran out of memory with primary"):
         compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
 
 
@@ -315,7 +315,7 @@ def crowded(device: str, tried: list[str]) -> Sequence[str]:
     """Work that an accelerator has no memory for."""
     tried.append(device)
     if device != "cpu":
-        raise DeviceFull("primary", device)
+        raise DeviceOutOfMemory("primary", device)
     return tried
 
 
@@ -325,13 +325,13 @@ def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor
     monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: 1e12)
     events: list[object] = []
-    chosen = Lineup(family.folders, "auto")
-    tried = on_fitting_place(chosen, events.append, lambda device, dtype: crowded(device, []) and [device])
+    chosen = ComparedModels(family.folders, "auto")
+    tried = with_fallback_to_cpu(chosen, events.append, lambda device, dtype: crowded(device, []) and [device])
     assert tried == ["cpu"]
     (noted,) = (event.text for event in events if isinstance(event, Noted))
     assert "ran out of memory" in noted
-    with pytest.raises(DeviceFull):  # what the person asked for is not changed unasked
-        on_fitting_place(Lineup(family.folders, "cuda"), quiet, lambda device, _: crowded(device, []))
+    with pytest.raises(DeviceOutOfMemory):  # what the person asked for is not changed unasked
+        with_fallback_to_cpu(ComparedModels(family.folders, "cuda"), quiet, lambda device, _: crowded(device, []))
 
 
 @pytest.mark.parametrize(
@@ -343,8 +343,8 @@ def test_the_device_is_the_one_that_fits(family, monkeypatch, memory, place):
     monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: memory)
-    assert choose_place(Lineup(family.folders, "auto")) == place
-    assert choose_place(Lineup(family.folders, "cpu")) == ("cpu", "float32")
+    assert choose_device_and_dtype(ComparedModels(family.folders, "auto")) == place
+    assert choose_device_and_dtype(ComparedModels(family.folders, "cpu")) == ("cpu", "float32")
 
 
 def test_a_model_of_nothing_but_nan_is_refused(family, tmp_path):
@@ -517,7 +517,7 @@ def test_the_screen_has_all_figures_within_its_width(family, tmp_path, width, en
 def test_plain_merges_ask_nobody(tmp_path, monkeypatch):
     """Neither harness nor models are loaded where nothing was asked."""
     monkeypatch.setattr("slerpkit.evaluation.harness.load_harness", lambda: pytest.fail("loaded"))
-    monkeypatch.setattr("slerpkit.evaluation.taste.speaking_model", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("slerpkit.evaluation.perplexity.speaking_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("slerpkit.evaluation.taste.loaded_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("slerpkit.evaluation.perplexity.loaded_model", lambda *_: pytest.fail("loaded"))
     recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child")
     execute_merge(prepare_merge(recipe, quiet), quiet)

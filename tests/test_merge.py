@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from slerpkit.maths import Blend
+from slerpkit.maths import TensorWeights
 from slerpkit.merge.arithmetic import ChunkArithmetic
 from slerpkit.merge.events import (
     BytesMerged,
     ChildPublished,
-    ChildVerified,
     CompanionCopied,
     DeviceChosen,
+    MergedTensor,
     MergeReport,
     ParentOpened,
     ParityChecked,
     PlanReady,
     ShardWritten,
-    TensorMerged,
+    Verification,
 )
 from slerpkit.merge.workers import SPAN_CHUNKS
 from slerpkit.messages import SlerpMergeError
@@ -85,7 +85,7 @@ def merge_tensors(
     return load_tensors(report.child), report
 
 
-def blend_of(report: MergeReport, name: str) -> Blend:
+def blend_of(report: MergeReport, name: str) -> TensorWeights:
     return next(merged.blend for merged in report.result.tensors if merged.job.name == name)
 
 
@@ -436,7 +436,7 @@ def test_values_whose_squares_overflow_still_merge_right(tmp_path, dtype, method
     assert_right({"x": child["x"]}, {"x": left}, {"x": right}, 0.3, method)
 
 
-# ── Pairs that parity mended ────────────────────────────────────────────────────────────────────
+# ── Pairs that parity resolved ────────────────────────────────────────────────────────────────────
 
 
 def test_a_stored_head_meets_the_embedding_that_is_tied_to_one(tmp_path):
@@ -557,16 +557,16 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     primary, secondary = make_pair(tmp_path)
     report = merge(primary, secondary, tmp_path / "child", 0.3, observe, threads=3, max_shard_bytes=5000)
     assert threads == {threading.main_thread()}
-    kinds = [type(event) for event in events if not isinstance(event, BytesMerged | TensorMerged | ShardWritten)]
+    kinds = [type(event) for event in events if not isinstance(event, BytesMerged | MergedTensor | ShardWritten)]
     assert kinds == [
-        ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, *[CompanionCopied] * 5, ChildVerified,
+        ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, *[CompanionCopied] * 5, Verification,
         ChildPublished,
     ]  # fmt: skip
     made = [event.file_name for event in events if isinstance(event, CompanionCopied)]
     assert made == ["config.json", "merge_recipe.yaml", "difference_map.svg", "merge_report.json", "README.md"]
     assert [event.role for event in events[:2]] == ["primary", "secondary"]
 
-    merged = [event for event in events if isinstance(event, TensorMerged)]
+    merged = [event for event in events if isinstance(event, MergedTensor)]
     assert tuple(merged) == report.result.tensors
     planned = [job for shard in report.plan.shards for job in shard.jobs]
     assert [event.job for event in merged] == planned

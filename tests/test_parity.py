@@ -1,4 +1,4 @@
-"""Can these two make a right child? Every rule that blocks, mends or notes, and pairs that must pass in silence."""
+"""Can these two make a right child? Every rule that blocks, resolves or notes, and pairs that must pass in silence."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_everything_that_blocks_is_said_at_once_with_both_values(tmp_path):
     quantised = {"quant_method": "gptq"}
     edit_json(secondary / "config.json", quantization_config=quantised, max_position_embeddings=9)
     report = parity_of(primary, secondary)
-    assert [mismatch.severity for mismatch in report.mismatches] == ["blocking"] * 7 + ["mended", "notice"]
+    assert [mismatch.severity for mismatch in report.mismatches] == ["blocking"] * 7 + ["resolved", "notice"]
     with pytest.raises(SlerpMergeError, match="cannot make a right child") as caught:
         report.raise_if_blocking()
     for words in (
@@ -314,7 +314,7 @@ def test_everything_that_blocks_is_said_at_once_with_both_values(tmp_path):
     assert caught.value.hint
 
 
-# ── Mended ──────────────────────────────────────────────────────────────────────────────────────
+# ── Resolved ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("tied", [True, ...], ids=["stated", "not stated"])
@@ -330,7 +330,7 @@ def test_a_secondary_without_a_head_lends_its_embedding(tmp_path, tied, scope):
     del right[HEAD]
     primary = make_checkpoint(tmp_path / "primary", left, config)
     report = parity_of(primary, make_checkpoint(tmp_path / "secondary", right, config))
-    found = report.of_severity("mended")[-1]
+    found = report.of_severity("resolved")[-1]
     assert (found.subject, found.primary, found.secondary) == (HEAD, "stored", "tied")
     assert EMBEDDING in found.consequence
     said = [(m.subject, m.primary) for m in report.mismatches[:-1]]
@@ -342,7 +342,7 @@ def test_a_secondary_without_a_head_lends_its_embedding(tmp_path, tied, scope):
 
 def test_a_primary_without_a_head_leaves_the_secondarys_out(tmp_path):
     report = compare_tensors(tmp_path, {HEAD: ...}, {}, {**LLAMA_CONFIG, "tie_word_embeddings": True})
-    found = only(report, "mended")
+    found = only(report, "resolved")
     assert (found.subject, found.primary, found.secondary) == (HEAD, "tied", "stored")
     assert HEAD not in {pair.name for pair in report.pairs}
     assert len(report.pairs) == len(llama_tensors(1)) - 1
@@ -361,7 +361,7 @@ BUFFERS = {
 @pytest.mark.parametrize("name", BUFFERS)
 def test_a_buffer_that_only_the_primary_saved_is_kept(tmp_path, name):
     report = compare_tensors(tmp_path, {name: BUFFERS[name]}, {})
-    found = only(report, "mended")
+    found = only(report, "resolved")
     assert (found.subject, found.primary, found.secondary) == (name, "saved", "not saved")
     assert [pair.secondary for pair in report.pairs if pair.name == name] == [None]
 
@@ -369,7 +369,7 @@ def test_a_buffer_that_only_the_primary_saved_is_kept(tmp_path, name):
 @pytest.mark.parametrize("name", BUFFERS)
 def test_a_buffer_that_only_the_secondary_saved_is_left_out(tmp_path, name):
     report = compare_tensors(tmp_path, {}, {name: BUFFERS[name]})
-    assert (only(report, "mended").subject, only(report, "mended").primary) == (name, "not saved")
+    assert (only(report, "resolved").subject, only(report, "resolved").primary) == (name, "not saved")
     assert name not in {pair.name for pair in report.pairs}
 
 
@@ -401,7 +401,7 @@ def test_dtypes_that_differ_are_mended_in_one_line_a_combination(tmp_path):
     right[HEAD] = right[HEAD].float()
     primary, secondary = make_checkpoint(tmp_path / "primary", left), make_checkpoint(tmp_path / "secondary", right)
     report = parity_of(primary, secondary)
-    found = {(m.subject, m.primary, m.secondary) for m in report.of_severity("mended")}
+    found = {(m.subject, m.primary, m.secondary) for m in report.of_severity("resolved")}
     assert found == {("dtype of 20 tensors", "bfloat16", "float16"), ("dtype of 1 tensor", "bfloat16", "float32")}
     assert report.of_severity("blocking") == report.of_severity("notice") == ()
     assert "saved in the primary's" in report.mismatches[0].consequence

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from slerpkit.merge.events import ParentOpened, ParityChecked, PlanReady
-from slerpkit.merge.plan import MergePlan, TensorJob, cut_shards, lay_out_shard, plan_shards
+from slerpkit.merge.plan import MergePlan, TensorPlan, cut_shards, lay_out_shard, plan_shards
 from slerpkit.merge.save_directory import check_save_directory
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parity.vocabulary import choose_tokenizer
@@ -53,7 +53,7 @@ def planned(folder: Path, **changes) -> MergePlan:
     return prepare_merge(recipe_in(folder, **changes), lambda event: None)
 
 
-def jobs_by_name(plan: MergePlan) -> dict[str, TensorJob]:
+def jobs_by_name(plan: MergePlan) -> dict[str, TensorPlan]:
     return {job.name: job for job in plan.jobs}
 
 
@@ -63,11 +63,11 @@ def make_both(folder: Path, primary: dict[str, torch.Tensor], secondary: dict[st
     make_checkpoint(folder / "secondary", {**llama_tensors(2), **secondary})
 
 
-def job_of(name: str, dtype: str, *shape: int) -> TensorJob:
-    return TensorJob(name, dtype, shape, "copy", 0.0, ())
+def job_of(name: str, dtype: str, *shape: int) -> TensorPlan:
+    return TensorPlan(name, dtype, shape, "copy", 0.0, ())
 
 
-def random_jobs(seed: int) -> list[TensorJob]:
+def random_jobs(seed: int) -> list[TensorPlan]:
     """Tensors of random dtypes and sizes, some empty, some numbers."""
     chooser = random.Random(seed)
     shapes = [[chooser.randint(0, 9) for _ in range(chooser.randint(0, 3))] for _ in range(chooser.randint(1, 40))]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
 from tests.proof import GRADIENTS, Proof, Row, quiet, table
 from tests.specialists import make_specialists
@@ -68,8 +68,8 @@ def test_methods_and_gradients_are_held_against_each_other(proof):
 def test_parents_lose_as_much_whatever_they_are_compared_with(proof):
     """The figures of a model do not depend on its lineup."""
     texts = (proof.made.arithmetic,)
-    alone = compare_perplexity(Lineup((("child", proof.made.primary),), "cpu"), texts, quiet)
+    alone = compare_perplexity(ComparedModels((("child", proof.made.primary),), "cpu"), texts, quiet)
     both = compare_perplexity(
-        Lineup((("primary", proof.made.secondary), ("child", proof.made.primary)), "cpu"), texts, quiet
+        ComparedModels((("primary", proof.made.secondary), ("child", proof.made.primary)), "cpu"), texts, quiet
     )
     assert alone[0]["models"][0] == both[0]["models"][1]

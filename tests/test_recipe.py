@@ -319,7 +319,9 @@ def test_slices_keep_every_t_when_replayed(method: str, extrapolate: bool, tmp_p
     )
     plan = prepare_merge(recipe, quiet)
     child.mkdir()
-    again = plan_of(write(child / "merge_recipe.yaml", recipe_text(plan.recipe, plan.parents, child)), tmp_path / "again")
+    again = plan_of(
+        write(child / "merge_recipe.yaml", recipe_text(plan.recipe, plan.parents, child)), tmp_path / "again"
+    )
     replayed = {job.name: job.t for job in again.jobs}
     assert [job.name for job in plan.jobs if replayed[job.name] != job.t] == []
 
@@ -692,12 +694,12 @@ def test_linear_weights_that_add_up_to_zero_are_refused(tmp_path: Path) -> None:
 
 def siblings(folder: Path) -> tuple[Path, Path, Path]:
     """Two children of one base, so near to it and to each other that only their task vectors stand apart."""
-    ground = llama_tensors(3, torch.float32)
+    base_tensor = llama_tensors(3, torch.float32)
     learned = [llama_tensors(seed, torch.float32, 0.002) for seed in (1, 2)]
-    tuned = [{name: tensor + part[name] for name, tensor in ground.items()} for part in learned]
+    tuned = [{name: tensor + part[name] for name, tensor in base_tensor.items()} for part in learned]
     first, second, base = (
         make_checkpoint(folder / name, tensors)
-        for name, tensors in zip(("primary", "secondary", "base"), (*tuned, ground))
+        for name, tensors in zip(("primary", "secondary", "base"), (*tuned, base_tensor))
     )
     return first, second, base
 
@@ -713,12 +715,12 @@ def test_task_vectors_are_blended_and_added_to_the_base(method: str, granularity
     operands = [load_tensors(folder) for folder in (primary, secondary, base)]
     for name, found in load_tensors(report.child).items():
         parts = [tensors[name] for tensors in operands]
-        v0, v1, ground = (part.double() for part in parts)
+        v0, v1, base_tensor = (part.double() for part in parts)
         if method == "nuslerp":
             axis = {"tensor": None, "row": 0, "column": -1}[granularity]
-            exact = ground + exact_nuslerp(v0 - ground, v1 - ground, 0.3, axis)
+            exact = base_tensor + exact_nuslerp(v0 - base_tensor, v1 - base_tensor, 0.3, axis)
         else:
-            exact = ground + reference_slerp(v0 - ground, v1 - ground, 0.3, method)
+            exact = base_tensor + reference_slerp(v0 - base_tensor, v1 - base_tensor, 0.3, method)
         assert units(found, exact, parts) <= WITH_BASE, name
     if method == "slerp":
         assert {merged.blend.rule for merged in report.result.tensors} == {"slerp"}
@@ -733,9 +735,9 @@ def test_an_end_of_the_arc_is_the_parent_whatever_the_base(t: float, side: str, 
 
 def test_base_without_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
     primary, secondary, _ = siblings(tmp_path)
-    ground = llama_tensors(3, torch.float32)
-    del ground["model.layers.1.mlp.up_proj.weight"]
-    base = make_checkpoint(tmp_path / "short", ground)
+    base_tensor = llama_tensors(3, torch.float32)
+    del base_tensor["model.layers.1.mlp.up_proj.weight"]
+    base = make_checkpoint(tmp_path / "short", base_tensor)
     with pytest.raises(SlerpMergeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of the base"):
         merge(primary, secondary, tmp_path / "child", base=base)
 

@@ -16,7 +16,7 @@ import torch
 import slerpmerge
 from slerpkit.demo import make_demo_tokenizer
 from slerpkit.evaluation.harness import judged_metrics, score, sign_test, verdict_on
-from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.models import ComparedModels
 from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import MergeRecipe
 from slerpkit.screen.figures import render_scores
@@ -274,6 +274,6 @@ def test_a_harness_without_figures_for_items_is_refused(monkeypatch, place):
         "slerpkit.evaluation.harness.harness_results", lambda *_: {"results": {"x": {"alias": "x"}}, "samples": {}}
     )
     roles = ("primary", "secondary", "child")
-    lineup = Lineup(tuple((role, place / role) for role in roles), "cpu")
+    lineup = ComparedModels(tuple((role, place / role) for role in roles), "cpu")
     with pytest.raises(SlerpMergeError, match="no figure that is a mean over their items"):
         score(lineup, ["x"], None, quiet)

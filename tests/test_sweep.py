@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from slerpkit.evaluation.models import Lineup
+from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
 from slerpkit.evaluation.sweep import (
-    MOST_TRIALS,
+    MAX_TRIALS,
     TRIAL_PREFIX,
+    Objective,
     Sweep,
     Trial,
-    Yardstick,
     find_t,
     forget_sweep,
     remove_trial,
@@ -86,15 +86,15 @@ def left_over(folder: Path) -> list[str]:
 def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
     tried: list[float] = []
     monkeypatch.setattr(Sweep, "measure", bowl(best, tried))
-    entry = find_t(plan, Yardstick((Path("text-1.txt"),)), quiet)
+    entry = find_t(plan, Objective((Path("text-1.txt"),)), quiet)
     assert abs(entry["best_t"] - best) <= 0.0251
-    assert len(tried) == len(set(tried)) <= MOST_TRIALS
+    assert len(tried) == len(set(tried)) <= MAX_TRIALS
     assert tried[:2] == [0.0, 1.0]
 
 
 def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
     texts = (tmp_path / "text-1.txt", tmp_path / "text-2.txt")
-    entry = find_t(plan, Yardstick(texts), quiet)
+    entry = find_t(plan, Objective(texts), quiet)
     for trial in entry["trials"]:
         folder = tmp_path / trial["role"]
         if trial["role"] == "child":
@@ -103,7 +103,7 @@ def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
             )
             recipe = dataclasses.replace(recipe, schedule=Schedule.constant(trial["t"]))
             folder = execute_merge(prepare_merge(recipe, quiet), quiet).child
-        lineup = Lineup((("child", folder),), "cpu")
+        lineup = ComparedModels((("child", folder),), "cpu")
         found = [entry["models"][0]["bits_per_byte"] for entry in compare_perplexity(lineup, texts, quiet)]
         assert trial["values"] == pytest.approx(found, rel=1e-6)
         assert trial["loss"] == pytest.approx(sum(found) / 2, rel=1e-6)
@@ -114,7 +114,7 @@ def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
 
 def test_progress_and_every_trial_are_told(plan, tmp_path):
     events: list[object] = []
-    entry = find_t(plan, Yardstick((tmp_path / "text-1.txt",)), events.append)
+    entry = find_t(plan, Objective((tmp_path / "text-1.txt",)), events.append)
     (began,) = (event for event in events if isinstance(event, WorkBegan))
     assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) <= began.total
     told = [event.text for event in events if isinstance(event, Noted)]
@@ -175,7 +175,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
         return measure(sweep, role, folder)
 
     monkeypatch.setattr(Sweep, "measure", counted)
-    yardstick = Yardstick((tmp_path / "text-1.txt",))
+    yardstick = Objective((tmp_path / "text-1.txt",))
 
     def stop(event: object) -> None:
         if isinstance(event, Noted) and len(tried) == stop_after:
@@ -198,7 +198,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
 def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatch, change):
     tried: list[float] = []
     monkeypatch.setattr(Sweep, "measure", bowl(0.3, tried))
-    yardstick = Yardstick((tmp_path / "text-1.txt",))
+    yardstick = Objective((tmp_path / "text-1.txt",))
     whole = len(find_t(plan, yardstick, quiet)["trials"])
     assert len(tried) == whole
     recipe = plan.recipe
@@ -233,7 +233,7 @@ def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_pa
         return measure(sweep, role, folder)
 
     monkeypatch.setattr(Sweep, "measure", watched)
-    find_t(plan, Yardstick((tmp_path / "text-1.txt",)), quiet)
+    find_t(plan, Objective((tmp_path / "text-1.txt",)), quiet)
     assert max(seen) == 1
     assert list(tmp_path.rglob("merge_report.json")) == []
 
@@ -241,7 +241,7 @@ def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_pa
 def test_a_trial_that_a_killed_sweep_left_is_removed_by_the_next(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(Sweep, "measure", bowl(0.3))
     monkeypatch.setattr("slerpkit.evaluation.sweep.remove_trial", lambda storage: None)  # as if it had never come to it
-    yardstick = Yardstick((tmp_path / "text-1.txt",))
+    yardstick = Objective((tmp_path / "text-1.txt",))
     find_t(plan, yardstick, quiet)
     storage = Path(json.loads((tmp_path / ".child.slerpmerge-sweep" / "journal.json").read_text("utf-8"))["storage"])
     assert (storage / "trial" / "model.safetensors").is_file()
@@ -262,7 +262,7 @@ def test_a_journal_cannot_have_a_folder_of_the_persons_removed(tmp_path):
 
 def test_two_sweeps_into_one_place_are_refused(plan, tmp_path, monkeypatch):
     measure = bowl(0.3)
-    yardstick = Yardstick((tmp_path / "text-1.txt",))
+    yardstick = Objective((tmp_path / "text-1.txt",))
 
     def again(sweep, role, folder):
         with pytest.raises(SlerpMergeError, match="Another run"):
@@ -297,7 +297,7 @@ def test_slices_have_no_single_t(tmp_path):
     cut = LayerSlice(0, 0, 1, Schedule.constant(0.5))
     recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child", slices=(cut,))
     with pytest.raises(SlerpMergeError, match="one t of whole models"):
-        find_t(prepare_merge(recipe, quiet), Yardstick((write_text(tmp_path / "text.txt", 9),)), quiet)
+        find_t(prepare_merge(recipe, quiet), Objective((write_text(tmp_path / "text.txt", 9),)), quiet)
 
 
 # ── The curve ──

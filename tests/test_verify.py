@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from slerpkit.evaluation.models import verify_with_transformers
-from slerpkit.merge.events import ChildVerified, CompanionCopied, MergeReport
+from slerpkit.merge.events import CompanionCopied, MergeReport, Verification
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.safetensors_header import read_header
 from tests.builders import (
@@ -182,7 +182,7 @@ def test_a_good_child_passes_and_says_what_was_looked_at(tmp_path):
         add_tokenizer(folder)
     events = []
     report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child", observe=events.append)
-    (verified,) = (event for event in events if isinstance(event, ChildVerified))
+    (verified,) = (event for event in events if isinstance(event, Verification))
     assert (verified.checks, verified.warnings) == (report.checks, report.warnings)
     assert report.warnings == ()
     text = "\n".join(report.checks)

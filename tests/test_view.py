@@ -13,8 +13,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from slerpkit.maths import Blend
-from slerpkit.merge.events import BytesMerged, DeviceChosen, Event, MergeReport, PlanReady, TensorMerged
+from slerpkit.maths import TensorWeights
+from slerpkit.merge.events import BytesMerged, DeviceChosen, Event, MergedTensor, MergeReport, PlanReady
 from slerpkit.merge.plan import MergePlan
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import layer_positions
@@ -73,13 +73,13 @@ def parity_of(*mismatches: Mismatch) -> ParityReport:
     return ParityReport(mismatches, ())
 
 
-def long_named(scene: Scene) -> TensorMerged:
+def long_named(scene: Scene) -> MergedTensor:
     """A tensor whose name no terminal is wide enough for."""
     merged = scene.report.result.tensors[0]
     return dataclasses.replace(merged, job=dataclasses.replace(merged.job, name="model.layers.0." + "expert." * 40))
 
 
-DTYPE = Mismatch("mended", "dtype of 3 tensors", "bfloat16", "float16", "Saved in the primary's.")
+DTYPE = Mismatch("resolved", "dtype of 3 tensors", "bfloat16", "float16", "Saved in the primary's.")
 LICENCE = Mismatch("notice", "licence", "apache-2.0", "mit", "A child is bound by both.")
 ROPE = Mismatch("blocking", "rope_theta", "10000", "500000", "Equal shapes hide this.")
 
@@ -162,7 +162,7 @@ class TestParityPanel:
         text = words(shown(lambda console: render_parity(console, parity_of(DTYPE, LICENCE)), width))
         for value in ("dtype of 3 tensors", "bfloat16", "float16", "Saved in", "licence", "apache-2.0", "mit"):
             assert value in text
-        assert "1 mended, 1 to know" in text
+        assert "1 resolved, 1 to know" in text
 
     @pytest.mark.parametrize("width", WIDTHS)
     def test_common_names_are_not_cut_in_two(self, width):
@@ -218,7 +218,7 @@ class TestReportPanel:
         """The scene's report cut down to four tensors: two slerped, one lerped, one copied."""
         slerped = [merged for merged in scene.report.result.tensors if merged.blend.rule == "slerp"][:2]
         lerped, copied = (
-            dataclasses.replace(slerped[0], blend=Blend(0.5, 0.5, rule, reason, 1.0))
+            dataclasses.replace(slerped[0], blend=TensorWeights(0.5, 0.5, rule, reason, 1.0))
             for rule, reason in (("lerp", "parallel"), ("copy", "identical"))
         )
         result = dataclasses.replace(scene.report.result, tensors=(*slerped, lerped, copied))

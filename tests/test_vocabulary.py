@@ -111,7 +111,7 @@ def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_pat
     expected = {"rows": 40, "matched": 20, "moved": 20, "left_out": 40}
     assert counts(report) == (expected if donor == "primary" else {"rows": 80, "matched": 20, "moved": 20, "kept": 40})
     (line,) = (m for m in report.plan.parity.mismatches if m.subject == "vocabulary")
-    assert (line.severity, line.primary, line.secondary) == ("mended", "40 rows, 40 tokens", "80 rows, 80 tokens")
+    assert (line.severity, line.primary, line.secondary) == ("resolved", "40 rows, 40 tokens", "80 rows, 80 tokens")
     assert "20 in place, 20 moved" in line.consequence
     assert report.warnings == ()
 
@@ -216,13 +216,17 @@ def test_a_base_takes_part_in_rows_that_it_knows(tmp_path, granularity):
     settings = {"method": "nuslerp", "granularity": granularity, "base": base}
     report = merge(primary, secondary, tmp_path / "child", 0.3, **settings)
     assert counts(report) == {"rows": 40, "matched": 2, "moved": 28, "kept": 10}
-    child, v0, v1, ground = (load_tensors(folder)[EMBEDDING] for folder in (report.child, primary, secondary, base))
+    child, v0, v1, base_tensor = (
+        load_tensors(folder)[EMBEDDING] for folder in (report.child, primary, secondary, base)
+    )
     there = [rows_by_token(secondary)[word] for word in WORDS[:30]]
-    v0, v1, ground, found = v0[:30].double(), v1[there].double(), ground[:30].double(), child[:30]
+    v0, v1, base_tensor, found = v0[:30].double(), v1[there].double(), base_tensor[:30].double(), child[:30]
     axes = {"tensor": [...], "row": [(slice(None), n) for n in range(HIDDEN)], "column": [(n,) for n in range(30)]}
-    exact = ground.clone()
+    exact = base_tensor.clone()
     for place in axes[granularity]:
-        exact[place] += reference_slerp(v0[place] - ground[place], v1[place] - ground[place], 0.3, threshold=1.0)
+        exact[place] += reference_slerp(
+            v0[place] - base_tensor[place], v1[place] - base_tensor[place], 0.3, threshold=1.0
+        )
     assert (found.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(torch.bfloat16).eps / 2
     assert bits(child[30:]) == bits(load_tensors(primary)[EMBEDDING][30:])
 
@@ -473,7 +477,7 @@ def test_a_head_that_is_left_out_is_told(tmp_path):
         make_head(tmp_path / "secondary", 2, "none", tie_word_embeddings=True),
         tmp_path / "child",
     )
-    (line,) = report.plan.parity.of_severity("mended")
+    (line,) = report.plan.parity.of_severity("resolved")
     assert (line.subject, line.primary) == (HEAD, "stored although tied")
 
 
@@ -585,7 +589,7 @@ def test_ids_that_have_no_row_are_left_out_and_told(tmp_path, ids):
     report = merge(primary, secondary, tmp_path / "child")
     expected = {44: {}, (2, 44): {"eos_token_id": 2}, (2, 3, -1): {"eos_token_id": [2, 3]}}
     assert talk_of(report.child)[1] == {**expected[ids if ids == 44 else tuple(ids)], "temperature": 0.6}
-    assert any(m.subject.endswith("eos_token_id") for m in report.plan.parity.of_severity("mended"))
+    assert any(m.subject.endswith("eos_token_id") for m in report.plan.parity.of_severity("resolved"))
 
 
 def test_a_template_in_a_file_of_the_processors_is_seen(tmp_path):

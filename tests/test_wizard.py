@@ -435,8 +435,10 @@ class TestSession:
             assert "slerp of task vectors, t = 0.5" in terminal.text
         child, primary, secondary, base = (load_tensors(folder) for folder in (tmp_path / "child", *folders))
         for name, tensor in child.items():
-            ground = base[name].double()
-            exact = ground + reference_slerp(primary[name].double() - ground, secondary[name].double() - ground, 0.5)
+            base_tensor = base[name].double()
+            exact = base_tensor + reference_slerp(
+                primary[name].double() - base_tensor, secondary[name].double() - base_tensor, 0.5
+            )
             assert torch.allclose(tensor.double(), exact, rtol=2**-8, atol=1e-6), name
 
     def test_a_second_parent_that_cannot_match_is_refused_in_place(self, tmp_path):
@@ -444,7 +446,7 @@ class TestSession:
         with Terminal.start(["--primary", "primary"], folder=tmp_path) as terminal:
             terminal.answer("Secondary model", "secondary")
             terminal.wait_for("does not fit the primary", timeout=3)
-            assert "? Save directory" not in terminal.text, "nothing more is asked before it is mended"
+            assert "? Save directory" not in terminal.text, "nothing more is asked before it is resolved"
 
     def test_yes_asks_nothing(self, tmp_path, parents):
         parents.watch(*make_pair(tmp_path))

@@ -12,8 +12,8 @@ from slerpkit.merge.events import CompanionCopied
 from slerpkit.parents.checkpoint import COMPANION_FILES, GENERATION_NAME, TEMPLATE_FILES, TOKENIZER_FILES
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
-from slerpkit.parity.embeddings import is_tied, true_tie
-from slerpkit.parity.vocabulary import extend_tokenizer, open_tokenizer, settle_tokenizer
+from slerpkit.parity.embeddings import head_is_tied, is_tied
+from slerpkit.parity.vocabulary import add_configured_tokens, extend_tokenizer, open_tokenizer
 from slerpkit.recipe_file import RECIPE_NAME, recipe_text
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def adapt_tokenizer(plan: MergePlan, folder: Path) -> Iterator[str]:
     appended = plan.parity.vocabulary.appended
     if appended:
         tokenizer = open_tokenizer(folder / "tokenizer.json")
-        settle_tokenizer(tokenizer, folder)
+        add_configured_tokens(tokenizer, folder)
         extend_tokenizer(tokenizer, [(token.content, token.flags) for token in appended])
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
         yield "tokenizer.json"
@@ -102,7 +102,7 @@ def write_child_config(plan: MergePlan, folder: Path) -> str:
         place = next((key for key in LANGUAGE_CONFIGS if isinstance(config.get(key), dict)), None)
         config |= {"vocab_size": rows} if place is None else {place: {**config[place], "vocab_size": rows}}
     config = with_value(config, "vocab_size", rows, vocabulary.rows)
-    stated_tie, tie = is_tied(config), true_tie(plan.primary)
+    stated_tie, tie = is_tied(config), head_is_tied(plan.primary)
     if stated_tie is None and tie is not None:
         config["tie_word_embeddings"] = tie
     config = with_value(config, "tie_word_embeddings", stated_tie, tie)

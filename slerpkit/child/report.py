@@ -17,7 +17,7 @@ from slerpkit.recipe import vectors_of
 
 if TYPE_CHECKING:
     from slerpkit.merge.difference_map import DifferenceMap
-    from slerpkit.merge.events import MergeResult, TensorMerged
+    from slerpkit.merge.events import MergedTensor, MergeResult
     from slerpkit.merge.plan import MergePlan
 
 REPORT_NAME = "merge_report.json"
@@ -46,7 +46,7 @@ def lasting_report(plan: MergePlan, result: MergeResult, found: DifferenceMap) -
             "chat_template_from": plan.template_role,
         },
         "kinship": plan.kinship.as_dict(),
-        "parity": {kind: [dataclasses.asdict(m) for m in parity.of_severity(kind)] for kind in ("mended", "notice")},
+        "parity": {kind: [dataclasses.asdict(m) for m in parity.of_severity(kind)] for kind in ("resolved", "notice")},
         "vocabulary": parity.vocabulary.as_dict(),
         "rules": rules_followed(result),
         "angles": {"measured": MEASURED_BY_MERGE, **found.as_dict()},
@@ -55,7 +55,7 @@ def lasting_report(plan: MergePlan, result: MergeResult, found: DifferenceMap) -
 
 def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
     """How many tensors were slerped, lerped and copied, why, and the angles between the parents there."""
-    groups: dict[tuple[str, str], list[TensorMerged]] = {}
+    groups: dict[tuple[str, str], list[MergedTensor]] = {}
     for merged in result.tensors:
         groups.setdefault((merged.blend.rule, merged.blend.reason), []).append(merged)
     found = []
@@ -132,7 +132,7 @@ def card_front(report: Mapping[str, Any]) -> str:
 def card_block(report: Mapping[str, Any]) -> str:
     """The part of a card that tells what the report tells, between two marks."""
     parts = [CARD_MARKS[0], ""]
-    for section in (card_recipe, card_rules, card_mended, card_sweep, card_perplexities, card_scores, card_tastes):
+    for section in (card_recipe, card_rules, card_resolved, card_sweep, card_perplexities, card_scores, card_tastes):
         lines = section(report)
         parts += [*lines, ""] if lines else []
     return "\n".join([*parts, CARD_MARKS[1], ""])
@@ -176,11 +176,11 @@ def card_rules(report: Mapping[str, Any]) -> list[str]:
     return ["## What was done", "", *table, "", picture]
 
 
-def card_mended(report: Mapping[str, Any]) -> list[str]:
+def card_resolved(report: Mapping[str, Any]) -> list[str]:
     """The differences that a stated rule resolved."""
-    mended = report.get("parity", {}).get("mended", [])
-    lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in mended]
-    return ["## What was mended", "", *lines] if lines else []
+    resolved = report.get("parity", {}).get("resolved", [])
+    lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in resolved]
+    return ["## What was resolved", "", *lines] if lines else []
 
 
 def card_sweep(report: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from slerpkit.files import FileHandles, read_json
 from slerpkit.lazy import numpy, torch
 from slerpkit.maths import slerp_coefficients, vector_weights
 from slerpkit.merge.arithmetic import torch_dtype
-from slerpkit.merge.events import ChildVerified
+from slerpkit.merge.events import Verification
 from slerpkit.merge.workers import MergeWorker, matrix_width, rows_in
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.safetensors_header import read_header
@@ -21,8 +21,8 @@ from slerpkit.parity.configs import stated_ids
 from slerpkit.parity.vocabulary import open_tokenizer
 
 if TYPE_CHECKING:
-    from slerpkit.merge.events import MergeResult, Observer, TensorMerged
-    from slerpkit.merge.plan import MergePlan, TensorJob
+    from slerpkit.merge.events import MergedTensor, MergeResult, Observer
+    from slerpkit.merge.plan import MergePlan, TensorPlan
     from slerpkit.merge.staging import StagedChild
     from slerpkit.recipe import MergeRecipe
 
@@ -41,7 +41,7 @@ def wrong_child(reason: str) -> SlerpMergeError:
     )
 
 
-def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> ChildVerified:
+def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> Verification:
     """Reads the finished child back and holds it against plan, parents and tokenizer. Cheap; no transformers.
 
     Raises SlerpMergeError where the child is not what was planned. What only may be wrong is a warning.
@@ -72,7 +72,7 @@ def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, obser
     checks += [tokens] if tokens else []
     warnings += [warning] if warning else []
     warnings += ids_without_rows(plan, child.folder)
-    verified = ChildVerified(tuple(checks), tuple(warnings))
+    verified = Verification(tuple(checks), tuple(warnings))
     observe(verified)
     return verified
 
@@ -131,7 +131,7 @@ def read_stretch(
 
 
 def read_sources(
-    job: TensorJob, stretch: range, reader: TensorReader, recipe: MergeRecipe, blended: bool = False
+    job: TensorPlan, stretch: range, reader: TensorReader, recipe: MergeRecipe, blended: bool = False
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """([v0, v1] or the copied one, base or zeros) of a stretch, in float64; task vectors where there is a base.
 
@@ -149,19 +149,19 @@ def read_sources(
     return parts, torch.zeros_like(parts[0])
 
 
-def whole_row(job: TensorJob) -> int:
+def whole_row(job: TensorPlan) -> int:
     """Elements that a stretch of a tensor cannot be cut within."""
     return 1 if job.granularity == "tensor" and job.rows is None else matrix_width(job)
 
 
-def cut_stretches(job: TensorJob) -> Iterator[range]:
+def cut_stretches(job: TensorPlan) -> Iterator[range]:
     """All of a tensor, piece by piece; whole rows where they count."""
     step = max(1, STRETCH_ELEMENTS // whole_row(job)) * whole_row(job)
     for start in range(0, job.element_count, step):
         yield range(start, min(start + step, job.element_count))
 
 
-def middle_stretch(job: TensorJob) -> range:
+def middle_stretch(job: TensorPlan) -> range:
     """A few elements from the middle of a tensor; whole rows where they count."""
     row = whole_row(job)
     length = min(max(1, SPOT_ELEMENTS // row) * row, job.element_count)
@@ -169,7 +169,7 @@ def middle_stretch(job: TensorJob) -> range:
     return range(start, start + length)
 
 
-def shares_at(weights: Sequence[Any], job: TensorJob, stretch: range) -> list[Any]:
+def shares_at(weights: Sequence[Any], job: TensorPlan, stretch: range) -> list[Any]:
     """Both parents' weights over a stretch: a number, or one for each element where vectors or rows have their own."""
     shares = [spread(weight, job, stretch) for weight in weights]
     if job.rows is None:
@@ -182,7 +182,7 @@ def shares_at(weights: Sequence[Any], job: TensorJob, stretch: range) -> list[An
     return shares
 
 
-def spread(weight: Any, job: TensorJob, stretch: range) -> Any:
+def spread(weight: Any, job: TensorPlan, stretch: range) -> Any:
     """A weight for each element of a stretch, from one for each row or column; a number stays one."""
     if not torch.is_tensor(weight):
         return weight
@@ -192,7 +192,7 @@ def spread(weight: Any, job: TensorJob, stretch: range) -> Any:
     return weight[stretch.start // width : stretch.stop // width].repeat_interleave(width)
 
 
-def recompute_weights(recipe: MergeRecipe, merged: TensorMerged, reader: TensorReader) -> tuple[Any, Any]:
+def recompute_weights(recipe: MergeRecipe, merged: MergedTensor, reader: TensorReader) -> tuple[Any, Any]:
     """A tensor's weights again, from float64 sums over all of both parents; or those of each of its vectors."""
     job = merged.job
     if job.weights is not None:
@@ -218,7 +218,7 @@ def recompute_weights(recipe: MergeRecipe, merged: TensorMerged, reader: TensorR
 
 
 def verify_stretch(
-    merged: TensorMerged,
+    merged: MergedTensor,
     weights: Sequence[Any],
     stretch: range,
     path: Path,

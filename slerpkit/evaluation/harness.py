@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.evaluation.models import check_can_speak, choose_place, memory_watched
+from slerpkit.evaluation.models import check_generates_text, choose_device_and_dtype, out_of_memory_named
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parity.vocabulary import has_tokenizer
 
 if TYPE_CHECKING:
-    from slerpkit.evaluation.models import Lineup
+    from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
 
 NO_FIGURES = "The harness gives these tasks no figure that is a mean over their items."
@@ -52,7 +52,7 @@ def task_manager(include_path: Path | None, with_defaults: bool) -> Any:
         )
     except Exception as error:  # a task file can be wrong in as many ways as YAML can
         what = f"The harness cannot read the tasks in {include_path}: {shorten(str(error), 300)}"
-        raise SlerpMergeError(what, "Mend that file, or try it with lm_eval itself.") from error
+        raise SlerpMergeError(what, "Correct that file, or try it with lm_eval itself.") from error
 
 
 def find_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[str], Any]:
@@ -77,7 +77,7 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[list[st
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Keeps the harness's own prints and bars off the screen, and what git says where it looks for a commit."""
     evaluator = importlib.import_module("lm_eval.evaluator")
     before = getattr(evaluator, "get_git_commit_hash", None)
@@ -89,7 +89,9 @@ def hushed() -> Iterator[None]:
         evaluator.get_git_commit_hash = before
 
 
-def harness_results(lineup: Lineup, role: str, tasks: Sequence[str], manager: Any, device: str) -> dict[str, Any]:
+def harness_results(
+    lineup: ComparedModels, role: str, tasks: Sequence[str], manager: Any, device: str
+) -> dict[str, Any]:
     """The harness's own result for one model, with its samples; all settings are its defaults.
 
     Raises SlerpMergeError for whatever goes wrong in it.
@@ -100,7 +102,7 @@ def harness_results(lineup: Lineup, role: str, tasks: Sequence[str], manager: An
     if not has_tokenizer(folder):
         model["tokenizer"] = str(tokenizer)
     try:
-        with hushed(), memory_watched(name, device):
+        with silenced(), out_of_memory_named(name, device):
             result = harness.simple_evaluate(
                 model="hf", model_args=model, tasks=list(tasks), task_manager=manager, device=device, log_samples=True
             )
@@ -167,15 +169,17 @@ def verdict_on(child: Sequence[float], parent: Sequence[float], higher_is_better
     return f"{word} (better on {better}, worse on {worse} of {len(gains)}; p = {p:.2g})", p
 
 
-def score(lineup: Lineup, tasks: Sequence[str], include_path: Path | None, observe: Observer) -> list[dict[str, Any]]:
+def score(
+    lineup: ComparedModels, tasks: Sequence[str], include_path: Path | None, observe: Observer
+) -> list[dict[str, Any]]:
     """Parents and child on the harness's tasks, with its own figures: one entry.
 
     Raises SlerpMergeError where the harness, a task or a model does not let them be had.
     """
     names, manager = find_tasks(tasks, include_path)
     for checkpoint in lineup.checkpoints.values():
-        check_can_speak(checkpoint, reads_on=False)
-    device = choose_place(lineup)[0]
+        check_generates_text(checkpoint, reads_on=False)
+    device = choose_device_and_dtype(lineup)[0]
     results = {}
     observe(WorkBegan("Scoring with the harness", len(lineup.folders)))
     for role, _ in lineup.folders:

@@ -127,7 +127,7 @@ SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for e
 
 
 @dataclass(frozen=True)
-class Lineup:
+class ComparedModels:
     """The models that are held against each other, in the order in which they are shown."""
 
     folders: tuple[tuple[str, Path], ...]  # (role, folder)
@@ -148,7 +148,7 @@ class Lineup:
         return found
 
 
-class DeviceFull(SlerpMergeError):
+class DeviceOutOfMemory(SlerpMergeError):
     """A device had no memory left for a model."""
 
     def __init__(self, name: str, device: str) -> None:
@@ -157,19 +157,19 @@ class DeviceFull(SlerpMergeError):
 
 
 @contextlib.contextmanager
-def memory_watched(name: str, device: str) -> Iterator[None]:
-    """Turns a device's or the system's lack of memory into DeviceFull."""
+def out_of_memory_named(name: str, device: str) -> Iterator[None]:
+    """Turns a device's or the system's lack of memory into DeviceOutOfMemory."""
     try:
         yield
     except MemoryError as error:
-        raise DeviceFull(name, device) from error
+        raise DeviceOutOfMemory(name, device) from error
     except RuntimeError as error:
         if re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
-            raise DeviceFull(name, device) from error
+            raise DeviceOutOfMemory(name, device) from error
         raise
 
 
-def check_can_speak(checkpoint: Checkpoint, reads_on: bool) -> None:
+def check_generates_text(checkpoint: Checkpoint, reads_on: bool) -> None:
     """Raises SlerpMergeError where a model cannot generate text; reads_on: or cannot predict a text token by token."""
     architecture = find_architecture(checkpoint)
     what = None
@@ -204,7 +204,7 @@ def accelerator_memory(device: str) -> float:
     return recommended - torch.mps.current_allocated_memory()
 
 
-def choose_place(lineup: Lineup) -> tuple[str, str]:
+def choose_device_and_dtype(lineup: ComparedModels) -> tuple[str, str]:
     """(device, dtype) that all of a lineup fits, one model at a time: the stored dtype on an accelerator, float32 on
     the processor where there is room, which there is faster and exact.
 
@@ -228,24 +228,24 @@ def choose_place(lineup: Lineup) -> tuple[str, str]:
     raise SlerpMergeError(f"{what}.", "Close other programs, or use a machine with more memory. The merge needs less.")
 
 
-def on_fitting_place(lineup: Lineup, observe: Observer, work: Callable[[str, str], Any]) -> Any:
+def with_fallback_to_cpu(lineup: ComparedModels, observe: Observer, work: Callable[[str, str], Any]) -> Any:
     """What `work(device, dtype)` makes; once more on the processor where an accelerator that was chosen runs full."""
-    device, dtype = choose_place(lineup)
+    device, dtype = choose_device_and_dtype(lineup)
     try:
         return work(device, dtype)
-    except DeviceFull as error:
+    except DeviceOutOfMemory as error:
         if device == "cpu" or lineup.device != "auto":
             raise
         observe(Noted(f"{error.message} Once more, on the processor."))
     # Not within the block above: the error would hold on to the model that did not fit.
-    return work(*choose_place(dataclasses.replace(lineup, device="cpu")))
+    return work(*choose_device_and_dtype(dataclasses.replace(lineup, device="cpu")))
 
 
 @contextlib.contextmanager
-def speaking_model(lineup: Lineup, role: str, device: str, dtype: str) -> Iterator[tuple[Any, Any]]:
+def loaded_model(lineup: ComparedModels, role: str, device: str, dtype: str) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) as transformers has them; given back when the block ends, so that one is there at a time.
 
-    Raises SlerpMergeError where transformers cannot load them, DeviceFull where there is no memory for them.
+    Raises SlerpMergeError where transformers cannot load them, DeviceOutOfMemory where there is no memory for them.
     """
     transformers, checkpoint = quiet_transformers(), lineup.checkpoints[role]
     architecture = find_architecture(checkpoint)
@@ -253,7 +253,7 @@ def speaking_model(lineup: Lineup, role: str, device: str, dtype: str) -> Iterat
     how = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
     model = None
     try:
-        with memory_watched(checkpoint.name, device):
+        with out_of_memory_named(checkpoint.name, device):
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     lineup.tokenizer_folder(role), trust_remote_code=False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.evaluation.models import check_can_speak, on_fitting_place, speaking_model
+from slerpkit.evaluation.models import check_generates_text, loaded_model, with_fallback_to_cpu
 from slerpkit.files import file_size, read_bytes
 from slerpkit.lazy import torch
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
@@ -16,7 +16,7 @@ from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parity.configs import context_limit
 
 if TYPE_CHECKING:
-    from slerpkit.evaluation.models import Lineup
+    from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
 
 MAX_TEXT_BYTES = 100_000_000  # of a text that models are measured on
@@ -42,7 +42,7 @@ def read_judged_text(path: Path) -> str:
 
 WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
 LOGIT_ROWS = 256  # turned into float32 at once
-MOST_NATS = 700  # a token, beyond which a perplexity is no number any more
+MAX_NATS = 700  # a token, beyond which a perplexity is no number any more
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def error_of_difference(left: Sequence[Sequence[float]], right: Sequence[Sequenc
     return None if None in errors else math.hypot(*errors)
 
 
-def window_of(lineup: Lineup) -> int:
+def window_of(lineup: ComparedModels) -> int:
     """Tokens of context for all of a lineup: what each of them can look back on."""
     limits = [limit for checkpoint in lineup.checkpoints.values() if (limit := context_limit(checkpoint))]
     return min(WINDOW_TOKENS, *limits) if limits else WINDOW_TOKENS
@@ -142,7 +142,7 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
         steps.append(fresh)
         before, done = done, size * sum(steps) // (len(ids) - 1)
         advance(done - before)
-    if not math.fsum(nats) < MOST_NATS * sum(steps):
+    if not math.fsum(nats) < MAX_NATS * sum(steps):
         what = "A model gives a probability that is no number, or next to none."
         raise SlerpMergeError(what, "Something is wrong with its weights.")
     first = "" if ids[0] in tokenizer.all_special_ids else tokenizer.decode(ids[:1])
@@ -150,21 +150,26 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
 
 
 def lose_on_texts(
-    lineup: Lineup, role: str, texts: Sequence[str], place: tuple[str, str], window: int, advance: Callable[[int], Any]
+    lineup: ComparedModels,
+    role: str,
+    texts: Sequence[str],
+    place: tuple[str, str],
+    window: int,
+    advance: Callable[[int], Any],
 ) -> list[TextLoss]:
     """One model's losses on several texts; `advance` as in text_loss."""
-    with speaking_model(lineup, role, *place) as (model, tokenizer):
+    with loaded_model(lineup, role, *place) as (model, tokenizer):
         return [text_loss(model, tokenizer, text, window, advance) for text in texts]
 
 
-def compare_perplexity(lineup: Lineup, paths: Sequence[Path], observe: Observer) -> list[dict[str, Any]]:
+def compare_perplexity(lineup: ComparedModels, paths: Sequence[Path], observe: Observer) -> list[dict[str, Any]]:
     """How well each model predicts each text: an entry for each. One model is in memory at a time.
 
     Raises SlerpMergeError where a text is empty, or a model cannot be loaded or does not predict texts.
     """
     texts = [read_judged_text(path) for path in paths]
     for checkpoint in lineup.checkpoints.values():
-        check_can_speak(checkpoint, reads_on=True)
+        check_generates_text(checkpoint, reads_on=True)
     window = window_of(lineup)
 
     def work(device: str, dtype: str) -> list[dict[str, Any]]:
@@ -181,7 +186,7 @@ def compare_perplexity(lineup: Lineup, paths: Sequence[Path], observe: Observer)
             for number, (path, text) in enumerate(zip(paths, texts))
         ]
 
-    return on_fitting_place(lineup, observe, work)
+    return with_fallback_to_cpu(lineup, observe, work)
 
 
 def describe_window(window: int, dtype: str, device: str) -> str:

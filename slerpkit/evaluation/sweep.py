@@ -26,7 +26,13 @@ from slerpkit.evaluation.harness import (
     items_of,
     judged_metrics,
 )
-from slerpkit.evaluation.models import WORKING_BYTES, Lineup, check_can_speak, free_memory, on_fitting_place
+from slerpkit.evaluation.models import (
+    WORKING_BYTES,
+    ComparedModels,
+    check_generates_text,
+    free_memory,
+    with_fallback_to_cpu,
+)
 from slerpkit.evaluation.perplexity import (
     describe_window,
     error_of_difference,
@@ -37,10 +43,10 @@ from slerpkit.evaluation.perplexity import (
 )
 from slerpkit.files import is_plain_file, is_plain_folder, read_json, replace_files
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded, ignore
-from slerpkit.merge.journal import JOURNAL_NAME, plan_identity
+from slerpkit.merge.journal import JOURNAL_NAME, merge_fingerprint
 from slerpkit.merge.save_directory import FolderLock, interruptions_held
 from slerpkit.messages import SlerpMergeError, explain_os_error
-from slerpkit.parents.checkpoint import stamps_of
+from slerpkit.parents.checkpoint import file_stats_of
 from slerpkit.schedule import Schedule
 from slerpkit.story import execute_merge, prepare_merge
 
@@ -50,13 +56,13 @@ if TYPE_CHECKING:
 
 SWEEP_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
 SWEEP_STEPS = (0.1, 0.05, 0.025)  # around the best so far
-MOST_TRIALS = 2 + len(SWEEP_GRID) + 2 * len(SWEEP_STEPS)  # both parents among them
+MAX_TRIALS = 2 + len(SWEEP_GRID) + 2 * len(SWEEP_STEPS)  # both parents among them
 MEMORY_FOLDER = Path("/dev/shm")  # files in memory, where the system has it
 TRIAL_PREFIX = "slerpmerge-trial-"
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Objective:
     """What trial children are measured by: texts that they should predict, or else tasks of the harness."""
 
     texts: tuple[Path, ...] = ()
@@ -182,22 +188,22 @@ def remove_trial(storage: Any) -> None:
 class Sweep:
     """One search for t. `run` returns what merge_report.json holds of it."""
 
-    def __init__(self, plan: MergePlan, yardstick: Yardstick, observe: Observer) -> None:
+    def __init__(self, plan: MergePlan, yardstick: Objective, observe: Observer) -> None:
         self.plan = plan
         self.yardstick = yardstick
         self.observe = observe
         self.texts = [read_judged_text(path) for path in yardstick.texts]
         self.parents = (("primary", plan.primary.folder), ("secondary", plan.secondary.folder))
-        self.lineup = Lineup(self.parents, plan.recipe.device)
+        self.lineup = ComparedModels(self.parents, plan.recipe.device)
         self.window = window_of(self.lineup)
         self.tasks: tuple[list[str], Any] = ([], None)
         for checkpoint in self.lineup.checkpoints.values():
-            check_can_speak(checkpoint, reads_on=bool(self.texts))
+            check_generates_text(checkpoint, reads_on=bool(self.texts))
         if not self.texts:
             self.tasks = find_tasks(yardstick.tasks, yardstick.include_path)
 
     def run(self) -> dict[str, Any]:
-        return on_fitting_place(self.lineup, self.observe, self.run_on)
+        return with_fallback_to_cpu(self.lineup, self.observe, self.run_on)
 
     def run_on(self, device: str, dtype: str) -> dict[str, Any]:
         self.place = device, dtype
@@ -206,7 +212,7 @@ class Sweep:
             known = len(self.journal.trials)
             if known:
                 self.observe(Noted(f"Carrying on: {known} models are measured already."))
-            self.observe(WorkBegan("Finding a good t", MOST_TRIALS * per_model))
+            self.observe(WorkBegan("Finding a good t", MAX_TRIALS * per_model))
             self.observe(WorkAdvanced(known * per_model))
             for role, t in (("primary", 0.0), ("secondary", 1.0)):
                 self.try_model(role, t)
@@ -224,12 +230,14 @@ class Sweep:
         """All that the figures depend on."""
         import hashlib
 
-        identity = plan_identity(self.plan)
+        identity = merge_fingerprint(self.plan)
         identity["recipe"].pop("schedule")
         hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
         folder = self.yardstick.include_path
-        stamps = {} if folder is None else stamps_of(folder, [path.name for path in folder.iterdir() if path.is_file()])
-        tasks = self.tasks[0], str(folder), stamps
+        file_stats = (
+            {} if folder is None else file_stats_of(folder, [path.name for path in folder.iterdir() if path.is_file()])
+        )
+        tasks = self.tasks[0], str(folder), file_stats
         return {**identity, "texts": hashes, "tasks": tasks, "place": self.place, "window": self.window}
 
     def best(self) -> Trial:
@@ -259,7 +267,9 @@ class Sweep:
 
     def measure(self, role: str, folder: Path) -> tuple[tuple[float, ...], tuple[Any, ...]]:
         """(figures to show, items whose losses count) of one model, as a trial has them."""
-        lineup = Lineup((*self.parents, (role, folder)) if role == "child" else self.parents, self.lineup.device)
+        lineup = ComparedModels(
+            (*self.parents, (role, folder)) if role == "child" else self.parents, self.lineup.device
+        )
         if self.texts:
             losses = lose_on_texts(
                 lineup, role, self.texts, self.place, self.window, lambda count: self.observe(WorkAdvanced(count))
@@ -332,7 +342,7 @@ class Sweep:
         return f"The best child, at t = {best.t:g}, loses {' and '.join(words)}.{alike}"
 
 
-def find_t(plan: MergePlan, yardstick: Yardstick, observe: Observer) -> dict[str, Any]:
+def find_t(plan: MergePlan, yardstick: Objective, observe: Observer) -> dict[str, Any]:
     """The t at which a child of the plan's parents loses least on texts or tasks, and the curve that shows it.
 
     Follows the plan's recipe in all but its schedule. Raises SlerpMergeError where the texts, tasks or models do not

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.evaluation.models import check_can_speak, on_fitting_place, speaking_model
+from slerpkit.evaluation.models import check_generates_text, loaded_model, with_fallback_to_cpu
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parity.configs import context_limit, is_encoder_decoder
 
 if TYPE_CHECKING:
-    from slerpkit.evaluation.models import Lineup
+    from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
     from slerpkit.parents.checkpoint import Checkpoint
 
 TASTE_TOKENS = 120  # of an answer, at most
 
 
-def taste(lineup: Lineup, prompts: Sequence[str], observe: Observer) -> list[dict[str, Any]]:
+def taste(lineup: ComparedModels, prompts: Sequence[str], observe: Observer) -> list[dict[str, Any]]:
     """What each model answers to each prompt, greedily, so that it can be repeated: an entry for each prompt.
 
     Raises SlerpMergeError where a model cannot be loaded or cannot generate, or where a prompt is empty or too long.
@@ -26,7 +26,7 @@ def taste(lineup: Lineup, prompts: Sequence[str], observe: Observer) -> list[dic
     if not all(prompt.strip() for prompt in prompts):
         raise SlerpMergeError("A prompt is empty.", "Give a question, or the beginning of a sentence.")
     for checkpoint in lineup.checkpoints.values():
-        check_can_speak(checkpoint, reads_on=False)
+        check_generates_text(checkpoint, reads_on=False)
 
     def work(device: str, dtype: str) -> list[dict[str, Any]]:
         answers: dict[str, list[tuple[str, bool]]] = {}
@@ -43,14 +43,14 @@ def taste(lineup: Lineup, prompts: Sequence[str], observe: Observer) -> list[dic
             entries.append({"prompt": prompt, "measured": measured, "answers": found})
         return entries
 
-    return on_fitting_place(lineup, observe, work)
+    return with_fallback_to_cpu(lineup, observe, work)
 
 
 def answers_of(
-    lineup: Lineup, role: str, prompts: Sequence[str], place: tuple[str, str], observe: Observer
+    lineup: ComparedModels, role: str, prompts: Sequence[str], place: tuple[str, str], observe: Observer
 ) -> list[tuple[str, bool]]:
     """One model's answers. A function of its own, so that no name holds on to the model when the next one loads."""
-    with speaking_model(lineup, role, *place) as (model, tokenizer):
+    with loaded_model(lineup, role, *place) as (model, tokenizer):
         found = []
         for prompt in prompts:
             found.append(answer_to(prompt, model, tokenizer, lineup.checkpoints[role]))
@@ -69,7 +69,7 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
             )
         except Exception as error:  # a program of a stranger's, run in a sandbox, fails in its own ways
             what = f"The chat template of {checkpoint.name} cannot take the prompt: {shorten(str(error), 200)}"
-            raise SlerpMergeError(what, "Give another prompt, or mend the template in its folder.") from error
+            raise SlerpMergeError(what, "Give another prompt, or correct the template in its folder.") from error
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not talks, return_token_type_ids=False)
     count = inputs["input_ids"].shape[1]
     limit = context_limit(checkpoint)

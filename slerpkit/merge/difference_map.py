@@ -17,7 +17,7 @@ from slerpkit.parents.tensors import component_of, find_layer
 
 if TYPE_CHECKING:
     from slerpkit.merge.events import MergeResult
-    from slerpkit.merge.plan import TensorJob
+    from slerpkit.merge.plan import TensorPlan
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def map_scales(found: DifferenceMap) -> tuple[MapScale, MapScale]:
     )
 
 
-def ink_on(colour: tuple[int, int, int]) -> str:
+def text_colour_on(colour: tuple[int, int, int]) -> str:
     """black or white, whichever reads better on a colour."""
     return "black" if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140 else "white"
 
@@ -134,7 +134,7 @@ def ink_on(colour: tuple[int, int, int]) -> str:
 MAP_NAME = "difference_map.svg"
 
 
-def difference_of(job: TensorJob, degrees: float | None, norms: tuple[float, float] | None) -> TensorDifference:
+def difference_of(job: TensorPlan, degrees: float | None, norms: tuple[float, float] | None) -> TensorDifference:
     """What is known of a tensor; norms that are not finite are not known."""
     known = norms is not None and math.isfinite(sum(norms))
     return TensorDifference(job.name, job.element_count, degrees, norms if known else None)
@@ -236,7 +236,7 @@ def draw_map(found: DifferenceMap, title: str) -> str:
             f'<rect x="{x:g}" y="{y:g}" width="{cell_width - 1}" height="{cell_height - 1}" '
             f'fill="#{bytes(colour).hex()}"><title>{escape(printable(what))}: {shown}</title></rect>'
         )
-        text(x + cell_width / 2, y + 13, shown, 'text-anchor="middle"', ink_on(colour))
+        text(x + cell_width / 2, y + 13, shown, 'text-anchor="middle"', text_colour_on(colour))
 
     text(12, 24, title, 'font-size="15" font-weight="bold"')
     top, width = 44.0, 400.0

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slerpkit.maths import Blend
-    from slerpkit.merge.plan import MergePlan, TensorJob
+    from slerpkit.maths import TensorWeights
+    from slerpkit.merge.plan import MergePlan, TensorPlan
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity.report import ParityReport
 
@@ -104,11 +104,11 @@ class BytesMerged:
 
 
 @dataclass(frozen=True)
-class TensorMerged:
+class MergedTensor:
     """One tensor is whole. Comes in the child's order."""
 
-    job: TensorJob
-    blend: Blend
+    job: TensorPlan
+    blend: TensorWeights
     seconds: float  # from its first byte read to its last byte written
     non_finite: int  # values in the child that are infinite or not a number
 
@@ -130,7 +130,7 @@ class CompanionCopied:
 
 
 @dataclass(frozen=True)
-class ChildVerified:
+class Verification:
     """The child was read back and is right."""
 
     checks: tuple[str, ...]  # what was found right, in words
@@ -141,7 +141,7 @@ class ChildVerified:
 class MergeResult:
     """What streaming the tensors yielded."""
 
-    tensors: tuple[TensorMerged, ...]
+    tensors: tuple[MergedTensor, ...]
     seconds: float  # first byte read to last byte written
     device: str
     resumed_files: int = 0  # taken over from an earlier run
@@ -185,7 +185,7 @@ class MergeReport:
             "tokenizer_from": self.plan.tokenizer_role,
             "chat_template_from": self.plan.template_role,
             "vocabulary": parity.vocabulary.as_dict(),
-            "mended": [dataclasses.asdict(m) for m in parity.of_severity("mended")],
+            "resolved": [dataclasses.asdict(m) for m in parity.of_severity("resolved")],
             "notices": [dataclasses.asdict(m) for m in parity.of_severity("notice")],
             "kinship": self.plan.kinship.as_dict(),
             "remarks": list(self.plan.remarks),
@@ -203,10 +203,10 @@ Event = (
     | ChildPublished
     | DeviceChosen
     | BytesMerged
-    | TensorMerged
+    | MergedTensor
     | ShardWritten
     | CompanionCopied
-    | ChildVerified
+    | Verification
     | WorkBegan
     | WorkAdvanced
     | WorkEnded

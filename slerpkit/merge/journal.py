@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
 from slerpkit.files import is_plain_file, read_bytes, sync_to_disk
-from slerpkit.maths import Blend
+from slerpkit.maths import TensorWeights
 from slerpkit.merge.arithmetic import accelerators
-from slerpkit.merge.events import TensorMerged
+from slerpkit.merge.events import MergedTensor
 from slerpkit.merge.save_directory import staging_area
 from slerpkit.messages import explain_os_error
-from slerpkit.parents.checkpoint import set_of
+from slerpkit.parents.checkpoint import stat_items
 from slerpkit.parity.vocabulary import MAX_TOKENIZER_BYTES
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 JOURNAL_NAME = "journal.json"
 
 
-def plan_identity(plan: MergePlan) -> dict[str, Any]:
+def merge_fingerprint(plan: MergePlan) -> dict[str, Any]:
     """All that the bits of the child's files depend on, as JSON can hold it."""
     import hashlib
 
@@ -43,21 +43,21 @@ def plan_identity(plan: MergePlan) -> dict[str, Any]:
         if name not in settled
     }
     layout = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
-    stamps = {
-        role: {name: list(stamp) for name, stamp in parent.stamps.items()} for role, parent in plan.parents.items()
+    file_stats = {
+        role: {name: list(stamp) for name, stamp in parent.file_stats.items()} for role, parent in plan.parents.items()
     }
-    return {"version": __version__, "recipe": recipe, "parents": stamps, "layout": layout}
+    return {"version": __version__, "recipe": recipe, "parents": file_stats, "layout": layout}
 
 
-def identity_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Why files made for one identity are of no use for another, in words; None where they are."""
     if before["version"] != now["version"]:
         return f"slerpmerge {before['version']} began it"
     for name, value in now["recipe"].items():
         if before["recipe"].get(name) != value:
             return f"its {name.replace('_', ' ')} was another"
-    for role, stamps in now["parents"].items():
-        changed = [name for name, _ in set_of(stamps) ^ set_of(before["parents"].get(role, {}))]
+    for role, file_stats in now["parents"].items():
+        changed = [name for name, _ in stat_items(file_stats) ^ stat_items(before["parents"].get(role, {}))]
         if changed:
             return f"the {role}'s {min(changed)} has changed since"
     return None if before["layout"] == now["layout"] else "its files were laid out differently"
@@ -73,9 +73,9 @@ class Journal:
         self.path = area / JOURNAL_NAME
         self.folder = area / "child"
         self.shards = {shard.file_name: shard for shard in plan.shards}
-        self.identity = plan_identity(plan)
+        self.identity = merge_fingerprint(plan)
         self.device = ""  # where the arithmetic ran; another could round differently
-        self.finished: dict[str, list[TensorMerged]] = {}
+        self.finished: dict[str, list[MergedTensor]] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
 
     def load(self) -> str:
@@ -92,7 +92,7 @@ class Journal:
             return "its journal is torn"
         try:
             content = json.loads(text)
-            if (reason := identity_difference(content["identity"], self.identity)) is not None:
+            if (reason := fingerprint_difference(content["identity"], self.identity)) is not None:
                 return reason
             found = {name: (entry["stamp"], self.read_tensors(name, entry)) for name, entry in content["files"].items()}
             device = str(content["device"])
@@ -106,15 +106,15 @@ class Journal:
                 self._stamps[name], self.finished[name] = self.stamp(name), merged
         return "" if self.finished else "none of its files was finished"
 
-    def read_tensors(self, file_name: str, entry: Mapping[str, Any]) -> list[TensorMerged]:
+    def read_tensors(self, file_name: str, entry: Mapping[str, Any]) -> list[MergedTensor]:
         """The tensors of a finished file as they were recorded. Raises ValueError and the like where that is not so."""
         jobs = {job.name: job for job in self.shards[file_name].jobs}
         merged = []
         for name, (first, second, rule, reason, angle, norms), seconds, non_finite in entry["tensors"]:
             angle = None if angle is None else float(angle)
             norms = None if norms is None else (float(norms[0]), float(norms[1]))
-            blend = Blend(float(first), float(second), str(rule), str(reason), angle, norms)
-            merged.append(TensorMerged(jobs.pop(name), blend, float(seconds), int(non_finite)))
+            blend = TensorWeights(float(first), float(second), str(rule), str(reason), angle, norms)
+            merged.append(MergedTensor(jobs.pop(name), blend, float(seconds), int(non_finite)))
         if jobs:
             raise ValueError("tensors are missing")
         return merged
@@ -124,7 +124,7 @@ class Journal:
         status = (self.folder / file_name).lstat()
         return status.st_size, status.st_mtime_ns
 
-    def add(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
+    def add(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Records a file that is on the disk."""
         import hashlib
 

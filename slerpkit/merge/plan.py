@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parents.tensors import TensorInfo
     from slerpkit.parity.kinship import Kinship
-    from slerpkit.parity.report import ParityReport, RowMap, TensorPair
+    from slerpkit.parity.report import ParityReport, RowMap, TensorSources
     from slerpkit.recipe import MergeRecipe
     from slerpkit.schedule import Schedule
 
@@ -35,7 +35,7 @@ MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 
 
 @dataclass(frozen=True)
-class TensorJob:
+class TensorPlan:
     """One tensor of the child: what it is made from, how, and where its bytes go."""
 
     name: str
@@ -74,7 +74,7 @@ class ShardPlan:
 
     file_name: str
     header: bytes
-    jobs: tuple[TensorJob, ...]
+    jobs: tuple[TensorPlan, ...]
 
     @property
     def byte_count(self) -> int:
@@ -101,7 +101,7 @@ class MergePlan:
     expected_seconds: float
 
     @property
-    def jobs(self) -> Iterator[TensorJob]:
+    def jobs(self) -> Iterator[TensorPlan]:
         for shard in self.shards:
             yield from shard.jobs
 
@@ -145,7 +145,9 @@ def choose_threads(asked: int) -> int:
     return min(MAX_THREADS, usable)
 
 
-def parameters_for(pair: TensorPair, recipe: MergeRecipe) -> tuple[Schedule, tuple[Schedule, Schedule] | None, float]:
+def parameters_for(
+    pair: TensorSources, recipe: MergeRecipe
+) -> tuple[Schedule, tuple[Schedule, Schedule] | None, float]:
     """(t's schedule, the weights' schedules, position) of one tensor.
 
     In a recipe of slices a layer follows its own; what stands before the layers follows the first slice, what
@@ -161,7 +163,7 @@ def parameters_for(pair: TensorPair, recipe: MergeRecipe) -> tuple[Schedule, tup
     return part.schedule, part.weights, position
 
 
-def blend_parameter(pair: TensorPair, recipe: MergeRecipe) -> tuple[float, tuple[float, float] | None]:
+def blend_parameter(pair: TensorSources, recipe: MergeRecipe) -> tuple[float, tuple[float, float] | None]:
     """(t, weights of a LERP that is not (1 - t, t)) of one tensor."""
     schedule, weights, position = parameters_for(pair, recipe)
     if weights is None:
@@ -180,13 +182,13 @@ def blend_parameter(pair: TensorPair, recipe: MergeRecipe) -> tuple[float, tuple
     return t, None
 
 
-def plan_job(pair: TensorPair, recipe: MergeRecipe) -> TensorJob:
+def plan_job(pair: TensorSources, recipe: MergeRecipe) -> TensorPlan:
     """The rule for one tensor, as far as headers tell."""
     info, rows = pair.primary, pair.rows
     dtype = info.dtype
     if info.is_float and recipe.dtype != "auto":
         dtype = SAFETENSORS_NAMES[recipe.dtype]
-    job = functools.partial(TensorJob, pair.name, dtype, pair.shape)
+    job = functools.partial(TensorPlan, pair.name, dtype, pair.shape)
     if pair.secondary is None or math.prod(pair.shape) == 0:
         return job("copy", 0.0, (info,))
     if not info.is_float:
@@ -203,12 +205,12 @@ def plan_job(pair: TensorPair, recipe: MergeRecipe) -> TensorJob:
     return job(rule, t, sources, weights, granularity, rows)
 
 
-def cut_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[TensorJob]]:
+def cut_shards(jobs: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
     """Consecutive tensors, in layer order, into files of at most `max_shard_bytes` of tensor data.
 
     A tensor larger than that has a file of its own.
     """
-    groups: list[list[TensorJob]] = [[]]
+    groups: list[list[TensorPlan]] = [[]]
     filled = 0
     for job in jobs:
         if groups[-1] and filled + job.byte_count > max_shard_bytes:
@@ -219,7 +221,7 @@ def cut_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[Ten
     return groups
 
 
-def lay_out_shard(file_name: str, group: Sequence[TensorJob]) -> ShardPlan:
+def lay_out_shard(file_name: str, group: Sequence[TensorPlan]) -> ShardPlan:
     """The header of one safetensors file and the place of each tensor behind it.
 
     Wider dtypes come first, as the format's library writes them, so that every tensor is aligned.
@@ -240,7 +242,7 @@ def lay_out_shard(file_name: str, group: Sequence[TensorJob]) -> ShardPlan:
     return ShardPlan(file_name, header, placed)
 
 
-def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+def plan_shards(jobs: Sequence[TensorPlan], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """The child's files: one, or numbered ones with an index beside them."""
     groups = cut_shards(jobs, max_shard_bytes)
     if len(groups) == 1:
@@ -320,14 +322,14 @@ def plan_merge(
     return plan
 
 
-def remarks_on_base(pairs: Sequence[TensorPair]) -> Iterator[str]:
+def remarks_on_base(pairs: Sequence[TensorSources]) -> Iterator[str]:
     """A base that is no relative of the primary is probably the wrong one."""
     kinship = measure_kinship([dataclasses.replace(pair, secondary=pair.base) for pair in pairs if pair.base])
     if kinship.verdict == "strangers":
         yield f"The base and the primary look like {kinship.describe()}. It is hardly what the parents learned from."
 
 
-def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorJob]) -> Iterator[str]:
+def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorPlan]) -> Iterator[str]:
     """Filters that no tensor's name holds: probably misspelt."""
     schedules = [part for cut in recipe.slices or (recipe,) for part in (cut.schedule, *(cut.weights or ()))]
     filters = dict.fromkeys(rule.name_filter for schedule in schedules for rule in schedule.rules)
@@ -364,6 +366,6 @@ def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
         "tokenizer_from": plan.tokenizer_role,
         "chat_template_from": plan.template_role,
         "vocabulary": plan.parity.vocabulary.as_dict(),
-        "mended": [dataclasses.asdict(m) for m in plan.parity.of_severity("mended")],
+        "resolved": [dataclasses.asdict(m) for m in plan.parity.of_severity("resolved")],
         "notices": [dataclasses.asdict(m) for m in plan.parity.of_severity("notice")],
     }

@@ -18,10 +18,10 @@ from slerpkit.merge.events import ChildPublished, MergeResumed, MergeStopped
 from slerpkit.merge.journal import Journal
 from slerpkit.merge.save_directory import FolderLock, check_replaceable, interruptions_held, staging_area
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
-from slerpkit.parents.checkpoint import set_of, stamps_of
+from slerpkit.parents.checkpoint import file_stats_of, stat_items
 
 if TYPE_CHECKING:
-    from slerpkit.merge.events import Observer, TensorMerged
+    from slerpkit.merge.events import MergedTensor, Observer
     from slerpkit.merge.plan import MergePlan
 
 
@@ -133,7 +133,7 @@ class StagedChild:
         self.folder.mkdir(exist_ok=True)
         return MergeResumed(len(self.journal.finished), len(self.plan.shards), reason) if leftover else None
 
-    def finish_file(self, file_name: str, tensors: Sequence[TensorMerged]) -> None:
+    def finish_file(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""
         self._sync.submit(self.folder / file_name, lambda: self.journal.add(file_name, tensors))
 
@@ -234,7 +234,7 @@ class StagedChild:
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
     """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
     for parent in plan.parents.values():
-        changed = set_of(parent.stamps) ^ set_of(stamps_of(parent.folder, parent.stamps))
+        changed = stat_items(parent.file_stats) ^ stat_items(file_stats_of(parent.folder, parent.file_stats))
         if changed:
             child.distrust()
             raise SlerpMergeError(

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import write_json
 from slerpkit.lazy import torch
-from slerpkit.maths import Blend, cosine_between, degrees_of, slerp_coefficients, vector_weights
+from slerpkit.maths import TensorWeights, cosine_between, degrees_of, slerp_coefficients, vector_weights
 from slerpkit.merge.arithmetic import choose_device, torch_dtype, torch_threads_kept, total_sums
 from slerpkit.merge.difference_map import build_map, difference_of
 from slerpkit.merge.events import (
     BytesMerged,
     DeviceChosen,
+    MergedTensor,
     MergeResult,
     ShardWritten,
-    TensorMerged,
     WorkAdvanced,
     WorkBegan,
     WorkEnded,
 )
-from slerpkit.merge.plan import TensorJob, choose_threads
+from slerpkit.merge.plan import TensorPlan, choose_threads
 from slerpkit.merge.workers import ShardWriter, TensorProgress, WorkerTeam, cut_spans
 from slerpkit.parents.checkpoint import WEIGHTS_INDEX
 from slerpkit.parents.tensors import DTYPE_BYTES, natural_order
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.staging import StagedChild
-    from slerpkit.parity.report import TensorPair
+    from slerpkit.parity.report import TensorSources
     from slerpkit.recipe import MergeRecipe
 
 
@@ -53,7 +53,7 @@ class MergeStream:
         self.spans_under_way = 0
         self.waiting = self._all_progress(plan)
         self.in_order: deque[TensorProgress] = deque()
-        self.done: list[TensorMerged] = []
+        self.done: list[MergedTensor] = []
 
     def _all_progress(self, plan: MergePlan) -> Iterator[TensorProgress]:
         number = 0
@@ -67,7 +67,7 @@ class MergeStream:
                 yield TensorProgress(job, number, writer, known.get(job.name), spans, [None] * len(spans))
                 number += 1
 
-    def run(self) -> tuple[TensorMerged, ...]:
+    def run(self) -> tuple[MergedTensor, ...]:
         exhausted = False
         while True:
             while not exhausted and (self.spans_under_way < self.spans_ahead or len(self.in_order) < 2):
@@ -90,7 +90,7 @@ class MergeStream:
         elif progress.job.is_measured:
             self.begin_pass(progress, "measure")
         else:
-            progress.blend = Blend(1.0, 0.0, "copy", f"t = {progress.job.t:g}", None)
+            progress.blend = TensorWeights(1.0, 0.0, "copy", f"t = {progress.job.t:g}", None)
             progress.check_finite = progress.job.sources[0].is_float
             self.begin_pass(progress, "blend")
 
@@ -121,12 +121,12 @@ class MergeStream:
         sums, progress.sums = progress.sums, []
         if not job.sources[0].is_float:
             reason = "not a real number" if all(part.identical for part in sums) else "differs; the primary's is kept"
-            progress.blend = Blend(1.0, 0.0, "copy", reason, None)
+            progress.blend = TensorWeights(1.0, 0.0, "copy", reason, None)
             return
         dot, *norms = total_sums(sums)
         if all(part.identical for part in sums) and job.weights is None:
             angle = 0.0 if 0 < norms[0] < math.inf else None
-            progress.blend = Blend(1.0, 0.0, "copy", "identical", angle, (norms[0], norms[1]))
+            progress.blend = TensorWeights(1.0, 0.0, "copy", "identical", angle, (norms[0], norms[1]))
         else:
             method = "lerp" if job.rule == "lerp" else self.recipe.method
             progress.blend = slerp_coefficients(
@@ -143,7 +143,7 @@ class MergeStream:
         progress.check_finite = not simple or self.could_overflow(job, progress.blend, norms)
 
     @staticmethod
-    def could_overflow(job: TensorJob, blend: Blend, norms: tuple[float, float]) -> bool:
+    def could_overflow(job: TensorPlan, blend: TensorWeights, norms: tuple[float, float]) -> bool:
         """No value exceeds its tensor's norm, so small norms rule out an overflow without a look at any value."""
         largest = abs(blend.primary_weight) * norms[0] + abs(blend.secondary_weight) * norms[1]
         return not largest < torch.finfo(torch_dtype(job.dtype)).max
@@ -153,7 +153,7 @@ class MergeStream:
         while self.in_order and self.in_order[0].finished:
             first = self.in_order.popleft()
             seconds = first.finished - first.started
-            merged = first.known or TensorMerged(first.job, first.blend, seconds, first.non_finite)
+            merged = first.known or MergedTensor(first.job, first.blend, seconds, first.non_finite)
             self.done.append(merged)
             self.observe(merged)
             first.writer.unfinished -= 1
@@ -199,13 +199,13 @@ def write_index(plan: MergePlan, folder: Path) -> None:
     write_json(folder / WEIGHTS_INDEX, index)
 
 
-def inspected_job(pair: TensorPair) -> TensorJob:
+def inspected_job(pair: TensorSources) -> TensorPlan:
     """A pair as the workers measure it. The child's part of a job is not used."""
     sources = tuple(info for info in (pair.primary, pair.secondary, pair.base) if info is not None)
-    return TensorJob(pair.name, pair.primary.dtype, pair.shape, "slerp", 0.5, sources, rows=pair.rows)
+    return TensorPlan(pair.name, pair.primary.dtype, pair.shape, "slerp", 0.5, sources, rows=pair.rows)
 
 
-def measure_differences(pairs: Iterable[TensorPair], recipe: MergeRecipe, observe: Observer) -> DifferenceMap:
+def measure_differences(pairs: Iterable[TensorSources], recipe: MergeRecipe, observe: Observer) -> DifferenceMap:
     """Angle and norms of every pair of tensors of real numbers, by the workers that a merge measures with.
 
     Of the recipe it follows the device, the threads, and dtype as the parents are rounded to. Reads each parent once.
@@ -222,13 +222,13 @@ def measure_differences(pairs: Iterable[TensorPair], recipe: MergeRecipe, observ
     return build_map(found, vectors_of(recipe))
 
 
-def read_bytes_of(job: TensorJob) -> int:
+def read_bytes_of(job: TensorPlan) -> int:
     """Bytes of all the sources of a tensor."""
     return sum(info.byte_count for info in job.sources)
 
 
 def measured_in_order(
-    jobs: Sequence[TensorJob], team: WorkerTeam, spans_ahead: int, observe: Observer
+    jobs: Sequence[TensorPlan], team: WorkerTeam, spans_ahead: int, observe: Observer
 ) -> Iterator[TensorDifference]:
     """What differs in each tensor, one by one, while the team measures those behind it."""
     waiting = deque(

@@ -32,11 +32,11 @@ from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.parents.tensors import CHUNK_ELEMENTS, DTYPE_BYTES, TensorReader
 
 if TYPE_CHECKING:
-    from slerpkit.maths import Blend
-    from slerpkit.merge.events import TensorMerged
-    from slerpkit.merge.plan import ShardPlan, TensorJob
+    from slerpkit.maths import TensorWeights
+    from slerpkit.merge.events import MergedTensor
+    from slerpkit.merge.plan import ShardPlan, TensorPlan
 
-MOST_PIECES = 16  # that a chunk is cut into for an accelerator short of memory; then the processor takes over
+MAX_PIECES = 16  # that a chunk is cut into for an accelerator short of memory; then the processor takes over
 SPAN_CHUNKS = 4  # chunks that one worker takes at a time
 
 
@@ -81,14 +81,14 @@ class ShardWriter:
 class TensorProgress:
     """One tensor on its way through the workers. The main thread alone changes it."""
 
-    job: TensorJob
+    job: TensorPlan
     number: int
     writer: ShardWriter | None  # None where the parents are only measured
-    known: TensorMerged | None  # of a file that an earlier run finished
+    known: MergedTensor | None  # of a file that an earlier run finished
     spans: tuple[range, ...]  # of element numbers
     sums: list[Sums | None]
     unfinished: int = 0  # spans of the pass at hand
-    blend: Blend | None = None
+    blend: TensorWeights | None = None
     vector_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # of columns, each blended on its own
     check_finite: bool = False  # whether blending could overflow the child's dtype
     non_finite: int = 0
@@ -96,7 +96,7 @@ class TensorProgress:
     finished: float = 0.0
 
 
-def chunk_elements(job: TensorJob) -> int:
+def chunk_elements(job: TensorPlan) -> int:
     """Elements per chunk: whole rows where a job takes rows or columns for vectors, or where rows follow tokens."""
     if job.granularity == "tensor" and job.rows is None:
         return CHUNK_ELEMENTS
@@ -109,7 +109,7 @@ def chunk_elements(job: TensorJob) -> int:
     return CHUNK_ELEMENTS // width * width
 
 
-def matrix_width(job: TensorJob) -> int:
+def matrix_width(job: TensorPlan) -> int:
     """Elements in a row, when a tensor is laid out so that its vectors are the rows, or are the columns; of a token.
 
     mergekit's nuslerp_row_wise takes vectors along dimension 0, which here are columns of a matrix of shape[0] rows;
@@ -120,13 +120,13 @@ def matrix_width(job: TensorJob) -> int:
     return job.shape[-1] if job.granularity == "column" else math.prod(job.shape[1:])
 
 
-def cut_spans(job: TensorJob) -> tuple[range, ...]:
+def cut_spans(job: TensorPlan) -> tuple[range, ...]:
     """Stretches of elements, each a few whole chunks long but for the last."""
     step = SPAN_CHUNKS * chunk_elements(job)
     return tuple(range(start, min(start + step, job.element_count)) for start in range(0, job.element_count, step))
 
 
-def rows_in(job: TensorJob, part: range) -> slice:
+def rows_in(job: TensorPlan, part: range) -> slice:
     """The rows that a stretch of whole rows has, where rows follow tokens."""
     return slice(part.start // job.row_elements, part.stop // job.row_elements)
 
@@ -153,7 +153,7 @@ class MergeWorker:
         return self.arithmetic[device]
 
     @staticmethod
-    def working_dtype(job: TensorJob) -> torch.dtype:
+    def working_dtype(job: TensorPlan) -> torch.dtype:
         return torch.float64 if any(info.dtype == "F64" for info in job.sources) else torch.float32
 
     def compute(
@@ -179,10 +179,10 @@ class MergeWorker:
                     hint = "Run it again with --device cpu; it then starts anew."
                     raise SlerpMergeError(f"The device {arithmetic.device} failed: {cause}.", hint) from error
                 arithmetic.shrink()
-                if arithmetic.elements < CHUNK_ELEMENTS / MOST_PIECES:
+                if arithmetic.elements < CHUNK_ELEMENTS / MAX_PIECES:
                     self.device = "cpu"
 
-    def read_chunks(self, job: TensorJob, span: range, blended: bool) -> Iterator[tuple[range, list[torch.Tensor]]]:
+    def read_chunks(self, job: TensorPlan, span: range, blended: bool) -> Iterator[tuple[range, list[torch.Tensor]]]:
         """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next.
 
         blended: zeros stand for rows that will be kept, which then add nothing to a sum.
@@ -198,12 +198,12 @@ class MergeWorker:
                 chunk.append(buffer.typed(info.dtype)[: len(part)])
             yield part, chunk
 
-    def fill_on(self, job: TensorJob, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
+    def fill_on(self, job: TensorPlan, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
         """A function that fills one buffer after another with a span of a source."""
         info = job.sources[side]
         return self.reader.begin(info, span.start * DTYPE_BYTES[info.dtype], side)
 
-    def fill_rows(self, job: TensorJob, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
+    def fill_rows(self, job: TensorPlan, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
         """The same, with the rows that stand for the child's tokens."""
         info, maps = job.sources[side], job.rows.blended if blended else job.rows.sources
         rows = maps[side][rows_in(job, span)]
@@ -236,7 +236,7 @@ class MergeWorker:
             identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
         return Sums(*(tuple(row[place] for row in sums) for place in range(3)), identical, columns)
 
-    def measure_chunk(self, job: TensorJob, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Any]:
+    def measure_chunk(self, job: TensorPlan, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Any]:
         """Three sums of products of each piece of a chunk, or of each of its columns where these are the vectors."""
         if job.granularity == "row":
             width = matrix_width(job)
@@ -283,7 +283,7 @@ class MergeWorker:
 
         self.compute(dtype, len(out), by_vectors, whole=True)
 
-    def keep_rows(self, job: TensorJob, part: range, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def keep_rows(self, job: TensorPlan, part: range, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Puts the rows of tokens that a single parent has into `out` as they are."""
         width = job.row_elements
         for side, raw in enumerate(chunk[:2]):

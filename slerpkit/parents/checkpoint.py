@@ -83,7 +83,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     storage: str  # "safetensors" or "pickle"
-    stamps: dict[str, tuple[int, int]] = dataclasses.field(
+    file_stats: dict[str, tuple[int, int]] = dataclasses.field(
         default_factory=dict
     )  # file name: bytes, ns of its last change
 
@@ -226,7 +226,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     storage, files = find_weight_files(folder)
     for file in files:
         check_kind(file, folder)
-    stamps = stamps_of(folder, [file.name for file in files])
+    file_stats = file_stats_of(folder, [file.name for file in files])
     config = read_json(folder / "config.json")
     read = read_header if storage == "safetensors" else read_pickle_header
     tensors: dict[str, TensorInfo] = {}
@@ -238,7 +238,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_index_is_met(folder, storage, tensors)
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
-    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage, stamps)
+    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage, file_stats)
 
 
 def stays_within(path: Path, folder: Path) -> bool:
@@ -267,7 +267,7 @@ def check_files(folder: Path) -> None:
             check_kind(inside, folder)
 
 
-def stamps_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, `names` among them."""
     found = {}
     known = {path for pattern in PARENT_FILES for path in folder.glob(pattern)}
@@ -300,9 +300,9 @@ def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     return 65_536 + sum(file.stat().st_size for file in every if file.is_file())
 
 
-def set_of(stamps: Mapping[str, Sequence[int]]) -> set[tuple[str, tuple[int, ...]]]:
+def stat_items(file_stats: Mapping[str, Sequence[int]]) -> set[tuple[str, tuple[int, ...]]]:
     """Stamps as a set, to be held against others."""
-    return {(name, tuple(stamp)) for name, stamp in stamps.items()}
+    return {(name, tuple(stamp)) for name, stamp in file_stats.items()}
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:

@@ -77,7 +77,7 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: str(content) for name, content in contents.items()}
 
 
-def check_talk(
+def check_chat_template(
     primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, asked: str
 ) -> tuple[list[Mismatch], str | None]:
     """(what is to know of the chat templates, the role whose template is on offer for a child without one).
@@ -108,7 +108,9 @@ def check_talk(
     if asked == "auto":
         why = f"The child has none; --chat-template {role} takes the {role}'s, which fits its tokens."
         return [line("notice", consequence=why)], role
-    return [line("mended", consequence=f"The child has the {role}'s, as asked, and also stops where that does.")], None
+    return [
+        line("resolved", consequence=f"The child has the {role}'s, as asked, and also stops where that does.")
+    ], None
 
 
 def unknown_marks(template: str, owner: Checkpoint, donor: Checkpoint, vocabulary: Vocabulary) -> list[str]:
@@ -129,7 +131,7 @@ def unknown_marks(template: str, owner: Checkpoint, donor: Checkpoint, vocabular
 def child_generation_config(
     primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, template_role: str | None = None
 ) -> tuple[dict[str, Any], list[Mismatch]]:
-    """generation_config.json of the child, empty where neither parent has one; what was mended in it.
+    """generation_config.json of the child, empty where neither parent has one; what was resolved in it.
 
     It is the primary's, or else the secondary's, with the ids of the tokenizer's donor, and none that has no row.
     template_role: a parent other than the donor whose chat template the child has; it also stops where that does.
@@ -159,7 +161,7 @@ def child_generation_config(
         if astray:
             why = f"The child's vocabulary has no {format_names(list(map(str, astray)))}; left out."
             name = f"{GENERATION_NAME}: {key}"
-            found.append(Mismatch("mended", name, *(shorten(stated[role].get(key)) for role in parents), why))
+            found.append(Mismatch("resolved", name, *(shorten(stated[role].get(key)) for role in parents), why))
         if not astray or rest:
             kept[key] = value if not astray else rest if len(rest) > 1 else rest[0]
     return kept, found
@@ -173,7 +175,7 @@ def has_row(number: int, vocabulary: Vocabulary) -> bool:
 def ids_of(value: Any, vocabulary: Vocabulary, role: str) -> list[int]:
     """A parent's token id, or list of ids, as the child's ids; those that the child has no token for are left out."""
     ids = value if isinstance(value, list) else [value]
-    places = [vocabulary.place_of(number, int(role == "secondary")) for number in ids if type(number) is int]
+    places = [vocabulary.child_id_of(number, int(role == "secondary")) for number in ids if type(number) is int]
     return [place for place in places if place is not None]
 
 

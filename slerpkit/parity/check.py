@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.checkpoint import open_checkpoint
-from slerpkit.parity.chat import check_talk, child_generation_config, compare_companions
+from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_companions
 from slerpkit.parity.configs import check_quantisation, compare_configs
-from slerpkit.parity.embeddings import settle_heads
-from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, name_like, pair_tensors
+from slerpkit.parity.embeddings import drop_tied_copies
+from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.parity.vocabulary import align_vocabularies
 
@@ -37,12 +37,12 @@ def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatc
     return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
 
 
-def misfit(primary: Checkpoint, other: Checkpoint) -> str | None:
+def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
     """Why a model cannot be merged with the primary, in a few words; None where headers show no reason."""
     if primary.folder.resolve() == other.folder.resolve():
         return "the primary itself"
     found = check_quantisation(primary, other) + compare_configs(primary, other)
-    found += pair_tensors(primary, name_like(other, primary)[0])[1]
+    found += pair_tensors(primary, rename_to_match(other, primary)[0])[1]
     for m in found:
         if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
             return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
@@ -58,17 +58,17 @@ def check_parity(
     tokenizer: str = "auto",
     template: str = "auto",
 ) -> ParityReport:
-    """Every difference between two parents, each blocking, mended or a notice; and the pairs of tensors.
+    """Every difference between two parents, each blocking, resolved or a notice; and the pairs of tensors.
 
     dtype, slices, tokenizer, template: as in MergeRecipe. base: what both parents' task vectors start from, where
     they are asked for. Reads headers and small files; of weights, only a head that should not be there.
     """
-    alike, renamed = name_like(secondary, primary)
-    ground = None if base is None else name_like(base, primary)[0]
-    vocabulary, found = align_vocabularies(primary, alike, tokenizer, ground)
-    settled, heads = settle_heads(primary)
-    pairs, unpaired = pair_tensors(settled, alike, slices, ground, vocabulary)
-    talk, offered = check_talk(primary, secondary, vocabulary, template)
+    alike, renamed = rename_to_match(secondary, primary)
+    base_tensor = None if base is None else rename_to_match(base, primary)[0]
+    vocabulary, found = align_vocabularies(primary, alike, tokenizer, base_tensor)
+    settled, heads = drop_tied_copies(primary)
+    pairs, unpaired = pair_tensors(settled, alike, slices, base_tensor, vocabulary)
+    talk, offered = check_chat_template(primary, secondary, vocabulary, template)
     found += [
         *check_quantisation(primary, secondary),
         *compare_configs(primary, secondary, any_depth=bool(slices)),
@@ -83,7 +83,7 @@ def check_parity(
         *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary),
     ]
-    rank = {"blocking": 0, "mended": 1, "notice": 2}
+    rank = {"blocking": 0, "resolved": 1, "notice": 2}
     found.sort(key=lambda m: rank[m.severity])
     return ParityReport(tuple(found), tuple(pairs), vocabulary, offered)
 
@@ -103,6 +103,6 @@ def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
 
 def check_fit_of_base(primary_folder: Path, base_folder: Path) -> None:
     """Raises SlerpMergeError where a model cannot be what the parents were fine-tuned from."""
-    reason = misfit(open_checkpoint(primary_folder), open_checkpoint(base_folder))
+    reason = incompatibility(open_checkpoint(primary_folder), open_checkpoint(base_folder))
     if reason is not None:
         raise SlerpMergeError(f"It is no base of the primary: {reason}.", "Give the model both were fine-tuned from.")

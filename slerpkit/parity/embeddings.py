@@ -21,12 +21,12 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of the embedding: the config's vocab_size, where a matrix confirms it; or those of the one embedding."""
     for scope in language_scopes(checkpoint.config):
         rows = scope.get("vocab_size")
-        if isinstance(rows, int) and any(holds_tokens(info, rows) for info in checkpoint.tensors.values()):
+        if isinstance(rows, int) and any(has_token_rows(info, rows) for info in checkpoint.tensors.values()):
             return rows
     found = {
         info.shape[0]
         for info in checkpoint.tensors.values()
-        if EMBEDDING_NAME.search(info.name) and len(info.shape) == 2 and holds_tokens(info, info.shape[0])
+        if EMBEDDING_NAME.search(info.name) and len(info.shape) == 2 and has_token_rows(info, info.shape[0])
     }
     return found.pop() if len(found) == 1 else None
 
@@ -39,7 +39,7 @@ TOKEN_NAME = re.compile(r"emb|wte|shared|head|output|proj_out|decoder\.(weight|b
 OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
 
 
-def holds_tokens(info: TensorInfo, rows: int | None) -> bool:
+def has_token_rows(info: TensorInfo, rows: int | None) -> bool:
     """Whether a tensor can have a row for each token, as an embedding, a head and a head's bias have, by its shape."""
     if not info.is_float or not info.element_count or find_layer(info.name) or OTHER_ROWS_NAME.search(info.name):
         return False
@@ -48,7 +48,7 @@ def holds_tokens(info: TensorInfo, rows: int | None) -> bool:
     return len(info.shape) == 2 or (len(info.shape) == 1 and info.name.endswith("bias"))
 
 
-def beside_tokens(shape: tuple[int, ...]) -> tuple[int, ...]:
+def shape_per_token(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what a single token has: of (tokens, width) the width; of (tokens,) and (1, tokens) nothing."""
     return shape[1:] if shape[0] != 1 else ()
 
@@ -62,7 +62,7 @@ def token_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return {
         name: info
         for name, info in checkpoint.tensors.items()
-        if holds_tokens(info, rows) and (not in_doubt or TOKEN_NAME.search(name))
+        if has_token_rows(info, rows) and (not in_doubt or TOKEN_NAME.search(name))
     }
 
 
@@ -101,14 +101,14 @@ def copies_of_embedding(checkpoint: Checkpoint) -> list[TensorInfo]:
     return [info for info in others if info.shape == embedding.shape and have_same_bytes(embedding, info)]
 
 
-def own_heads(checkpoint: Checkpoint) -> list[TensorInfo]:
+def untied_heads(checkpoint: Checkpoint) -> list[TensorInfo]:
     """Heads that differ from the embedding: as large, and not an embedding of another kind by name."""
     embedding, *others = token_matrices(checkpoint) or [None]
     heads = [info for info in others if not re.search(r"emb(?!ed_out)|wte|shared", info.name)]
     return [info for info in heads if info.shape == embedding.shape and not have_same_bytes(embedding, info)]
 
 
-def settle_heads(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
+def drop_tied_copies(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
     """The primary without the copies of its embedding that its config says are tied; what was found.
 
     A stored head that differs from the embedding is a head of its own, whatever the config says of it.
@@ -116,19 +116,19 @@ def settle_heads(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
     if not is_tied(primary.config):
         return primary, []
     copies = [info.name for info in copies_of_embedding(primary)]
-    heads = [info.name for info in own_heads(primary)]
+    heads = [info.name for info in untied_heads(primary)]
     found = []
     if copies:
         why = "Tied to the embedding and equal to it; the child does without the copy."
-        found.append(Mismatch("mended", format_names(copies), "stored although tied", "not needed", why))
+        found.append(Mismatch("resolved", format_names(copies), "stored although tied", "not needed", why))
     if heads:
         why = "It differs from the embedding, so the child has it, and says that it is not tied."
-        found.append(Mismatch("mended", format_names(heads), "stored although tied", "see the primary", why))
+        found.append(Mismatch("resolved", format_names(heads), "stored although tied", "see the primary", why))
     rest = {name: info for name, info in primary.tensors.items() if name not in copies}
     return dataclasses.replace(primary, tensors=rest), found
 
 
-def true_tie(primary: Checkpoint) -> bool | None:
+def head_is_tied(primary: Checkpoint) -> bool | None:
     """Whether the child's head is its embedding, as the weights tell; None where they do not.
 
     The config's word counts, unless it says tied and a head of another content is stored. Where it is silent, a
@@ -138,7 +138,7 @@ def true_tie(primary: Checkpoint) -> bool | None:
     matrices = token_matrices(primary)
     if stated is False or not matrices:
         return stated
-    if own_heads(primary):
+    if untied_heads(primary):
         return False
     if stated or any(key in primary.config for key in LANGUAGE_CONFIGS):
         return stated

@@ -14,7 +14,7 @@ from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader, component_of, fi
 
 if TYPE_CHECKING:
     from slerpkit.parents.tensors import TensorInfo
-    from slerpkit.parity.report import TensorPair
+    from slerpkit.parity.report import TensorSources
 
 SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
 STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
@@ -61,7 +61,7 @@ KINSHIP_MATRICES = 96  # sampled at most, spread over the layers
 KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
 
 
-def measure_kinship(pairs: Sequence[TensorPair]) -> Kinship:
+def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
     """The angle between the parents' matrices, by component, from a sample; without torch, within a second.
 
     Vectors such as norms are left out: those of strangers look alike too. So are embeddings where layers have

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import TORCH_NAMES, find_layer, layer_positions, natural_order, renumber
 from slerpkit.parity.configs import stated_depth
-from slerpkit.parity.embeddings import beside_tokens, find_tied_source
-from slerpkit.parity.report import LayerPlace, Mismatch, TensorPair
+from slerpkit.parity.embeddings import find_tied_source, shape_per_token
+from slerpkit.parity.report import LayerSource, Mismatch, TensorSources
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
     return stack, depths.get(stack, 0)
 
 
-def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[tuple[str, TensorInfo, LayerPlace]]:
+def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[tuple[str, TensorInfo, LayerSource]]:
     """(the child's name, the primary's tensor, the layer's place) for every tensor of the child."""
     positions = layer_positions(primary.tensors)
     stack = main_stack(primary)[0] if slices else None
@@ -54,12 +54,12 @@ def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[
         if found is not None and found[0] == stack:
             layers.setdefault(found[1], []).append(info)
         else:
-            yield name, info, LayerPlace(-1, -1, positions[name], -1)
+            yield name, info, LayerSource(-1, -1, positions[name], -1)
     child_index = 0
     for number, cut in enumerate(slices):
         for step in range(cut.length):
             source = cut.primary_start + step
-            place = LayerPlace(
+            place = LayerSource(
                 secondary=cut.secondary_start + step,
                 base=source if cut.base_start is None else cut.base_start + step,
                 position=step / (cut.length - 1) if cut.length > 1 else 1.0,
@@ -93,9 +93,9 @@ def pair_tensors(
     slices: Sequence[LayerSlice] = (),
     base: Checkpoint | None = None,
     vocabulary: Vocabulary | None = None,
-) -> tuple[list[TensorPair], list[Mismatch]]:
+) -> tuple[list[TensorSources], list[Mismatch]]:
     """Each tensor of the child with its sources, and every tensor that does not pair."""
-    pairs: list[TensorPair] = []
+    pairs: list[TensorSources] = []
     found: list[Mismatch] = []
     only_primary: list[str] = []
     used: set[str] = set()
@@ -105,23 +105,23 @@ def pair_tensors(
         right = secondary.tensors.get(there)
         if is_known_buffer(left):  # never blended: the model computes it, and versions store it in their own ways
             if right is None:
-                found.append(Mismatch("mended", name, "saved", "not saved", "A buffer; the primary's is kept."))
-            pairs.append(TensorPair(name, left, None, None, place))
+                found.append(Mismatch("resolved", name, "saved", "not saved", "A buffer; the primary's is kept."))
+            pairs.append(TensorSources(name, left, None, None, place))
             continue
         if right is None and (right := find_tied_source(left, primary, secondary)) is not None:
             why = f"The secondary's head is tied to {right.name}, which takes part in its place."
-            found.append(Mismatch("mended", name, "stored", "tied", why))
+            found.append(Mismatch("resolved", name, "stored", "tied", why))
         if right is None:
             only_primary.append(name)
             continue
-        ground = None
+        base_tensor = None
         if base is not None:
-            ground = base.tensors.get(name_in(left, place.base)) or find_tied_source(left, primary, base)
-        rows = rows_of(vocabulary, left, right, ground)
+            base_tensor = base.tensors.get(name_in(left, place.base)) or find_tied_source(left, primary, base)
+        rows = rows_of(vocabulary, left, right, base_tensor)
         found += compare_tensors(left, right, rows)
         if base is not None:
-            found += check_ground(left, ground, rows)
-        pairs.append(TensorPair(name, left, right, ground, place, rows))
+            found += check_base_tensor(left, base_tensor, rows)
+        pairs.append(TensorSources(name, left, right, base_tensor, place, rows))
     stack = main_stack(secondary)[0] if slices else None
     extra = [n for n in secondary.tensors if n not in used and not (stack and (find_layer(n) or ("",))[0] == stack)]
     return pairs, found + judge_unpaired(primary, secondary, only_primary, extra)
@@ -135,11 +135,11 @@ def rows_of(vocabulary: Vocabulary | None, *sources: TensorInfo | None) -> RowMa
     return vocabulary.row_map if follows else None
 
 
-def check_ground(left: TensorInfo, ground: TensorInfo | None, rows: RowMap | None) -> list[Mismatch]:
+def check_base_tensor(left: TensorInfo, base_tensor: TensorInfo | None, rows: RowMap | None) -> list[Mismatch]:
     """The base model's tensor that a pair's task vectors start from must be there, of the same shape."""
-    if ground is not None and same_shape(left, ground, rows):
+    if base_tensor is not None and same_shape(left, base_tensor, rows):
         return []
-    there = "missing" if ground is None else str(list(ground.shape))
+    there = "missing" if base_tensor is None else str(list(base_tensor.shape))
     why = "The base model must hold every tensor that both parents learned on."
     return [Mismatch("blocking", f"{left.name} of the base", str(list(left.shape)), there, why)]
 
@@ -148,7 +148,7 @@ def same_shape(left: TensorInfo, right: TensorInfo, rows: RowMap | None) -> bool
     """Whether two tensors can be blended: of one shape, or of one shape for each token where rows follow tokens."""
     if rows is None:
         return left.shape == right.shape
-    return len(left.shape) == len(right.shape) and beside_tokens(left.shape) == beside_tokens(right.shape)
+    return len(left.shape) == len(right.shape) and shape_per_token(left.shape) == shape_per_token(right.shape)
 
 
 DIFFERENT_VOCABULARIES = "Vocabularies of different size."
@@ -176,10 +176,10 @@ def judge_unpaired(
     for name in extra:
         info = secondary.tensors[name]
         if is_known_buffer(info):
-            found.append(Mismatch("mended", name, "not saved", "saved", "A buffer; the child is made without it."))
+            found.append(Mismatch("resolved", name, "not saved", "saved", "A buffer; the child is made without it."))
         elif (source := find_tied_source(info, secondary, primary)) is not None:
             why = f"The child's head stays tied to {source.name}, as the primary's; the secondary's is left out."
-            found.append(Mismatch("mended", name, "tied", "stored", why))
+            found.append(Mismatch("resolved", name, "tied", "stored", why))
         else:
             unexplained.append(name)
     found.sort(key=lambda m: m.subject)
@@ -210,7 +210,7 @@ def elements_by_layer(infos: Iterable[TensorInfo]) -> dict[Any, int]:
 OLD_ENDINGS = ((".gamma", ".weight"), (".beta", ".bias"))  # layer norms, as checkpoints of 2019 have them
 
 
-def name_like(other: Checkpoint, model: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
+def rename_to_match(other: Checkpoint, model: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
     """`other` with its tensors under the names that `model` has for them, where only prefixes differ.
 
     A prefix is exchanged if it has the other's parts, or some of them, in whatever order (`language_model.model` for
@@ -242,7 +242,7 @@ def name_like(other: Checkpoint, model: Checkpoint) -> tuple[Checkpoint, list[Mi
     }
     first = next(iter(renamed))
     why = f"The same tensors under other names, {len(renamed)} of them; the child has the primary's names."
-    return dataclasses.replace(other, tensors=tensors), [Mismatch("mended", "names", renamed[first], first, why)]
+    return dataclasses.replace(other, tensors=tensors), [Mismatch("resolved", "names", renamed[first], first, why)]
 
 
 def exchangeable_prefixes(
@@ -326,7 +326,7 @@ def check_dtypes(primary: Checkpoint, secondary: Checkpoint, recipe_dtype: str) 
     kept = "the primary's" if recipe_dtype == "auto" else recipe_dtype
     return [
         Mismatch(
-            "mended",
+            "resolved",
             f"dtype of {count} tensor{'s' * (count > 1)}",
             TORCH_NAMES.get(left, left),
             TORCH_NAMES.get(right, right),

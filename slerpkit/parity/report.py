@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class Mismatch:
     """One difference between the parents and what follows from it."""
 
-    severity: str  # "blocking", "mended" or "notice"
+    severity: str  # "blocking", "resolved" or "notice"
     subject: str  # the config key, tensor or file
     primary: str
     secondary: str
-    consequence: str  # why it blocks, the rule that mends it, or what to know
+    consequence: str  # why it blocks, the rule that resolves it, or what to know
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Vocabulary:
     appended: tuple[AppendedToken, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()  # matched, moved, kept, padding, appended, left out
 
-    def place_of(self, number: int, side: int = 0) -> int | None:
+    def child_id_of(self, number: int, side: int = 0) -> int | None:
         """The child's id of the token that has the id `number` in a parent (0 primary, 1 secondary)."""
         if self.row_map is None or number < 0:
             return number
@@ -87,7 +87,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class LayerPlace:
+class LayerSource:
     """Where a tensor of the child comes from, and where it stands among the layers."""
 
     secondary: int  # the number of its layer there; -1 where it has the same name everywhere
@@ -97,14 +97,14 @@ class LayerPlace:
 
 
 @dataclass(frozen=True)
-class TensorPair:
+class TensorSources:
     """What the child's tensor of this name is made from."""
 
     name: str
     primary: TensorInfo
     secondary: TensorInfo | None  # None: the primary's stands alone
     base: TensorInfo | None = None
-    place: LayerPlace = LayerPlace(-1, -1, 0.0, -1)
+    place: LayerSource = LayerSource(-1, -1, 0.0, -1)
     rows: RowMap | None = None  # where rows follow tokens
 
     @property
@@ -122,7 +122,7 @@ class ParityReport:
     """Every difference found, not the first, and the pairs of tensors that follow."""
 
     mismatches: tuple[Mismatch, ...]
-    pairs: tuple[TensorPair, ...]
+    pairs: tuple[TensorSources, ...]
     vocabulary: Vocabulary = Vocabulary(None, "neither parent has a tokenizer", (None, None), None)
     offered_template: str | None = None  # the parent whose chat template would fit a child that has none
 

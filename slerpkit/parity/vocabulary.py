@@ -134,7 +134,7 @@ def tokens_to_append(
             hint = "Save its tokenizer with transformers, or choose --tokenizer primary or secondary."
             raise SlerpMergeError(f"The union of two tokenizers needs tokenizer.json, which {folder} lacks.", hint)
     tokenizer, beside = (open_tokenizer(folder / "tokenizer.json") for folder in (donor, other))
-    settle_tokenizer(tokenizer, donor)
+    add_configured_tokens(tokenizer, donor)
     flags = {
         token.content: tuple((flag, getattr(token, flag)) for flag in TOKEN_FLAGS)
         for token in beside.get_added_tokens_decoder().values()
@@ -151,7 +151,7 @@ def tokens_to_append(
     return appended
 
 
-def settle_tokenizer(tokenizer: Any, folder: Path) -> None:
+def add_configured_tokens(tokenizer: Any, folder: Path) -> None:
     """Adds the tokens that a folder's settings add to its tokenizer.json, with the ids that they state."""
     known = tokenizer.get_vocab(with_added_tokens=True)
     tokens = sorted((number, content) for content, number in added_tokens(folder).items() if content not in known)
@@ -271,4 +271,6 @@ def describe_rows(vocabulary: Vocabulary, counts: Mapping[str, int], sizes: Sequ
     }
     parts = ", ".join(f"{counts[key]} {text}" for key, text in words.items() if counts[key])
     lost = f" {counts['left_out']} of the {other}'s are left out; --tokenizer union would append them."
-    return Mismatch("mended", "vocabulary", *shown, f"Rows follow tokens: {parts}.{lost if counts['left_out'] else ''}")
+    return Mismatch(
+        "resolved", "vocabulary", *shown, f"Rows follow tokens: {parts}.{lost if counts['left_out'] else ''}"
+    )

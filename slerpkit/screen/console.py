@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WIDEST_PANEL = 110  # longer lines are hard to read
 NARROW_COLUMNS = 80  # below this, tables become stacked lines
-MARKS = {"blocking": ("✗", "x", "red"), "mended": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
+MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
 
 
 def is_unicode(console: Console) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.merge.difference_map import ink_on, map_scales
+from slerpkit.merge.difference_map import map_scales, text_colour_on
 from slerpkit.messages import shorten
 from slerpkit.screen.console import (
     NARROW_COLUMNS,
@@ -80,7 +80,7 @@ def draw_cell(console: Console, cell: MapCell, scale: MapScale, width: int) -> T
     if len(text) >= width:
         text = text[:width].rstrip(".") if "." in text[:width] else "99+"[:width]
     colour = scale.colour(value)
-    return Text(f"{text:^{width}}", style=f"{ink_on(colour)} on rgb({','.join(map(str, colour))})")
+    return Text(f"{text:^{width}}", style=f"{text_colour_on(colour)} on rgb({','.join(map(str, colour))})")
 
 
 def render_tastes(console: Console, entries: Iterable[Mapping[str, Any]]) -> RenderableType:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.files import read_json_if_there, write_json
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, printable
 from slerpkit.parents.checkpoint import open_if_whole, short_name
-from slerpkit.parity.check import misfit
+from slerpkit.parity.check import incompatibility
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
@@ -49,7 +49,7 @@ class ModelFinder:
                     seen.add(real)
                     if (checkpoint := open_if_whole(folder)) is not None:
                         self.found.append(checkpoint)
-                        self.misfit_of(checkpoint)
+                        self.incompatibility_of(checkpoint)
 
     def _folders(self) -> Iterator[Path]:
         yield from self.places
@@ -70,21 +70,21 @@ class ModelFinder:
                 whole = (revision.snapshot_path for revision in snapshots if open_if_whole(revision.snapshot_path))
                 yield from itertools.islice(whole, 1)
 
-    def misfit_of(self, checkpoint: Checkpoint) -> str | None:
+    def incompatibility_of(self, checkpoint: Checkpoint) -> str | None:
         """Why a found model cannot be merged with the primary; None where it can, or where there is no primary yet."""
         if self.primary is None:
             return None
         key = self.primary, checkpoint.folder
         if key not in self._misfits:
             primary = open_if_whole(self.primary)
-            self._misfits[key] = misfit(primary, checkpoint) if primary is not None else None
+            self._misfits[key] = incompatibility(primary, checkpoint) if primary is not None else None
         return self._misfits[key]
 
     def offers(self, text: str) -> list[tuple[str, str]]:
         """(what to type, what it is) of found models whose name holds `text`; those that fit the primary first."""
         offers = []
         for checkpoint in list(self.found):
-            name, reason = short_name(checkpoint.folder), self.misfit_of(checkpoint)
+            name, reason = short_name(checkpoint.folder), self.incompatibility_of(checkpoint)
             if text.lower() in name.lower():
                 count, size = format_count(checkpoint.parameter_count), format_bytes(checkpoint.byte_count)
                 size = f"{count} {checkpoint.dtypes[0]} {size}"
@@ -92,13 +92,13 @@ class ModelFinder:
         return [(name, what) for _, name, what in sorted(offers)]
 
 
-MOST_COLUMNS_OF_A_NAME = 40  # in a menu, so that what stands beside it has room
+MAX_NAME_COLUMNS = 40  # in a menu, so that what stands beside it has room
 
 
 def shortened(name: str) -> str:
     """A name for a menu, its middle left out where it is long."""
-    half = MOST_COLUMNS_OF_A_NAME // 2
-    return name if len(name) <= MOST_COLUMNS_OF_A_NAME else f"{name[: half - 1]}...{name[2 - half :]}"
+    half = MAX_NAME_COLUMNS // 2
+    return name if len(name) <= MAX_NAME_COLUMNS else f"{name[: half - 1]}...{name[2 - half :]}"
 
 
 def folders_below(folder: Path, levels: int) -> Iterator[Path]:
@@ -148,10 +148,10 @@ def settings_folder() -> Path:
     return base / "slerpmerge"
 
 
-class Memory:
+class History:
     """The folders and the blend of the last merge, to be offered again. Nothing else, and nowhere else."""
 
-    most_places = 12
+    max_places = 12
 
     def __init__(self) -> None:
         self.path = settings_folder() / "settings.json"
@@ -179,7 +179,7 @@ class Memory:
             "primary": str(used[0]),
             "secondary": str(used[1]),
             "blend": blend or self.content.get("blend"),
-            "places": list(dict.fromkeys(map(str, places)))[: self.most_places],
+            "places": list(dict.fromkeys(map(str, places)))[: self.max_places],
         }
         with contextlib.suppress(OSError, SlerpMergeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

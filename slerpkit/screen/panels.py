@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slerpkit.parity.report import Mismatch, ParityReport
     from slerpkit.schedule import Schedule
 
-MOST_NOTICES = 12
+MAX_NOTICES = 12
 
 
 def render_parity(console: Console, report: ParityReport) -> RenderableType:
@@ -36,8 +36,8 @@ def render_parity(console: Console, report: ParityReport) -> RenderableType:
         return panel(console, Text("The parents match in every respect that was checked."), "Parity")
     shown = [m for m in report.mismatches if m.severity != "notice"]
     notices = report.of_severity("notice")
-    shown += notices[:MOST_NOTICES]
-    more = f"and {len(notices) - MOST_NOTICES} more to know; --json lists them all"
+    shown += notices[:MAX_NOTICES]
+    more = f"and {len(notices) - MAX_NOTICES} more to know; --json lists them all"
     if console.width < NARROW_COLUMNS:
         content: RenderableType = stacked_mismatches(console, shown)
     else:
@@ -49,9 +49,9 @@ def render_parity(console: Console, report: ParityReport) -> RenderableType:
         for m in shown:
             cells = (Text(displayable(console, value)) for value in (m.subject, m.primary, m.secondary, m.consequence))
             content.add_row(mark_of(console, m.severity), *cells)
-    if len(notices) > MOST_NOTICES:
+    if len(notices) > MAX_NOTICES:
         content = Group(content, Text(more, style="dim"))
-    title = f"Parity: {len(report.of_severity('mended'))} mended, {len(notices)} to know"
+    title = f"Parity: {len(report.of_severity('resolved'))} resolved, {len(notices)} to know"
     blocking = len(report.of_severity("blocking"))
     return panel(console, content, f"Parity: {blocking} blocking" if blocking else title)
 
@@ -192,13 +192,13 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
         ("tensors", describe_outcome(report)),
         ("time", f"{merging}, {format_seconds(report.total_seconds)} in all"),
         ("tokenizer", f"from the {plan.tokenizer_role}" if plan.tokenizer_role else "none"),
-        *(("mended", f"{m.subject}: {m.consequence}") for m in plan.parity.of_severity("mended")[:MOST_NOTICES]),
+        *(("resolved", f"{m.subject}: {m.consequence}") for m in plan.parity.of_severity("resolved")[:MAX_NOTICES]),
     ]
     lines: list[RenderableType] = [fact_table(console, facts), Text()]
-    lines += [Text.assemble(mark_of(console, "mended"), " ", displayable(console, check)) for check in report.checks]
-    warnings = list(report.warnings[:MOST_NOTICES])
-    if len(report.warnings) > MOST_NOTICES:
-        warnings.append(f"and {len(report.warnings) - MOST_NOTICES} more; --json lists them all")
+    lines += [Text.assemble(mark_of(console, "resolved"), " ", displayable(console, check)) for check in report.checks]
+    warnings = list(report.warnings[:MAX_NOTICES])
+    if len(report.warnings) > MAX_NOTICES:
+        warnings.append(f"and {len(report.warnings) - MAX_NOTICES} more; --json lists them all")
     lines += [Text.assemble(mark_of(console, "notice"), " ", displayable(console, warning)) for warning in warnings]
     if (advice := near_parallel_advice(report)) is not None:
         lines.append(Text.assemble(mark_of(console, "notice"), " ", advice))

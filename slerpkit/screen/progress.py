@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.merge.events import (
     BytesMerged,
-    ChildVerified,
     DeviceChosen,
+    MergedTensor,
     MergeResumed,
     Noted,
     PlanReady,
-    TensorMerged,
+    Verification,
     WorkAdvanced,
     WorkBegan,
     WorkEnded,
@@ -44,7 +44,7 @@ class LayerStrip:
         self.layers = sorted(layer for stack, layer in places if stack == self.stack)
         self.angles: dict[int, list[float]] = {}
 
-    def add(self, event: TensorMerged) -> None:
+    def add(self, event: MergedTensor) -> None:
         """Takes a finished tensor's angle."""
         place = find_layer(event.job.name)
         if place is not None and place[0] == self.stack and event.blend.angle_degrees is not None:
@@ -104,7 +104,7 @@ class MergeView:
             self.start(event)
         elif isinstance(event, BytesMerged):
             self.advance(event.byte_count)
-        elif isinstance(event, TensorMerged):
+        elif isinstance(event, MergedTensor):
             self.line = describe_tensor(event)
             self.strip.add(event)
         elif isinstance(event, WorkBegan):
@@ -113,7 +113,7 @@ class MergeView:
             self.advance_work(event.amount)
         elif isinstance(event, Noted):
             self.console.print(displayable(self.console, event.text), style="dim", highlight=False, markup=False)
-        elif isinstance(event, (ChildVerified, WorkEnded)):
+        elif isinstance(event, (Verification, WorkEnded)):
             self.stop()
 
     def begin_work(self, event: WorkBegan) -> None:
@@ -193,7 +193,7 @@ class MergeView:
             self.live = None
 
 
-def describe_tensor(event: TensorMerged) -> str:
+def describe_tensor(event: MergedTensor) -> str:
     """One line for the tensor at hand: its name, rule and angle."""
     blend = event.blend
     angle = f", {blend.angle_degrees:.2f}°" if blend.angle_degrees is not None else ""

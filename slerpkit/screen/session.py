@@ -19,9 +19,9 @@ from slerpkit import __version__
 from slerpkit.child.report import amend_report
 from slerpkit.demo import DEMO_PROMPT, generate_text, make_demo_parents
 from slerpkit.evaluation.harness import find_tasks, score
-from slerpkit.evaluation.models import Lineup, check_can_speak, verify_with_transformers
+from slerpkit.evaluation.models import ComparedModels, check_generates_text, verify_with_transformers
 from slerpkit.evaluation.perplexity import compare_perplexity, read_judged_text
-from slerpkit.evaluation.sweep import MOST_TRIALS, Yardstick, find_t, forget_sweep
+from slerpkit.evaluation.sweep import MAX_TRIALS, Objective, find_t, forget_sweep
 from slerpkit.evaluation.taste import taste
 from slerpkit.files import is_inside, write_text
 from slerpkit.merge.difference_map import map_of_merge, save_map
@@ -37,7 +37,7 @@ from slerpkit.recipe_file import RECIPE_NAME, read_recipe, recipe_text
 from slerpkit.schedule import Schedule, order_rules
 from slerpkit.screen.console import mark_of, render_error
 from slerpkit.screen.figures import render_map, render_perplexities, render_scores, render_sweep, render_tastes
-from slerpkit.screen.finder import Memory
+from slerpkit.screen.finder import History
 from slerpkit.screen.flags import ANSWER_FLAGS, CLASHING_FLAGS, JUDGEMENT_FLAGS, equivalent_command, recipe_of
 from slerpkit.screen.panels import next_commands, render_curves, render_parity, render_plan, render_report
 from slerpkit.screen.progress import MergeView
@@ -73,15 +73,15 @@ class CommandLine:
         self.console = Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.view = MergeView(self.console, quiet=arguments.quiet or arguments.json)
-        self.memory = Memory()
+        self.memory = History()
         self.wizard = Wizard(self.console, self.memory, load_in_background)
         self.wrote = NOTHING_WRITTEN
-        self.late_fault: SlerpMergeError | None = None  # of something that did not keep the run from its end
+        self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
     def finish(self) -> int:
         """The status of a run that came to its end; raises what went wrong beside it."""
-        if self.late_fault is not None:
-            raise self.late_fault
+        if self.deferred_error is not None:
+            raise self.deferred_error
         return EXIT_DONE
 
     def show(self, picture: RenderableType) -> None:
@@ -141,14 +141,14 @@ class CommandLine:
         self.check_maps([plan.primary, plan.secondary, plan.base], [plan.recipe.save_directory])
         return plan
 
-    def announce_sweep(self, yardstick: Yardstick | None) -> None:
+    def announce_sweep(self, yardstick: Objective | None) -> None:
         """Says what a sweep will do, before it is begun."""
         if yardstick is not None:
             names = [path.name for path in yardstick.texts] or list(yardstick.tasks)
-            made = f"up to {MOST_TRIALS - 2} children are made one after the other, and the best again"
+            made = f"up to {MAX_TRIALS - 2} children are made one after the other, and the best again"
             self.show(f"t will be found on {format_names(names)}: {made}.")
 
-    def act(self, decision: str, plan: MergePlan, yardstick: Yardstick | None) -> int:
+    def act(self, decision: str, plan: MergePlan, yardstick: Objective | None) -> int:
         """Starts the merge, saves it as a recipe, or leaves."""
         if decision == "start":
             return self.merge(plan, yardstick)
@@ -224,7 +224,7 @@ class CommandLine:
         self.show(self.wrote)
         self.show_command(dataclasses.replace(plan.recipe, recipe_file=path))
 
-    def show_command(self, recipe: MergeRecipe, yardstick: Yardstick | None = None) -> None:
+    def show_command(self, recipe: MergeRecipe, yardstick: Objective | None = None) -> None:
         """The command for scripts that does what was answered."""
         more = ["--verify", self.arguments.verify] if self.arguments.verify else []
         more += ["--sweep"] if yardstick is not None else []
@@ -236,7 +236,7 @@ class CommandLine:
         self.console.print("The same without questions:", style="dim")
         self.console.print(printable(equivalent_command(recipe, more)), soft_wrap=True, markup=False)
 
-    def merge(self, plan: MergePlan, yardstick: Yardstick | None = None) -> int:
+    def merge(self, plan: MergePlan, yardstick: Objective | None = None) -> int:
         if self.interactive and not self.arguments.yes:
             self.show_command(plan.recipe, yardstick)
         if self.interactive:
@@ -254,13 +254,13 @@ class CommandLine:
         found: dict[str, Any] = {}
         if sweep is not None:
             found |= self.keep(report.child, {"sweep": sweep})
-            if self.late_fault is None:
+            if self.deferred_error is None:
                 forget_sweep(plan.recipe.save_directory)
         for path in self.arguments.maps:
             self.save_map(map_of_merge(report.result, vectors_of(plan.recipe)), path)
         report = self.verify_fully(report)
         parents = ("primary", plan.primary.folder), ("secondary", plan.secondary.folder)
-        lineup = Lineup((*parents, ("child", report.child)), plan.recipe.device)
+        lineup = ComparedModels((*parents, ("child", report.child)), plan.recipe.device)
         found |= self.judge(lineup, judged_by_sweep=sweep is not None)
         if self.interactive and not self.arguments.yes and self.can_speak(plan):
             self.judge_as_asked(lineup)
@@ -294,14 +294,14 @@ class CommandLine:
         if arguments.include_path and not arguments.tasks:
             raise SlerpMergeError("--include-path goes with --score.", "Name the tasks too.")
 
-    def yardstick(self, answers: Mapping[str, Any]) -> Yardstick | None:
+    def yardstick(self, answers: Mapping[str, Any]) -> Objective | None:
         """What t is to be found by, where it is to be found."""
         if texts := answers.get("sweep_texts"):
-            return Yardstick(texts)
+            return Objective(texts)
         if not self.arguments.sweep:
             return None
         texts = tuple(self.arguments.texts)
-        return Yardstick(texts, () if texts else self.tasks, self.arguments.include_path)
+        return Objective(texts, () if texts else self.tasks, self.arguments.include_path)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -314,8 +314,10 @@ class CommandLine:
             read_judged_text(path)
         if texts or arguments.prompts or self.tasks:
             for parent in parents:
-                check_can_speak(parent, reads_on=bool(texts))
-            Lineup(tuple((str(number), parent.folder) for number, parent in enumerate(parents))).tokenizer_folder("0")
+                check_generates_text(parent, reads_on=bool(texts))
+            ComparedModels(
+                tuple((str(number), parent.folder) for number, parent in enumerate(parents))
+            ).tokenizer_folder("0")
         if self.tasks:
             find_tasks(self.tasks, arguments.include_path)
 
@@ -332,7 +334,7 @@ class CommandLine:
         kinds = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
         return plan.tokenizer_role is not None and plan.primary.architecture.endswith(kinds)
 
-    def sweep(self, plan: MergePlan, yardstick: Yardstick) -> tuple[MergePlan, dict[str, Any]]:
+    def sweep(self, plan: MergePlan, yardstick: Objective) -> tuple[MergePlan, dict[str, Any]]:
         """(the plan for the best t, what the sweep found)."""
 
         def observe(event: Event) -> None:
@@ -346,7 +348,7 @@ class CommandLine:
         schedule = Schedule.constant(entry["best_t"])
         return prepare_merge(dataclasses.replace(plan.recipe, schedule=schedule), self.view.observe), entry
 
-    def judge(self, lineup: Lineup, judged_by_sweep: bool = False) -> dict[str, Any]:
+    def judge(self, lineup: ComparedModels, judged_by_sweep: bool = False) -> dict[str, Any]:
         """What flags ask of parents and child; it joins the child's report and card."""
         arguments = self.arguments
         found: dict[str, Any] = {}
@@ -359,7 +361,7 @@ class CommandLine:
             found |= self.find(lineup, "scores", scored)
         return found
 
-    def find(self, lineup: Lineup, kind: str, work: Callable[[Observer], list[Any]]) -> dict[str, list[Any]]:
+    def find(self, lineup: ComparedModels, kind: str, work: Callable[[Observer], list[Any]]) -> dict[str, list[Any]]:
         """One kind of judgement: found, shown, and added to the child's report."""
         renderers = {"tastes": render_tastes, "perplexities": render_perplexities, "scores": render_scores}
         with self.view:
@@ -372,10 +374,10 @@ class CommandLine:
         try:
             amend_report(child, found)
         except SlerpMergeError as error:
-            self.late_fault = error
+            self.deferred_error = error
         return found
 
-    def judge_as_asked(self, lineup: Lineup) -> None:
+    def judge_as_asked(self, lineup: ComparedModels) -> None:
         """Tastes and perplexities until the person has had enough. What goes wrong is told, and the child stands."""
         while (wanted := self.wizard.ask_next()) != "leave":
             try:
@@ -398,7 +400,7 @@ class CommandLine:
         fields = read_recipe(child / RECIPE_NAME)
         parents = ("primary", fields["primary"]), ("secondary", fields["secondary"])
         self.check_judgement([open_checkpoint(folder) for _, folder in parents], {})
-        found = self.judge(Lineup((*parents, ("child", child)), self.arguments.device or "auto"))
+        found = self.judge(ComparedModels((*parents, ("child", child)), self.arguments.device or "auto"))
         if self.arguments.json:
             print(json.dumps(found))
         return self.finish()
@@ -460,7 +462,7 @@ class CommandLine:
             return report
         checks = verify_with_transformers(report.child)
         for check in checks:
-            self.show(f"{mark_of(self.console, 'mended')} {check}")
+            self.show(f"{mark_of(self.console, 'resolved')} {check}")
         return dataclasses.replace(report, checks=report.checks + checks)
 
     def run_demo(self) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
     from rich.console import Console
 
-    from slerpkit.screen.finder import Memory
+    from slerpkit.screen.finder import History
 
 OTHER_BLENDS = (
     ("a number", "or a gradient of your own, such as 0,0.5,1"),
@@ -88,7 +88,7 @@ ANSWER_NAMES = {"primary": "primary", "secondary": "secondary", "save_directory"
 class Wizard:
     """Asks what no flag has answered. Merges nothing."""
 
-    def __init__(self, console: Console, memory: Memory, on_first_prompt: Callable[[], object]) -> None:
+    def __init__(self, console: Console, memory: History, on_first_prompt: Callable[[], object]) -> None:
         self.console = console
         self.memory = memory
         self.finder = ModelFinder(memory.places)
