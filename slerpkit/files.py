@@ -209,8 +209,8 @@ def sync_to_disk(path: Path) -> None:
             raise explain_os_error(error, path, "write to the disk") from error
 
 
-def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> Iterator[str]:
-    """Copies the files, and whole folders, that match; yields their names. Links are followed, as in a hub's cache."""
+def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copies the files, and whole folders, that match. Links are followed, as in a hub's cache."""
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             try:
@@ -220,4 +220,3 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> Iterat
                     shutil.copyfile(path, target / path.name)
             except OSError as error:
                 raise explain_os_error(error, path, "copy") from error
-            yield path.name

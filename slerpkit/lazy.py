@@ -19,7 +19,9 @@ class LazyModule:
 
 
 if TYPE_CHECKING:
+    import filelock
     import numpy
     import torch
 else:
     numpy, torch = LazyModule("numpy"), LazyModule("torch")
+    filelock = LazyModule("filelock")

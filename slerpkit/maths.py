@@ -19,7 +19,7 @@ class TensorWeights:
 
     primary_weight: float
     secondary_weight: float
-    rule: str  # "slerp", "lerp" or "copy"
+    operation: str  # "slerp", "lerp" or "copy"
     reason: str  # "" when the asked method was followed
     angle_degrees: float | None  # between the parents; None where a norm is zero or not finite
     norms: tuple[float, float] | None = None  # |v0|, |v1|; None where the tensor was copied unmeasured

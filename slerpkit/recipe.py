@@ -1,4 +1,8 @@
-"""MergeRecipe: everything the person decided, and whether it can be."""
+"""What the person decided (MergeRecipe), apart from how the run goes (RunOptions), and whether each can be.
+
+All that determines the child's values stands in MergeRecipe. No file is opened here and none is written: a recipe's
+file is read and written by recipe_file.py, flags and answers become a recipe in screen/. Read schedule.py before this.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
 from slerpkit.messages import SlerpMergeError
 from slerpkit.schedule import Schedule
 
 MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders expect
+MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
 TOKENIZER_CHOICES = ("auto", "primary", "secondary", "union")
 TEMPLATE_CHOICES = ("auto", "primary", "secondary")
 METHODS = ("slerp", "slerp-norm", "lerp", "nuslerp")
-GRANULARITIES = ("tensor", "row", "column")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+# What nuslerp takes as one vector, and the word that people type for it.
+VECTORS = {"tensor": "tensor", "row": "first_dim", "column": "last_dim"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,9 @@ class MergeRecipe:
 
     primary: Path
     secondary: Path
-    save_directory: Path
     schedule: Schedule = Schedule.constant(0.5)
     method: str = "slerp"  # one of METHODS
-    granularity: str = "tensor"  # one of GRANULARITIES; what nuslerp takes as one vector
+    vectors: str = "tensor"  # what nuslerp takes as one: the tensor, or each slice along its "last_dim" or "first_dim"
     base: Path | None = None  # where given, what each parent learned since is blended, and added to it
     weights: tuple[Schedule, Schedule] | None = None  # instead of t: t = w1 / (w0 + w1)
     normalize: bool = True  # False: LERP with the weights as they are, whatever their sum
@@ -53,14 +60,20 @@ class MergeRecipe:
     dot_threshold: float = COLINEAR_DOT
     epsilon: float = TINY_NORM
     dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
-    max_shard_bytes: int = MAX_SHARD_BYTES
     tokenizer: str = "auto"  # one of TOKENIZER_CHOICES
-    chat_template: str = "auto"  # one of TEMPLATE_CHOICES; auto is the tokenizer donor's
-    device: str = "auto"  # auto, cpu, cuda or mps
-    threads: int = 0  # 0 chooses
-    overwrite: bool = False
-    restart: bool = False  # discards what an earlier run left unfinished
-    recipe_file: Path | None = None  # where the blend was read from, if from a file
+    chat_template: str = "auto"  # one of TEMPLATE_CHOICES; auto is that of the tokenizer
+
+    @property
+    def compared_vectors(self) -> str:
+        """What the angles of this merge lie between."""
+        return "weights" if self.base is None else "task vectors"
+
+    def describe_method(self) -> str:
+        """The method, with what is taken as one vector, and of what."""
+        vectors = "" if self.vectors == "tensor" else f" by {granularity_of(self.vectors)}"
+        task = "" if self.base is None else " of task vectors"
+        extrapolated = ", beyond the parents" if self.extrapolate else ""
+        return f"{self.method}{vectors}{task}{extrapolated}"
 
     def describe_blend(self) -> str:
         """t, or the weights, in words; slice by slice where there are slices."""
@@ -78,6 +91,33 @@ class MergeRecipe:
             f" with {part.secondary_start} to {part.secondary_start + part.length - 1}: {words(part)}"
             for part in self.slices
         )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the run goes: where the child is put, and by what means it is made."""
+
+    save_directory: Path
+    device: str = "auto"  # one of DEVICES
+    threads: int = 0  # 0 chooses
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    overwrite: bool = False
+    restart: bool = False  # discards what an earlier run left unfinished
+
+
+RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))
+OPTION_FIELDS = tuple(field.name for field in dataclasses.fields(RunOptions))
+
+
+def recipe_and_options(settings: dict[str, Any]) -> tuple[MergeRecipe, RunOptions]:
+    """Settings by their names in MergeRecipe and RunOptions, told apart. Raises TypeError where a name is neither's."""
+    recipe = {name: value for name, value in settings.items() if name in RECIPE_FIELDS}
+    return MergeRecipe(**recipe), RunOptions(**{name: settings[name] for name in settings.keys() - recipe.keys()})
+
+
+def granularity_of(vectors: str) -> str:
+    """The word that people type for what is taken as one vector."""
+    return next(word for word, meaning in VECTORS.items() if meaning == vectors)
 
 
 def check_t(t: float, recipe: MergeRecipe, tensor_name: str = "") -> None:
@@ -98,21 +138,23 @@ def check_schedule(schedule: Schedule, recipe: MergeRecipe) -> None:
             check_t(t, recipe)
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises SlerpMergeError where a value is none of those that it can be."""
+    if value not in allowed:
+        raise SlerpMergeError(f"The {name} cannot be {value!r}.", f"Choose one of: {', '.join(allowed)}.")
+
+
 def check_recipe(recipe: MergeRecipe) -> None:
     """Raises SlerpMergeError where a recipe asks for what cannot be."""
-    for name, value, allowed in (
-        ("method", recipe.method, METHODS),
-        ("granularity", recipe.granularity, GRANULARITIES),
-        ("child's dtype", recipe.dtype, CHILD_DTYPES),
-        ("tokenizer", recipe.tokenizer, TOKENIZER_CHOICES),
-        ("chat template", recipe.chat_template, TEMPLATE_CHOICES),
-        ("device", recipe.device, ("auto", "cpu", "cuda", "mps")),
-    ):
-        if value not in allowed:
-            raise SlerpMergeError(f"The {name} cannot be {value!r}.", f"Choose one of: {', '.join(allowed)}.")
-    if recipe.granularity != "tensor" and recipe.method != "nuslerp":
+    check_choice("method", recipe.method, METHODS)
+    check_choice("granularity", recipe.vectors, tuple(VECTORS.values()))
+    check_choice("child's dtype", recipe.dtype, CHILD_DTYPES)
+    check_choice("tokenizer", recipe.tokenizer, TOKENIZER_CHOICES)
+    check_choice("chat template", recipe.chat_template, TEMPLATE_CHOICES)
+    if recipe.vectors != "tensor" and recipe.method != "nuslerp":
         raise SlerpMergeError(
-            f"The granularity {recipe.granularity!r} goes with the method nuslerp alone.", "Add --method nuslerp."
+            f"The granularity {granularity_of(recipe.vectors)!r} goes with the method nuslerp alone.",
+            "Add --method nuslerp.",
         )
     for part in recipe.slices or (recipe,):
         for schedule in part.weights or (part.schedule,):
@@ -123,21 +165,10 @@ def check_recipe(recipe: MergeRecipe) -> None:
         )
     if not 0 <= recipe.epsilon < math.inf:
         raise SlerpMergeError(f"Epsilon cannot be {recipe.epsilon:g}.", f"Usual is {TINY_NORM:g}.")
-    if recipe.max_shard_bytes < 1 or recipe.threads < 0:
+
+
+def check_options(options: RunOptions) -> None:
+    """Raises SlerpMergeError where a run cannot go as asked."""
+    check_choice("device", options.device, DEVICES)
+    if options.max_shard_bytes < 1 or options.threads < 0:
         raise SlerpMergeError("Shard size and threads cannot be negative or zero.", "Leave them out for good values.")
-
-
-def vectors_of(recipe: MergeRecipe) -> str:
-    """What the angles of a recipe's merge lie between."""
-    return "weights" if recipe.base is None else "task vectors"
-
-
-def describe_method(recipe: MergeRecipe) -> str:
-    """The method, with what is taken as one vector, and of what."""
-    granularity = f" by {recipe.granularity}" if recipe.granularity != "tensor" else ""
-    vectors = " of task vectors" if recipe.base is not None else ""
-    extrapolated = ", beyond the parents" if recipe.extrapolate else ""
-    return f"{recipe.method}{granularity}{vectors}{extrapolated}"
-
-
-RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))

@@ -122,7 +122,7 @@ class RecipeFile:
 
 
 class RecipeReader:
-    """Makes of a mergekit recipe the fields of a MergeRecipe. Refuses by name, and with its line, what it cannot do."""
+    """Makes of a mergekit recipe a MergeRecipe. Refuses by name, and with its line, what it cannot do."""
 
     def __init__(self, path: Path) -> None:
         self.file = RecipeFile(path)
@@ -183,8 +183,8 @@ class RecipeReader:
                 return self.file.truth(scope[name], name)
         return default
 
-    def read(self) -> dict[str, Any]:
-        """Fields of MergeRecipe. Raises SlerpMergeError with file and line."""
+    def read(self) -> MergeRecipe:
+        """The recipe. Raises SlerpMergeError with file and line."""
         own = self.own_settings()
         models = self.models()
         folders = [folder for folder, _, _ in models[0][1]]
@@ -202,8 +202,8 @@ class RecipeReader:
         if self.method == "linear":
             fields["normalize"] = self.flag("normalize", True)
         if self.method == "nuslerp" and not self.flag("nuslerp_flatten", True):
-            fields["granularity"] = "row" if self.flag("nuslerp_row_wise", False) else "column"
-        return {**fields, **self.dtypes(), **self.tokenizer(sides), **own, "recipe_file": self.file.path}
+            fields["vectors"] = "first_dim" if self.flag("nuslerp_row_wise", False) else "last_dim"
+        return MergeRecipe(**{**fields, **self.dtypes(), **self.tokenizer(sides), **own})
 
     def models(self) -> list[tuple[list[dict[str, Any]], list[tuple[Path, Any, dict[str, Any]]]]]:
         """For each slice, or the one whole: (scopes of its parameters, [(folder, node, keys) of each source])."""
@@ -349,8 +349,8 @@ class RecipeReader:
         return found
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The fields of MergeRecipe that a mergekit recipe gives.
+def read_recipe(path: Path) -> MergeRecipe:
+    """The recipe that a file of mergekit's YAML states.
 
     Raises SlerpMergeError with the line where it is wrong or asks for what is not done here.
     """
@@ -384,8 +384,8 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         content["models"] = [{k: v for k, v in source.items() if k != "layer_range"} for source in cut["sources"]]
         content.update({"parameters": cut["parameters"]} if "parameters" in cut else {})
     settings = {} if recipe.normalize else {"normalize": False}
-    if recipe.granularity != "tensor":
-        settings |= {"nuslerp_flatten": False, "nuslerp_row_wise": recipe.granularity == "row"}
+    if recipe.vectors != "tensor":
+        settings |= {"nuslerp_flatten": False, "nuslerp_row_wise": recipe.vectors == "first_dim"}
     if settings:
         content["parameters"] = {**content.get("parameters", {}), **settings}
     if recipe.cast_dtype is not None:

@@ -1,85 +1,98 @@
-"""Read this first: a merge is prepared, and executed."""
+"""Read this first: a merge is prepared, and executed.
+
+Every step of a merge stands here, in order. `observe` is told of progress; nothing here knows who watches.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from slerpkit.child.companions import copy_companions
-from slerpkit.child.report import amend_report
+from slerpkit.child.report import MergeReport, write_report
 from slerpkit.child.verify import verify_child
-from slerpkit.merge.events import MergeReport, ParentOpened, ParityChecked, PlanReady
-from slerpkit.merge.journal import leftover_remarks
+from slerpkit.merge.events import ignore
 from slerpkit.merge.plan import plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
 from slerpkit.merge.stream import measure_differences, stream_merge
-from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.checkpoint import find_model, open_parents
 from slerpkit.parity.check import check_parity
-from slerpkit.recipe import check_recipe
+from slerpkit.recipe import recipe_and_options
+from slerpkit.schedule import Schedule, parse_blend
 
 if TYPE_CHECKING:
     from slerpkit.merge.difference_map import DifferenceMap
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.parents.checkpoint import Checkpoint
-    from slerpkit.parity.report import ParityReport
-    from slerpkit.recipe import MergeRecipe
+    from slerpkit.recipe import MergeRecipe, RunOptions
 
 
-def open_parents(
-    recipe: MergeRecipe, observe: Observer
-) -> tuple[Checkpoint, Checkpoint, Checkpoint | None, ParityReport]:
-    """(primary, secondary, base, parity). Raises SlerpMergeError where they cannot make a right child."""
-    primary = open_checkpoint(recipe.primary)
-    observe(ParentOpened("primary", primary))
-    secondary = open_checkpoint(recipe.secondary)
-    observe(ParentOpened("secondary", secondary))
-    base = None if recipe.base is None else open_checkpoint(recipe.base)
-    if base is not None:
-        observe(ParentOpened("base", base))
-    parity = check_parity(primary, secondary, recipe.dtype, recipe.slices, base, recipe.tokenizer, recipe.chat_template)
-    observe(ParityChecked(parity))
-    parity.raise_if_blocking()
-    return primary, secondary, base, parity
-
-
-def inspect_parents(recipe: MergeRecipe, observe: Observer) -> DifferenceMap:
-    """How the parents of a recipe differ. Reads each of them once and writes nothing.
-
-    Raises SlerpMergeError where a parent, or their parity, forbids it.
-    """
-    *_, parity = open_parents(recipe, observe)
-    return measure_differences(parity.pairs, recipe, observe)
-
-
-def prepare_merge(recipe: MergeRecipe, observe: Observer) -> MergePlan:
-    """Looks at both parents and decides everything. Reads headers and a few MB to time it; writes nothing.
+def prepare_merge(recipe: MergeRecipe, options: RunOptions) -> MergePlan:
+    """Looks at the parents and decides everything. Reads headers and a few MB to time it; writes nothing.
 
     Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
     """
-    check_recipe(recipe)
-    primary, secondary, base, parity = open_parents(recipe, observe)
-    plan = plan_merge(recipe, primary, secondary, parity, base)
-    plan = dataclasses.replace(plan, remarks=(*plan.remarks, *leftover_remarks(plan)))
-    observe(PlanReady(plan))
-    return plan
+    parents = open_parents(recipe)
+    parity = check_parity(parents, recipe)  # every mismatch, with the rule that resolves it or why it cannot be
+    parity.raise_if_blocking()
+    return plan_merge(recipe, options, parents, parity)
 
 
-def execute_merge(plan: MergePlan, observe: Observer) -> MergeReport:
+def execute_merge(plan: MergePlan, observe: Observer = ignore) -> MergeReport:
     """Makes the planned child. It appears under its name whole and checked, or not at all.
 
     Raises SlerpMergeError where the world does not let it; parents and save directory are then as before.
     """
     started = time.perf_counter()
-    with StagedChild(plan, observe) as child:
-        result = stream_merge(plan, child, observe)
-        copy_companions(plan, child, result, observe)
-        verified = verify_child(plan, child, result, observe)
-        warnings = (plan.kinship.warning,) if plan.kinship.warning else ()
-        warnings += verified.warnings
-        amend_report(child.folder, {"checks": list(verified.checks), "warnings": list(warnings)})
+    with StagedChild(plan, observe) as child:  # published by one rename, only on a clean exit
+        merged = stream_merge(plan, child, observe)
+        copy_companions(plan, child)
+        verified = verify_child(plan, child, merged)
+        report = write_report(plan, child, merged, verified)
         sync_seconds = child.sync()
         check_parents_unchanged(plan, child)
-    total_seconds = time.perf_counter() - started
-    return MergeReport(child.target, plan, result, verified.checks, warnings, sync_seconds, total_seconds)
+    return MergeReport(child.target, plan, merged, verified, report, sync_seconds, time.perf_counter() - started)
+
+
+def inspect_parents(recipe: MergeRecipe, options: RunOptions, observe: Observer = ignore) -> DifferenceMap:
+    """How the parents of a recipe differ. Reads each of them once and writes nothing.
+
+    Raises SlerpMergeError where a parent, or their parity, forbids it.
+    """
+    parity = check_parity(open_parents(recipe), recipe)
+    parity.raise_if_blocking()
+    return measure_differences(parity.pairs, recipe, options, observe)
+
+
+def merge_models(
+    primary: str | Path,
+    secondary: str | Path,
+    save_directory: str | Path,
+    t: float | str | Schedule = 0.5,
+    observe: Observer = ignore,
+    **settings: Any,
+) -> MergeReport:
+    """Makes a child of two models in one call, with every check that the script makes.
+
+    primary (t = 0), secondary (t = 1): folders, or the org/name of a model in the Hugging Face cache. t: a number, or
+    what the prompt `Blend` takes, such as "ramp" or "self_attn=0,1 0.5". settings: any other field of MergeRecipe or
+    RunOptions, such as method="slerp-norm", dtype="float16" or overwrite=True.
+
+    Returns what was made and found; `report.child` is the child's folder. Raises SlerpMergeError, with a message and a
+    hint, where the child cannot be right; nothing is then put in place. Raises TypeError for a setting that is none.
+    """
+    if not isinstance(t, Schedule):
+        t = parse_blend(t) if isinstance(t, str) else Schedule.constant(t)
+    if settings.get("base") is not None:
+        settings["base"] = find_model(str(settings["base"]))
+    recipe, options = recipe_and_options(
+        {
+            "primary": find_model(str(primary)),
+            "secondary": find_model(str(secondary)),
+            "save_directory": Path(save_directory),
+            "schedule": t,
+            **settings,
+        }
+    )
+    return execute_merge(prepare_merge(recipe, options), observe)

@@ -6,12 +6,19 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from slerpkit.child.report import MergeReport
+from slerpkit.merge.events import ignore
+from slerpkit.merge.plan import MergePlan
+from slerpkit.recipe import recipe_and_options
+from slerpkit.schedule import Schedule
+from slerpkit.story import execute_merge, prepare_merge
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 16, 24, 48, 2
 # Where merges of tests run: SLERPMERGE_TEST_DEVICE=cuda puts every test of values on a GPU.
@@ -192,3 +199,22 @@ def edit_json(path: Path, **changes: Any) -> None:
 def copy_model(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+def plan_of(primary: Path, secondary: Path, save_directory: Path, t: float = 0.5, **settings: Any) -> MergePlan:
+    """A plan on the device of the tests, whatever the machine has; settings: of MergeRecipe and RunOptions."""
+    settings = {"schedule": Schedule.constant(t), "device": DEVICE, **settings}
+    folders = {"primary": primary, "secondary": secondary, "save_directory": save_directory}
+    return prepare_merge(*recipe_and_options({**folders, **settings}))
+
+
+def merge(
+    primary: Path,
+    secondary: Path,
+    save_directory: Path,
+    t: float = 0.5,
+    observe: Callable[[Any], None] = ignore,
+    **settings: Any,
+) -> MergeReport:
+    """A child made by that plan."""
+    return execute_merge(plan_of(primary, secondary, save_directory, t, **settings), observe)

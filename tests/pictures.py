@@ -98,8 +98,8 @@ def grow_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def grow_plan(plan: MergePlan) -> MergePlan:
     """The plan for models of real size, on a machine that is always the same."""
-    jobs = [grow(job) for job in plan.jobs]
-    shards = plan_shards(jobs, MAX_SHARD_BYTES)
+    tensors = [grow(tensor) for tensor in plan.tensors]
+    shards = plan_shards(tensors, MAX_SHARD_BYTES)
     return dataclasses.replace(
         plan,
         recipe=dataclasses.replace(
@@ -123,8 +123,8 @@ def grow_plan(plan: MergePlan) -> MergePlan:
 
 def grow_event(event: Event, plan: MergePlan) -> Iterator[Event]:
     if isinstance(event, MergedTensor):
-        merged = dataclasses.replace(event, job=grow(event.job))
-        yield BytesMerged(merged.job.byte_count)
+        merged = dataclasses.replace(event, tensor=grow(event.tensor))
+        yield BytesMerged(merged.tensor.byte_count)
         yield merged
     elif isinstance(event, PlanReady):
         yield PlanReady(plan)

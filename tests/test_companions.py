@@ -24,8 +24,8 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
+    merge,
 )
-from tests.test_merge import merge
 
 # One file of every kind that a tokenizer consists of; the folder stands for a whole one.
 TOKENIZER_EXAMPLES = (

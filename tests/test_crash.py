@@ -47,9 +47,9 @@ from slerpkit.merge.staging import StagedChild
 from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import MergeRecipe
 from slerpkit.story import prepare_merge
-from tests.builders import DEVICE, PLAIN_CHILD, add_tokenizer, load_tensors, make_pair
+from tests.builders import DEVICE, PLAIN_CHILD, add_tokenizer, load_tensors, make_pair, merge
 from tests.conftest import fingerprint
-from tests.test_merge import assert_same_bits, merge, staging_beside
+from tests.test_merge import assert_same_bits, staging_beside
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slerpmerge.py"
 MOMENTS = [
@@ -179,8 +179,8 @@ def resumed(primary: Path, secondary: Path, child: Path, **settings: Any) -> tup
     report = merge(primary, secondary, child, t, observe=events.append, **{**INTERRUPTED, **settings})
     (found,) = (event for event in events if isinstance(event, MergeResumed))
     assert [event.total for event in events if isinstance(event, MergeResumed)] == [len(report.plan.shards)]
-    merged = [event.job.name for event in events if isinstance(event, MergedTensor)]
-    assert merged == [job.name for job in report.plan.jobs]
+    merged = [event.tensor.name for event in events if isinstance(event, MergedTensor)]
+    assert merged == [tensor.name for tensor in report.plan.tensors]
     assert sum(event.byte_count for event in events if isinstance(event, BytesMerged)) == report.plan.child_bytes
     other = merge(primary, secondary, child.with_name("other"), t, **{**INTERRUPTED, **settings})
     assert_same_bits(load_tensors(report.child), load_tensors(other.child))

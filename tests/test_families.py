@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from slerpkit.messages import SlerpMergeError
-from tests.builders import edit_json, load_tensors, reference_slerp, replace_tensors
-from tests.test_merge import distance, merge
+from tests.builders import edit_json, load_tensors, merge, reference_slerp, replace_tensors
+from tests.test_merge import distance
 
 TOKENS, WIDTH, SEEN = 96, 32, 8
 ROLES = ("primary", "secondary")

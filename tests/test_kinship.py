@@ -15,8 +15,7 @@ from slerpkit.recipe import MergeRecipe
 from slerpkit.screen.session import EXIT_DONE
 from slerpkit.story import prepare_merge
 from slerpmerge import main
-from tests.builders import llama_tensors, load_tensors, make_checkpoint, make_pair
-from tests.test_merge import merge
+from tests.builders import llama_tensors, load_tensors, make_checkpoint, make_pair, merge
 
 
 def kinship_of(folder: Path, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Kinship:

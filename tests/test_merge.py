@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,8 @@ from slerpkit.merge.events import (
 from slerpkit.merge.workers import SPAN_CHUNKS
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import CHUNK_ELEMENTS
-from slerpkit.recipe import MergeRecipe
 from slerpkit.schedule import Schedule, ScheduleRule
-from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
-    DEVICE,
     LAYERS,
     LLAMA_CONFIG,
     PLAIN_CHILD,
@@ -44,6 +41,7 @@ from tests.builders import (
     make_checkpoint,
     make_pair,
     make_real_model,
+    merge,
     reference_slerp,
     units_of_last_place,
 )
@@ -53,19 +51,6 @@ SMALL_CHUNK = 64  # elements; a layer's matrix then has several spans, the last 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # Units of the last place that a value may be off: one rounding, and what the float64 reference itself may lose.
 LIMITS = {BF16: 0.51, F16: 0.51, F32: 1.0, F64: 4.0}
-
-
-def merge(
-    primary: Path,
-    secondary: Path,
-    save_directory: Path,
-    t: float = 0.5,
-    observe: Callable[[Any], None] = lambda event: None,
-    **settings: Any,
-) -> MergeReport:
-    """A child on the device of the tests, whatever the machine has; settings are MergeRecipe's."""
-    settings = {"schedule": Schedule.constant(t), "device": DEVICE, **settings}
-    return execute_merge(prepare_merge(MergeRecipe(primary, secondary, save_directory, **settings), observe), observe)
 
 
 def staging_beside(save_directory: Path) -> Path:
@@ -86,7 +71,7 @@ def merge_tensors(
 
 
 def blend_of(report: MergeReport, name: str) -> TensorWeights:
-    return next(merged.blend for merged in report.result.tensors if merged.job.name == name)
+    return next(merged.blend for merged in report.result.tensors if merged.tensor.name == name)
 
 
 def distance(found: torch.Tensor, v0: torch.Tensor, v1: torch.Tensor, exact: torch.Tensor) -> float:
@@ -536,7 +521,9 @@ def test_files_hold_the_layers_in_their_order(tmp_path):
         make_checkpoint(tmp_path / str(seed), llama_tensors(seed, layers=layers), config, shards=2) for seed in (1, 2)
     )
     report = merge(primary, secondary, tmp_path / "child", max_shard_bytes=4000)
-    numbers = [int(merged.job.name.split(".")[2]) for merged in report.result.tensors if ".layers." in merged.job.name]
+    numbers = [
+        int(merged.tensor.name.split(".")[2]) for merged in report.result.tensors if ".layers." in merged.tensor.name
+    ]
     assert numbers == sorted(numbers)
     assert len(set(numbers)) == layers
 
@@ -568,12 +555,12 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
 
     merged = [event for event in events if isinstance(event, MergedTensor)]
     assert tuple(merged) == report.result.tensors
-    planned = [job for shard in report.plan.shards for job in shard.jobs]
-    assert [event.job for event in merged] == planned
+    planned = [tensor for shard in report.plan.shards for tensor in shard.tensors]
+    assert [event.tensor for event in merged] == planned
     assert len(planned) == len(llama_tensors(1)) == 3 + 9 * LAYERS
     left, right = load_tensors(primary), load_tensors(secondary)
     for event in merged:
-        flat = (side[event.job.name].double().flatten() for side in (left, right))
+        flat = (side[event.tensor.name].double().flatten() for side in (left, right))
         cosine = torch.cosine_similarity(*flat, dim=0)
         assert event.blend.rule == "slerp"
         assert event.blend.angle_degrees == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-3)
@@ -607,7 +594,9 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
     schedule = Schedule((ScheduleRule((1.0,), "mlp"), ScheduleRule((0.25, 0.75))))
     report = merge(*make_pair(tmp_path), tmp_path / "child", schedule=schedule)
     left, right, child = (load_tensors(tmp_path / name) for name in ("primary", "secondary", "child"))
-    assert {m.job.name for m in report.result.tensors if m.job.t == 1.0} == {name for name in left if "mlp" in name}
+    assert {m.tensor.name for m in report.result.tensors if m.tensor.t == 1.0} == {
+        name for name in left if "mlp" in name
+    }
     for name in child:
         t = 1.0 if "mlp" in name else 0.75 if ".layers.1." in name else 0.25
         assert distance(child[name], left[name], right[name], reference_slerp(left[name], right[name], t)) <= 0.51, name

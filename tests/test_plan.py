@@ -54,7 +54,7 @@ def planned(folder: Path, **changes) -> MergePlan:
 
 
 def jobs_by_name(plan: MergePlan) -> dict[str, TensorPlan]:
-    return {job.name: job for job in plan.jobs}
+    return {tensor.name: tensor for tensor in plan.tensors}
 
 
 def make_both(folder: Path, primary: dict[str, torch.Tensor], secondary: dict[str, torch.Tensor]) -> None:
@@ -84,19 +84,19 @@ def refused(match: str):
 @pytest.mark.parametrize("method", ["slerp", "slerp-norm", "lerp"])
 def test_weights_get_the_method_and_both_parents(pair, method):
     plan = planned(pair, method=method, schedule=Schedule.constant(0.3))
-    assert {job.name for job in plan.jobs} == set(llama_tensors(1))
-    for job in plan.jobs:
-        assert (job.rule, job.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
-        assert job.sources == (plan.primary.tensors[job.name], plan.secondary.tensors[job.name])
+    assert {tensor.name for tensor in plan.tensors} == set(llama_tensors(1))
+    for tensor in plan.tensors:
+        assert (tensor.rule, tensor.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
+        assert tensor.sources == (plan.primary.tensors[tensor.name], plan.secondary.tensors[tensor.name])
     assert plan.count("slerp") + plan.count("lerp") == len(llama_tensors(1))
 
 
 @pytest.mark.parametrize(("t", "parent"), [(0.0, "primary"), (1.0, "secondary")])
 def test_at_its_ends_a_blend_is_a_copy_of_one_parent(pair, t, parent):
     plan = planned(pair, schedule=Schedule.constant(t))
-    for job in plan.jobs:
-        assert (job.rule, job.t) == ("copy", t)
-        assert job.sources == (getattr(plan, parent).tensors[job.name],)
+    for tensor in plan.tensors:
+        assert (tensor.rule, tensor.t) == ("copy", t)
+        assert tensor.sources == (getattr(plan, parent).tensors[tensor.name],)
 
 
 def test_a_gradient_reaches_its_layers(tmp_path):
@@ -104,25 +104,25 @@ def test_a_gradient_reaches_its_layers(tmp_path):
         config = {**LLAMA_CONFIG, "num_hidden_layers": 12}
         make_checkpoint(tmp_path / name, llama_tensors(seed, layers=12), config)
     rules = ScheduleRule((0.25,), "lm_head"), ScheduleRule((0.0, 1.0), "mlp"), ScheduleRule((0.5, 0.6))
-    jobs = jobs_by_name(planned(tmp_path, schedule=Schedule(rules)))
+    tensors = jobs_by_name(planned(tmp_path, schedule=Schedule(rules)))
     for layer in range(12):
-        assert jobs[f"model.layers.{layer}.mlp.up_proj.weight"].t == pytest.approx(layer / 11)
-        assert jobs[f"model.layers.{layer}.self_attn.q_proj.weight"].t == pytest.approx(0.5 + 0.1 * layer / 11)
-    assert jobs["model.layers.0.mlp.up_proj.weight"].rule == "copy"
-    assert jobs["model.layers.11.mlp.up_proj.weight"].rule == "copy"
-    assert jobs["model.layers.5.mlp.up_proj.weight"].rule == "slerp"
-    assert (jobs["model.embed_tokens.weight"].t, jobs["lm_head.weight"].t) == (0.5, 0.25)
+        assert tensors[f"model.layers.{layer}.mlp.up_proj.weight"].t == pytest.approx(layer / 11)
+        assert tensors[f"model.layers.{layer}.self_attn.q_proj.weight"].t == pytest.approx(0.5 + 0.1 * layer / 11)
+    assert tensors["model.layers.0.mlp.up_proj.weight"].rule == "copy"
+    assert tensors["model.layers.11.mlp.up_proj.weight"].rule == "copy"
+    assert tensors["model.layers.5.mlp.up_proj.weight"].rule == "slerp"
+    assert (tensors["model.embed_tokens.weight"].t, tensors["lm_head.weight"].t) == (0.5, 0.25)
 
 
 def test_numbers_are_lerped_and_whole_numbers_copied(tmp_path):
     numbers = {"scale": torch.tensor(2.0), "ids": torch.arange(3), "mask": torch.tensor([True])}
     make_both(tmp_path, numbers, {**numbers, "scale": torch.tensor(3.0)})
     plan = planned(tmp_path)
-    jobs = jobs_by_name(plan)
-    assert {name: jobs[name].rule for name in numbers} == {"scale": "lerp", "ids": "copy", "mask": "copy"}
+    tensors = jobs_by_name(plan)
+    assert {name: tensors[name].rule for name in numbers} == {"scale": "lerp", "ids": "copy", "mask": "copy"}
     for name in ("ids", "mask"):
-        assert jobs[name].sources[0] == plan.primary.tensors[name]
-        assert jobs[name].t == 0
+        assert tensors[name].sources[0] == plan.primary.tensors[name]
+        assert tensors[name].t == 0
 
 
 def test_whole_numbers_come_from_the_primary_even_where_t_is_one(tmp_path):
@@ -143,8 +143,8 @@ def test_a_buffer_of_one_side_is_kept_from_the_primary_and_dropped_from_the_seco
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     make_both(tmp_path, {name: torch.ones(4)}, {})
     plan = planned(tmp_path)
-    job = jobs_by_name(plan)[name]
-    assert (job.rule, job.sources) == ("copy", (plan.primary.tensors[name],))
+    tensor = jobs_by_name(plan)[name]
+    assert (tensor.rule, tensor.sources) == ("copy", (plan.primary.tensors[name],))
     swapped = planned(tmp_path, primary=tmp_path / "secondary", secondary=tmp_path / "primary")
     assert name not in jobs_by_name(swapped)
 
@@ -171,8 +171,8 @@ def test_auto_keeps_the_primarys_dtypes_tensor_by_tensor(tmp_path):
     mixed = {name: t.float() if "norm" in name else t for name, t in llama_tensors(1).items()}
     make_checkpoint(tmp_path / "primary", mixed)
     make_checkpoint(tmp_path / "secondary", llama_tensors(2, torch.float16))
-    for job in planned(tmp_path).jobs:
-        assert job.dtype == ("F32" if "norm" in job.name else "BF16")
+    for tensor in planned(tmp_path).tensors:
+        assert tensor.dtype == ("F32" if "norm" in tensor.name else "BF16")
 
 
 @pytest.mark.parametrize(("asked", "stored"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32")])
@@ -180,7 +180,7 @@ def test_auto_keeps_the_primarys_dtypes_tensor_by_tensor(tmp_path):
 def test_a_dtype_that_is_asked_for_is_that_of_every_real_tensor(tmp_path, asked, stored, t):
     make_both(tmp_path, {"ids": torch.arange(3)}, {"ids": torch.arange(3)})
     plan = planned(tmp_path, dtype=asked, schedule=Schedule.constant(t))
-    assert {job.dtype for job in plan.jobs if job.name != "ids"} == {stored}
+    assert {tensor.dtype for tensor in plan.tensors if tensor.name != "ids"} == {stored}
     assert jobs_by_name(plan)["ids"].dtype == "I64"
     width = 4 if stored == "F32" else 2
     assert plan.child_bytes == 24 + width * sum(tensor.numel() for tensor in llama_tensors(1).values())
@@ -195,7 +195,7 @@ def test_tensors_come_in_layer_order(tmp_path):
         shuffled = random.Random(0).sample(list(tensors), len(tensors))
         config = {**LLAMA_CONFIG, "num_hidden_layers": 12}
         make_checkpoint(tmp_path / name, {key: tensors[key] for key in shuffled}, config, shards=3)
-    names = [job.name for job in planned(tmp_path, max_shard_bytes=5000).jobs]
+    names = [tensor.name for tensor in planned(tmp_path, max_shard_bytes=5000).tensors]
     layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
     assert layers == sorted(layers)
     assert set(layers) == set(range(12))
@@ -203,15 +203,15 @@ def test_tensors_come_in_layer_order(tmp_path):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_shards_are_filled_in_order_and_to_their_limit(seed):
-    jobs = random_jobs(seed)
-    largest = max(job.byte_count for job in jobs)
-    for limit in (1, largest - 1, largest, 3 * largest, sum(job.byte_count for job in jobs)):
-        groups = cut_shards(jobs, limit)
-        assert [job for group in groups for job in group] == jobs
-        sizes = [sum(job.byte_count for job in group) for group in groups]
+    tensors = random_jobs(seed)
+    largest = max(tensor.byte_count for tensor in tensors)
+    for limit in (1, largest - 1, largest, 3 * largest, sum(tensor.byte_count for tensor in tensors)):
+        groups = cut_shards(tensors, limit)
+        assert [tensor for group in groups for tensor in group] == tensors
+        sizes = [sum(tensor.byte_count for tensor in group) for group in groups]
         for group, size in zip(groups, sizes):
             assert group
-            assert size <= limit or sum(job.byte_count > 0 for job in group) == 1
+            assert size <= limit or sum(tensor.byte_count > 0 for tensor in group) == 1
         for size, following in zip(sizes, groups[1:]):
             assert size + following[0].byte_count > limit  # no shard is cut without need
 
@@ -219,10 +219,10 @@ def test_shards_are_filled_in_order_and_to_their_limit(seed):
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(pair):
     limit = 800
     plan = planned(pair, max_shard_bytes=limit)
-    large = {job.name for job in plan.jobs if job.byte_count > limit}
+    large = {tensor.name for tensor in plan.tensors if tensor.byte_count > limit}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= large
     for shard in plan.shards:
-        assert len(shard.jobs) == 1 or sum(job.byte_count for job in shard.jobs) <= limit
+        assert len(shard.tensors) == 1 or sum(tensor.byte_count for tensor in shard.tensors) <= limit
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -245,11 +245,11 @@ def test_a_laid_out_shard_is_a_file_that_the_library_reads(tmp_path, seed):
     content = bytearray(shard.byte_count)
     content[: len(shard.header)] = shard.header
     expected = {}
-    for job in shard.jobs:
-        tensor = expected[job.name] = torch.randint(0, 2, job.shape, generator=generator).to(DTYPES[job.dtype])
+    for tensor in shard.tensors:
+        tensor = expected[tensor.name] = torch.randint(0, 2, tensor.shape, generator=generator).to(DTYPES[tensor.dtype])
         data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert len(data) == job.byte_count
-        content[job.offset : job.offset + len(data)] = data
+        assert len(data) == tensor.byte_count
+        content[tensor.offset : tensor.offset + len(data)] = data
     file = tmp_path / shard.file_name
     file.write_bytes(content)
     found = load_file(file)
@@ -263,13 +263,13 @@ def test_a_laid_out_shard_is_a_file_that_the_library_reads(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_tensor_is_aligned_to_its_own_width(seed):
-    for job in lay_out_shard("model.safetensors", random_jobs(seed)).jobs:
-        assert job.offset % DTYPES[job.dtype].itemsize == 0
+    for tensor in lay_out_shard("model.safetensors", random_jobs(seed)).tensors:
+        assert tensor.offset % DTYPES[tensor.dtype].itemsize == 0
 
 
 def test_one_width_keeps_its_order_in_a_shard():
-    jobs = [job_of("a", "BF16", 3), job_of("b", "F32", 3), job_of("c", "F16", 3), job_of("d", "F32", 1)]
-    assert [job.name for job in lay_out_shard("x", jobs).jobs] == ["b", "d", "a", "c"]
+    tensors = [job_of("a", "BF16", 3), job_of("b", "F32", 3), job_of("c", "F16", 3), job_of("d", "F32", 1)]
+    assert [tensor.name for tensor in lay_out_shard("x", tensors).tensors] == ["b", "d", "a", "c"]
 
 
 # ── What it costs ──
@@ -598,7 +598,7 @@ from slerpkit.story import prepare_merge
 
 folder = Path(sys.argv[1])
 plan = prepare_merge(MergeRecipe(folder / "primary", folder / "secondary", folder / "child"), lambda event: None)
-print(len(list(plan.jobs)), sorted({"torch", "transformers", "rich", "questionary"} & set(sys.modules)))
+print(len(list(plan.tensors)), sorted({"torch", "transformers", "rich", "questionary"} & set(sys.modules)))
 """
 
 

@@ -33,10 +33,11 @@ from tests.builders import (
     make_checkpoint,
     make_pair,
     make_real_model,
+    merge,
     reference_slerp,
 )
 from tests.conftest import fingerprint
-from tests.test_merge import assert_same_bits, bits, distance, merge
+from tests.test_merge import assert_same_bits, bits, distance
 
 GOLDEN = Path(__file__).with_name("golden") / "llama"
 GOLDEN_NAMES = sorted(path.stem for path in GOLDEN.glob("*.yaml"))
@@ -322,8 +323,8 @@ def test_slices_keep_every_t_when_replayed(method: str, extrapolate: bool, tmp_p
     again = plan_of(
         write(child / "merge_recipe.yaml", recipe_text(plan.recipe, plan.parents, child)), tmp_path / "again"
     )
-    replayed = {job.name: job.t for job in again.jobs}
-    assert [job.name for job in plan.jobs if replayed[job.name] != job.t] == []
+    replayed = {tensor.name: tensor.t for tensor in again.tensors}
+    assert [tensor.name for tensor in plan.tensors if replayed[tensor.name] != tensor.t] == []
 
 
 # ── Schedules ──
@@ -343,7 +344,7 @@ def hollow_pair(folder: Path, tensors: Mapping[str, torch.Tensor], depth: int) -
 
 def planned_t(primary: Path, secondary: Path, **settings: Any) -> dict[str, float]:
     recipe = MergeRecipe(primary, secondary, primary.parent / "child", device=DEVICE, **settings)
-    return {job.name: job.t for job in prepare_merge(recipe, quiet).jobs}
+    return {tensor.name: tensor.t for tensor in prepare_merge(recipe, quiet).tensors}
 
 
 def test_well_known_recipe_on_thirty_two_layers(tmp_path: Path) -> None:
@@ -433,7 +434,7 @@ def test_every_t_is_the_formulas(seed: int, tmp_path: Path) -> None:
         wanted[name] = scoped_value(cut_scopes[0 if "embed" in name else -1], name, 0.0)
     content = {**top, "modules": {"default": body}} if with_module else {**top, **body}
     plan = plan_of(write(tmp_path / "recipe.yaml", yaml.safe_dump(content, sort_keys=False)), tmp_path / "child")
-    assert {job.name: job.t for job in plan.jobs} == pytest.approx(wanted, abs=1e-12)
+    assert {tensor.name: tensor.t for tensor in plan.tensors} == pytest.approx(wanted, abs=1e-12)
 
 
 def test_each_stack_of_an_encoder_decoder_has_its_own_gradient(tmp_path: Path) -> None:
@@ -614,7 +615,7 @@ def test_t_outside_its_range_needs_extrapolation(tmp_path: Path) -> None:
         plan_of(path, tmp_path / "child")
     assert "--extrapolate" in refused.value.hint
     plan = prepare_merge(MergeRecipe(save_directory=tmp_path / "child", extrapolate=True, **read_recipe(path)), quiet)
-    assert {job.t for job in plan.jobs} == {1.5}
+    assert {tensor.t for tensor in plan.tensors} == {1.5}
 
 
 def test_a_filter_that_matches_nothing_is_remarked_on(tmp_path: Path) -> None:
@@ -628,7 +629,7 @@ def test_a_null_filter_matches_every_tensor(tmp_path: Path) -> None:
     make_pair(tmp_path)
     entries = "[{filter: mlp, value: 0.2}, {filter: null, value: 0.7}]"
     plan = plan_of(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries)), tmp_path / "child")
-    assert {job.t for job in plan.jobs if "mlp" not in job.name} == {0.7}
+    assert {tensor.t for tensor in plan.tensors if "mlp" not in tensor.name} == {0.7}
 
 
 def test_a_tensor_that_no_filter_matches_is_named(tmp_path: Path) -> None:
@@ -655,16 +656,20 @@ def test_weights_as_gradients_of_each_model(tmp_path: Path) -> None:
     hollow_pair(tmp_path, vectors({"model.layers": 5}, ("mlp.weight",), ("lm_head.weight",)), 5)
     second = [{"filter": "lm_head", "value": 0.9}, {"value": [1.0, 0.5, 0.8]}]
     text = weighted("linear", [0.2, 1.0], second, normalize=False)
-    jobs = {job.name: job for job in plan_of(write(tmp_path / "recipe.yaml", text), tmp_path / "child").jobs}
+    tensors = {
+        tensor.name: tensor for tensor in plan_of(write(tmp_path / "recipe.yaml", text), tmp_path / "child").tensors
+    }
     wanted = [(0.2, 1.0), (0.4, 0.75), (0.6, 0.5), (0.8, 0.65), (1.0, 0.8)]
     for layer, weights in enumerate(wanted):
-        assert jobs[f"model.layers.{layer}.mlp.weight"].weights == pytest.approx(weights)
-    assert jobs["lm_head.weight"].weights == pytest.approx((0.2, 0.9))
+        assert tensors[f"model.layers.{layer}.mlp.weight"].weights == pytest.approx(weights)
+    assert tensors["lm_head.weight"].weights == pytest.approx((0.2, 0.9))
     text = text.replace("normalize: false", "normalize: true")
-    jobs = {job.name: job for job in plan_of(write(tmp_path / "recipe.yaml", text), tmp_path / "child").jobs}
+    tensors = {
+        tensor.name: tensor for tensor in plan_of(write(tmp_path / "recipe.yaml", text), tmp_path / "child").tensors
+    }
     for layer, (left, right) in enumerate(wanted):
-        assert jobs[f"model.layers.{layer}.mlp.weight"].t == pytest.approx(right / (left + right))
-        assert jobs[f"model.layers.{layer}.mlp.weight"].weights is None
+        assert tensors[f"model.layers.{layer}.mlp.weight"].t == pytest.approx(right / (left + right))
+        assert tensors[f"model.layers.{layer}.mlp.weight"].weights is None
 
 
 def test_linear_without_normalising_adds_the_weighted_parents(tmp_path: Path) -> None:
@@ -680,7 +685,7 @@ def test_linear_without_normalising_adds_the_weighted_parents(tmp_path: Path) ->
 def test_nuslerp_weights_that_vanish_meet_in_the_middle(weights: tuple[float, float], tmp_path: Path) -> None:
     make_pair(tmp_path)
     plan = plan_of(write(tmp_path / "recipe.yaml", weighted("nuslerp", *weights)), tmp_path / "child")
-    assert {job.t for job in plan.jobs} == {0.5}
+    assert {tensor.t for tensor in plan.tensors} == {0.5}
 
 
 def test_linear_weights_that_add_up_to_zero_are_refused(tmp_path: Path) -> None:

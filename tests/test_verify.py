@@ -29,8 +29,9 @@ from tests.builders import (
     make_checkpoint,
     make_pair,
     make_real_model,
+    merge,
 )
-from tests.test_merge import merge, staging_beside
+from tests.test_merge import staging_beside
 
 QUERY = "model.layers.{}.self_attn.q_proj.weight"
 

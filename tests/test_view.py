@@ -76,7 +76,9 @@ def parity_of(*mismatches: Mismatch) -> ParityReport:
 def long_named(scene: Scene) -> MergedTensor:
     """A tensor whose name no terminal is wide enough for."""
     merged = scene.report.result.tensors[0]
-    return dataclasses.replace(merged, job=dataclasses.replace(merged.job, name="model.layers.0." + "expert." * 40))
+    return dataclasses.replace(
+        merged, tensor=dataclasses.replace(merged.tensor, name="model.layers.0." + "expert." * 40)
+    )
 
 
 DTYPE = Mismatch("resolved", "dtype of 3 tensors", "bfloat16", "float16", "Saved in the primary's.")
@@ -349,12 +351,12 @@ def test_the_pictures_show_the_whole_session(scene):
 def scheduled(plan: MergePlan, blend: str) -> MergePlan:
     """The plan with each tensor's t as this answer to `Blend` gives it."""
     schedule = parse_blend(blend)
-    positions = layer_positions([job.name for job in plan.jobs])
+    positions = layer_positions([tensor.name for tensor in plan.tensors])
     shards = []
     for shard in plan.shards:
-        ts = [schedule.t_for(job.name, positions.get(job.name, 0)) for job in shard.jobs]
-        jobs = tuple(dataclasses.replace(job, t=t) for job, t in zip(shard.jobs, ts))
-        shards.append(dataclasses.replace(shard, jobs=jobs))
+        ts = [schedule.t_for(tensor.name, positions.get(tensor.name, 0)) for tensor in shard.tensors]
+        tensors = tuple(dataclasses.replace(tensor, t=t) for tensor, t in zip(shard.tensors, ts))
+        shards.append(dataclasses.replace(shard, tensors=tensors))
     return dataclasses.replace(plan, shards=tuple(shards))
 
 

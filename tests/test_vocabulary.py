@@ -31,10 +31,11 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
+    merge,
     reference_slerp,
     replace_tensors,
 )
-from tests.test_merge import assert_same_bits, bits, distance, merge
+from tests.test_merge import assert_same_bits, bits, distance
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WORDS = [f"w{number}" for number in range(40)]

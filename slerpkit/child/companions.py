@@ -1,15 +1,17 @@
-"""Everything beside the weights: config, tokenizer, template, generation settings, recipe."""
+"""Everything beside the weights: config, tokenizer, template, generation settings, recipe, index.
+
+Each file comes from the one parent that it belongs to, or is made from a parent's. What they say of the tensors is
+known from the plan; no weight is read here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.child.report import write_report
 from slerpkit.files import copy_matching, read_json, read_json_if_there, write_json, write_text
-from slerpkit.merge.events import CompanionCopied
-from slerpkit.parents.checkpoint import COMPANION_FILES, GENERATION_NAME, TEMPLATE_FILES, TOKENIZER_FILES
+from slerpkit.parents.checkpoint import COMPANION_FILES, GENERATION_NAME, TEMPLATE_FILES, TOKENIZER_FILES, WEIGHTS_INDEX
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
 from slerpkit.parity.embeddings import head_is_tied, is_tied
@@ -17,80 +19,86 @@ from slerpkit.parity.vocabulary import add_configured_tokens, extend_tokenizer, 
 from slerpkit.recipe_file import RECIPE_NAME, recipe_text
 
 if TYPE_CHECKING:
-    from slerpkit.merge.events import MergeResult, Observer
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.staging import StagedChild
 
 
-def copy_companions(plan: MergePlan, child: StagedChild, result: MergeResult, observe: Observer) -> None:
+def copy_companions(plan: MergePlan, child: StagedChild) -> None:
     """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
-    observe(CompanionCopied(write_child_config(plan, child.folder), "made"))
+    write_index(plan, child.folder)
+    write_child_config(plan, child.folder)
     for role, patterns in (
         (plan.tokenizer_role, TOKENIZER_FILES),
         (plan.template_role, TEMPLATE_FILES),
         ("primary", COMPANION_FILES),
     ):
         if role is not None:
-            for name in copy_matching(plan.parents[role].folder, child.folder, patterns):
-                observe(CompanionCopied(name, role))
-    for name in adapt_tokenizer(plan, child.folder):
-        observe(CompanionCopied(name, "made"))
-    if (source := write_generation_config(plan, child.folder)) is not None:
-        observe(CompanionCopied(GENERATION_NAME, source))
-    write_text(child.folder / RECIPE_NAME, recipe_text(plan.recipe, plan.parents, child.target))
-    observe(CompanionCopied(RECIPE_NAME, "made"))
-    for name in write_report(plan, result, child.folder):
-        observe(CompanionCopied(name, "made"))
+            copy_matching(plan.parents.by_role[role].folder, child.folder, patterns)
+    adapt_tokenizer(plan, child.folder)
+    write_generation_config(plan, child.folder)
+    write_text(child.folder / RECIPE_NAME, recipe_text(plan.recipe, plan.parents.by_role, child.target))
 
 
-def write_generation_config(plan: MergePlan, folder: Path) -> str | None:
-    """generation_config.json; returns whose it is, or "made" where ids follow the other parent's tokenizer."""
-    role = plan.template_role
-    settings, _ = child_generation_config(plan.primary, plan.secondary, plan.parity.vocabulary, role)
+def write_index(plan: MergePlan, folder: Path) -> None:
+    """model.safetensors.index.json, where the child has more than one file."""
+    if len(plan.shards) == 1:
+        return
+    index = {
+        "metadata": {
+            "total_parameters": sum(tensor.element_count for tensor in plan.tensors),
+            "total_size": plan.child_bytes,
+        },
+        "weight_map": {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors},
+    }
+    write_json(folder / WEIGHTS_INDEX, index)
+
+
+def write_generation_config(plan: MergePlan, folder: Path) -> None:
+    """generation_config.json: a parent's own file, or one made where ids follow the other parent's tokenizer."""
+    parents = plan.parents
+    settings, _ = child_generation_config(
+        parents.primary, parents.secondary, plan.parity.vocabulary, plan.template_role
+    )
     if not settings:
-        return None
-    for source in ("primary", "secondary"):
-        path = plan.parents[source].folder / GENERATION_NAME
-        if read_json_if_there(path) == settings:
-            list(copy_matching(path.parent, folder, [GENERATION_NAME]))
-            return source
+        return
+    for parent in (parents.primary, parents.secondary):
+        if read_json_if_there(parent.folder / GENERATION_NAME) == settings:
+            copy_matching(parent.folder, folder, [GENERATION_NAME])
+            return
     write_json(folder / GENERATION_NAME, settings)
-    return "made"
 
 
-def adapt_tokenizer(plan: MergePlan, folder: Path) -> Iterator[str]:
-    """Puts the other parent's chat template and tokens into the donor's copied files; yields the names of those."""
+def adapt_tokenizer(plan: MergePlan, folder: Path) -> None:
+    """Puts the other parent's chat template and tokens into the copied files of the tokenizer."""
     settings_path, more_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json_if_there(settings_path)
     before = dict(settings)
     if plan.template_role != plan.tokenizer_role:
-        theirs = read_json_if_there(plan.parents[plan.template_role].folder / settings_path.name).get("chat_template")
+        template_parent = plan.parents.by_role[plan.template_role]
+        template = read_json_if_there(template_parent.folder / settings_path.name).get("chat_template")
         settings = {key: value for key, value in settings.items() if key != "chat_template"}
-        settings |= {} if theirs is None else {"chat_template": theirs}
+        settings |= {} if template is None else {"chat_template": template}
     appended = plan.parity.vocabulary.appended
     if appended:
         tokenizer = open_tokenizer(folder / "tokenizer.json")
         add_configured_tokens(tokenizer, folder)
         extend_tokenizer(tokenizer, [(token.content, token.flags) for token in appended])
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
-        yield "tokenizer.json"
         if isinstance(settings.get("added_tokens_decoder"), dict):
             entries = {str(token.number): {"content": token.content, **dict(token.flags)} for token in appended}
             settings = {**settings, "added_tokens_decoder": {**settings["added_tokens_decoder"], **entries}}
         if more_path.is_file():
             write_json(more_path, {**read_json(more_path), **{token.content: token.number for token in appended}})
-            yield more_path.name
     if settings != before:
         write_json(settings_path, settings)
-        yield settings_path.name
 
 
-def write_child_config(plan: MergePlan, folder: Path) -> str:
-    """config.json: the primary's, key by key, with what is another in the child. Returns its name."""
-    config = dict(plan.primary.config)
+def write_child_config(plan: MergePlan, folder: Path) -> None:
+    """config.json: the primary's, key by key, with what is another in the child."""
+    config = dict(plan.parents.primary.config)
     vocabulary = plan.parity.vocabulary
     if vocabulary.role == "secondary":
-        config = follow_tokens(config, plan.secondary.config, vocabulary, "primary")
+        config = follow_tokens(config, plan.parents.secondary.config, vocabulary, "primary")
     if plan.recipe.dtype != "auto":
         stated = [key for key in DTYPE_KEYS if key in config] or ["torch_dtype"]
         config.update(dict.fromkeys(stated, plan.recipe.dtype))
@@ -102,14 +110,13 @@ def write_child_config(plan: MergePlan, folder: Path) -> str:
         place = next((key for key in LANGUAGE_CONFIGS if isinstance(config.get(key), dict)), None)
         config |= {"vocab_size": rows} if place is None else {place: {**config[place], "vocab_size": rows}}
     config = with_value(config, "vocab_size", rows, vocabulary.rows)
-    stated_tie, tie = is_tied(config), head_is_tied(plan.primary)
+    stated_tie, tie = is_tied(config), head_is_tied(plan.parents.primary)
     if stated_tie is None and tie is not None:
         config["tie_word_embeddings"] = tie
     config = with_value(config, "tie_word_embeddings", stated_tie, tie)
     if plan.recipe.slices:
         config = with_depth(config, plan)
     write_json(folder / "config.json", config)
-    return "config.json"
 
 
 def with_value(config: Mapping[str, Any], key: str, before: Any, after: Any) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""merge_report.json, and the model card that is made from it."""
+"""merge_report.json, and the model card that is made from it.
+
+Reports hold names and figures, never local paths, times or machines, so that the same merge makes the same report.
+Findings of later (a taste, a perplexity) join it as they are, each with its own table: what they mean is not known
+here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,43 +18,95 @@ from slerpkit.files import read_bytes, read_json_if_there, replace_files, write_
 from slerpkit.merge.difference_map import MAP_NAME, map_of_merge, save_map
 from slerpkit.messages import SlerpMergeError, format_count
 from slerpkit.parents.checkpoint import CARD_NAME
-from slerpkit.recipe import vectors_of
+from slerpkit.recipe import granularity_of
 
 if TYPE_CHECKING:
-    from slerpkit.merge.difference_map import DifferenceMap
-    from slerpkit.merge.events import MergedTensor, MergeResult
+    from slerpkit.child.verify import Verification
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.merge.staging import StagedChild
+    from slerpkit.merge.tensor_plan import MergedTensor, MergeResult
 
 REPORT_NAME = "merge_report.json"
+REPORT_VERSION = 2  # of the keys below; 0.2.0 wrote the first, without saying so
 MEASURED_BY_MERGE = "v0 . v1 / (|v0| |v1|) over every element of a tensor, in float32 by chunks, added up exactly"
 
 
-def lasting_report(plan: MergePlan, result: MergeResult, found: DifferenceMap) -> dict[str, Any]:
-    """merge_report.json: how the child was made and what was found, with names and no local paths, times or machines.
+@dataclass(frozen=True)
+class MergeReport:
+    """The finished child and how it came about."""
 
-    What is measured of the child afterwards joins it: "checks", "tastes", "perplexities", "scores", "sweep".
+    child: Path
+    plan: MergePlan
+    merged: MergeResult
+    verified: Verification
+    content: Mapping[str, Any]  # of merge_report.json
+    sync_seconds: float
+    total_seconds: float  # of execute_merge
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints: merge_report.json, and what only this run knows."""
+        seconds = self.merged.seconds
+        return {
+            **self.content,
+            "child": str(self.child),
+            "seconds": seconds,
+            "sync_seconds": self.sync_seconds,
+            "total_seconds": self.total_seconds,
+            "bytes_per_second": self.plan.child_bytes / max(seconds, 1e-9),
+            "device": self.merged.device,
+            "threads": self.plan.threads,
+            "resumed_files": self.merged.resumed_files,
+        }
+
+
+def write_report(plan: MergePlan, child: StagedChild, merged: MergeResult, verified: Verification) -> dict[str, Any]:
+    """Writes the report, its map and the child's card; returns the report."""
+    differences = map_of_merge(merged, plan.recipe.compared_vectors)
+    report = {
+        **lasting_report(plan, merged, verified),
+        "angles": {"measured": MEASURED_BY_MERGE, **differences.as_dict()},
+    }
+    parents = plan.parents
+    save_map(differences, child.folder / MAP_NAME, f"{parents.primary.name} and {parents.secondary.name}")
+    write_json(child.folder / REPORT_NAME, report)
+    write_text(child.folder / CARD_NAME, card_front(report) + card_block(report))
+    return report
+
+
+def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification) -> dict[str, Any]:
+    """merge_report.json without its map: how the child was made and what was found of it.
+
+    What is measured of the child afterwards joins it: "tastes", "perplexities", "scores", "sweep".
     """
-    recipe, parity = plan.recipe, plan.parity
+    recipe, parents = plan.recipe, plan.parents
+    dtypes = f"{', '.join(parents.primary.dtypes)} (the primary's)"
     return {
+        "report_version": REPORT_VERSION,
         "slerpmerge": __version__,
-        "child": recipe.save_directory.resolve().name,
+        "child": plan.options.save_directory.resolve().name,
         "recipe": {
-            **{role: parent.name for role, parent in plan.parents.items()},
-            "base": None if plan.base is None else plan.base.name,
+            **{role: parent.name for role, parent in parents.by_role.items()},
+            "base": None if parents.base is None else parents.base.name,
             "method": recipe.method,
-            "granularity": recipe.granularity,
+            "granularity": granularity_of(recipe.vectors),
             "blend": recipe.describe_blend(),
-            "dtype": recipe.dtype if recipe.dtype != "auto" else f"{', '.join(plan.primary.dtypes)} (the primary's)",
+            "dtype": dtypes if recipe.dtype == "auto" else recipe.dtype,
             "dot_threshold": recipe.dot_threshold,
             "epsilon": recipe.epsilon,
-            "tokenizer_from": plan.tokenizer_role,
-            "chat_template_from": plan.template_role,
         },
+        "tensors": len(merged.tensors),
+        "slerped": merged.count("slerp"),
+        "lerped": merged.count("lerp"),
+        "copied": merged.count("copy"),
+        "bytes": plan.child_bytes,
+        "rules": rules_followed(merged),
         "kinship": plan.kinship.as_dict(),
-        "parity": {kind: [dataclasses.asdict(m) for m in parity.of_severity(kind)] for kind in ("resolved", "notice")},
-        "vocabulary": parity.vocabulary.as_dict(),
-        "rules": rules_followed(result),
-        "angles": {"measured": MEASURED_BY_MERGE, **found.as_dict()},
+        "remarks": list(plan.remarks),
+        "tokenizer_from": plan.tokenizer_role,
+        "chat_template_from": plan.template_role,
+        **plan.parity.as_dict(),
+        "checks": list(verified.checks),
+        "warnings": list(verified.warnings),
     }
 
 
@@ -57,31 +114,19 @@ def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
     """How many tensors were slerped, lerped and copied, why, and the angles between the parents there."""
     groups: dict[tuple[str, str], list[MergedTensor]] = {}
     for merged in result.tensors:
-        groups.setdefault((merged.blend.rule, merged.blend.reason), []).append(merged)
-    found = []
-    for (rule, reason), members in sorted(groups.items(), key=lambda group: -len(group[1])):
-        angles = [merged.blend.angle_degrees for merged in members if merged.blend.angle_degrees is not None]
-        found.append(
+        groups.setdefault((merged.weights.operation, merged.weights.reason), []).append(merged)
+    rules = []
+    for (operation, reason), members in sorted(groups.items(), key=lambda group: -len(group[1])):
+        angles = [m.weights.angle_degrees for m in members if m.weights.angle_degrees is not None]
+        rules.append(
             {
-                "rule": f"{rule} ({reason})" if reason else rule,
+                "rule": f"{operation} ({reason})" if reason else operation,
                 "tensors": len(members),
-                "parameters": sum(merged.job.element_count for merged in members),
+                "parameters": sum(merged.tensor.element_count for merged in members),
                 "degrees": [min(angles), max(angles)] if angles else None,
             }
         )
-    return found
-
-
-def write_report(plan: MergePlan, result: MergeResult, folder: Path) -> Iterator[str]:
-    """The report, its map and the child's card; yields their names."""
-    found = map_of_merge(result, vectors_of(plan.recipe))
-    report = lasting_report(plan, result, found)
-    save_map(found, folder / MAP_NAME, f"{plan.primary.name} and {plan.secondary.name}")
-    yield MAP_NAME
-    write_json(folder / REPORT_NAME, report)
-    yield REPORT_NAME
-    write_text(folder / CARD_NAME, card_front(report) + card_block(report))
-    yield CARD_NAME
+    return rules
 
 
 def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
@@ -143,6 +188,7 @@ def card_recipe(report: Mapping[str, Any]) -> list[str]:
     recipe = report.get("recipe")
     if recipe is None:
         return []
+    sources = {**report, **recipe}  # where 0.2.0 kept whose tokenizer it is
     settings = [
         ("primary (t = 0)", recipe["primary"]),
         ("secondary (t = 1)", recipe["secondary"]),
@@ -152,13 +198,10 @@ def card_recipe(report: Mapping[str, Any]) -> list[str]:
         ("dtype", recipe["dtype"]),
         ("dot threshold", f"{recipe['dot_threshold']:g}"),
         ("epsilon", f"{recipe['epsilon']:g}"),
-        ("tokenizer from", recipe["tokenizer_from"] or "neither"),
-        *(
-            [("chat template from", recipe["chat_template_from"])]
-            if recipe["chat_template_from"] != recipe["tokenizer_from"]
-            else []
-        ),
+        ("tokenizer from", sources["tokenizer_from"] or "neither"),
     ]
+    if sources["chat_template_from"] != sources["tokenizer_from"]:
+        settings.append(("chat template from", sources["chat_template_from"]))
     return ["## Recipe", "", *markdown_table(("setting", "value"), settings)]
 
 
@@ -178,7 +221,7 @@ def card_rules(report: Mapping[str, Any]) -> list[str]:
 
 def card_resolved(report: Mapping[str, Any]) -> list[str]:
     """The differences that a stated rule resolved."""
-    resolved = report.get("parity", {}).get("resolved", [])
+    resolved = report.get("resolved", [])
     lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in resolved]
     return ["## What was resolved", "", *lines] if lines else []
 

@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import gc
 import importlib
-import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.devices import accelerator_memory, accelerators, check_device, free_memory, torch_threads_kept
 from slerpkit.lazy import torch
-from slerpkit.merge.arithmetic import accelerators, choose_device, torch_dtype, torch_threads_kept
+from slerpkit.merge.arithmetic import torch_dtype
 from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
 from slerpkit.parents.checkpoint import open_checkpoint
@@ -131,7 +130,7 @@ class ComparedModels:
     """The models that are held against each other, in the order in which they are shown."""
 
     folders: tuple[tuple[str, Path], ...]  # (role, folder)
-    device: str = "auto"  # as MergeRecipe.device
+    device: str = "auto"  # as RunOptions.device
 
     @functools.cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -186,24 +185,6 @@ def check_generates_text(checkpoint: Checkpoint, reads_on: bool) -> None:
         raise SlerpMergeError(what, "Take that out of its folder; it was not loaded.")
 
 
-def free_memory() -> float:
-    """Bytes of main memory that a new program could have; infinite where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * float(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return math.inf
-
-
-def accelerator_memory(device: str) -> float:
-    """Free bytes of a device that is not the processor."""
-    if device == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
-    recommended = getattr(torch.mps, "recommended_max_memory", lambda: math.inf)()
-    return recommended - torch.mps.current_allocated_memory()
-
-
 def choose_device_and_dtype(lineup: ComparedModels) -> tuple[str, str]:
     """(device, dtype) that all of a lineup fits, one model at a time: the stored dtype on an accelerator, float32 on
     the processor where there is room, which there is faster and exact.
@@ -218,7 +199,7 @@ def choose_device_and_dtype(lineup: ComparedModels) -> tuple[str, str]:
         if lineup.device == device or (lineup.device == "auto" and fits):
             return device, stored
     if lineup.device not in ("auto", "cpu"):
-        choose_device(lineup.device, 1)  # says that it is not there
+        check_device(lineup.device)
     wide = "float64" if stored == "float64" else "float32"
     for dtype in (wide, stored):
         if count * dtype_width(dtype) + WORKING_BYTES < free_memory():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.devices import free_memory
 from slerpkit.evaluation.harness import (
     NO_FIGURES,
     find_tasks,
@@ -30,7 +31,6 @@ from slerpkit.evaluation.models import (
     WORKING_BYTES,
     ComparedModels,
     check_generates_text,
-    free_memory,
     with_fallback_to_cpu,
 )
 from slerpkit.evaluation.perplexity import (
@@ -42,9 +42,9 @@ from slerpkit.evaluation.perplexity import (
     window_of,
 )
 from slerpkit.files import is_plain_file, is_plain_folder, read_json, replace_files
-from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded, ignore
-from slerpkit.merge.journal import JOURNAL_NAME, merge_fingerprint
-from slerpkit.merge.save_directory import FolderLock, interruptions_held
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.journal import JOURNAL_NAME
+from slerpkit.merge.save_directory import WorkFolder, interruptions_held
 from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.parents.checkpoint import file_stats_of
 from slerpkit.schedule import Schedule
@@ -105,26 +105,20 @@ class SweepJournal:
     def __init__(self, plan: MergePlan, identity: Mapping[str, Any]) -> None:
         self.plan = plan
         self.identity = json.loads(json.dumps(identity))
-        self.area = sweep_area(plan.recipe.save_directory)
-        self.path = self.area / JOURNAL_NAME
+        self.area = WorkFolder(sweep_area(plan.options.save_directory))
+        self.path = self.area.path / JOURNAL_NAME
         self.trials: list[Trial] = []
         self.names: list[str] = []  # of the figures
         self.storage: Path | None = None
 
     def __enter__(self) -> SweepJournal:
-        try:
-            if os.path.lexists(self.area) and not is_plain_folder(self.area):
-                raise SlerpMergeError(f"{self.area} is in the way; it is no folder of this tool's.", "Remove it.")
-            self.area.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.area)
-        except OSError as error:
-            raise explain_os_error(error, self.area, "make the folder") from error
+        self.area.enter()
         content: dict[str, Any] = {}
         if is_plain_file(self.path):
             with contextlib.suppress(SlerpMergeError):  # a torn one is as good as none
                 content = read_json(self.path)
         remove_trial(content.get("storage"))
-        if content.get("identity") == self.identity and not self.plan.recipe.restart:
+        if content.get("identity") == self.identity and not self.plan.options.restart:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a journal of another making begins anew
                 self.trials = [
                     Trial(entry["role"], entry["t"], tuple(entry["values"]), entry["items"])
@@ -132,12 +126,12 @@ class SweepJournal:
                 ]
                 self.names = [str(name) for name in content["names"]]
         try:
-            self.storage = trial_storage(self.plan, self.area)
+            self.storage = trial_storage(self.plan, self.area.path)
             self._write()
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError):
-                raise explain_os_error(error, self.area, "write in") from error
+                raise explain_os_error(error, self.area.path, "write in") from error
             raise
         return self
 
@@ -153,9 +147,10 @@ class SweepJournal:
     def __exit__(self, *_: object) -> None:
         with interruptions_held():
             remove_trial(str(self.storage))
-            self._lock.release()
             if not self.trials:
-                forget_sweep(self.plan.recipe.save_directory)
+                with contextlib.suppress(OSError):  # what cannot be removed now, the next sweep removes
+                    self.path.unlink(missing_ok=True)
+            self.area.leave()
 
 
 def forget_sweep(save_directory: Path) -> None:
@@ -193,8 +188,8 @@ class Sweep:
         self.yardstick = yardstick
         self.observe = observe
         self.texts = [read_judged_text(path) for path in yardstick.texts]
-        self.parents = (("primary", plan.primary.folder), ("secondary", plan.secondary.folder))
-        self.lineup = ComparedModels(self.parents, plan.recipe.device)
+        self.parents = (("primary", plan.parents.primary.folder), ("secondary", plan.parents.secondary.folder))
+        self.lineup = ComparedModels(self.parents, plan.options.device)
         self.window = window_of(self.lineup)
         self.tasks: tuple[list[str], Any] = ([], None)
         for checkpoint in self.lineup.checkpoints.values():
@@ -230,7 +225,7 @@ class Sweep:
         """All that the figures depend on."""
         import hashlib
 
-        identity = merge_fingerprint(self.plan)
+        identity = self.plan.fingerprint
         identity["recipe"].pop("schedule")
         hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
         folder = self.yardstick.include_path
@@ -260,10 +255,9 @@ class Sweep:
         """A child at t, in place of the one before it."""
         folder = self.journal.storage / "trial"
         shutil.rmtree(folder, ignore_errors=True)
-        recipe = dataclasses.replace(
-            self.plan.recipe, schedule=Schedule.constant(t), save_directory=folder, overwrite=False, restart=True
-        )
-        return execute_merge(prepare_merge(recipe, ignore), ignore).child
+        recipe = dataclasses.replace(self.plan.recipe, schedule=Schedule.constant(t))
+        options = dataclasses.replace(self.plan.options, save_directory=folder, overwrite=False, restart=True)
+        return execute_merge(prepare_merge(recipe, options)).child
 
     def measure(self, role: str, folder: Path) -> tuple[tuple[float, ...], tuple[Any, ...]]:
         """(figures to show, items whose losses count) of one model, as a trial has them."""

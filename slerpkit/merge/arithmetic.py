@@ -1,18 +1,18 @@
-"""The arithmetic on one chunk, on one device; which devices there are."""
+"""The arithmetic on one chunk, on one device.
+
+Knows tensors of torch alone: no file, no name, no plan.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slerpkit.lazy import torch
 from slerpkit.maths import exact_sum
-from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.tensors import CHUNK_ELEMENTS, DTYPE_BYTES, TORCH_NAMES
 
 NORM_ROW = 256  # elements whose squares are added one after the other; a longer sum in float32 loses digits
@@ -68,19 +68,17 @@ class ChunkArithmetic:
 
     def __init__(self, device: str, cast_dtype: str | None = None) -> None:
         self.device = device
-        self.elements = CHUNK_ELEMENTS  # that it takes at once, at most
         self.cast = getattr(torch, cast_dtype) if cast_dtype else None
         self._scratch: dict[tuple[int, Any], torch.Tensor] = {}
 
     def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
         if (side, dtype) not in self._scratch:
-            self._scratch[side, dtype] = torch.empty(self.elements, dtype=dtype, device=self.device)
+            self._scratch[side, dtype] = torch.empty(CHUNK_ELEMENTS, dtype=dtype, device=self.device)
         return self._scratch[side, dtype]
 
-    def shrink(self) -> None:
-        """Gives its memory back, and takes half as much from now on."""
+    def give_back(self) -> None:
+        """Gives its memory on the device back."""
         self._scratch.clear()
-        self.elements = -(-self.elements // 2)
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -189,56 +187,3 @@ def count_non_finite(tensor: torch.Tensor) -> int:
     if math.isfinite(tensor.sum().item()):
         return 0  # one infinite or undefined value would have made the sum so; this is 40 times as fast
     return tensor.numel() - int(torch.isfinite(tensor).sum())
-
-
-def choose_device(asked: str, threads: int) -> tuple[str, str]:
-    """(device, reason). `auto` times a chunk on each device there is, transfers included, and takes the faster.
-
-    Raises SlerpMergeError where a device is asked for that is not there.
-    """
-    available = [name for name, is_there in accelerators().items() if is_there]
-    if asked not in ("auto", "cpu") and asked not in available:
-        raise SlerpMergeError(
-            f"This machine has no {asked.upper()} device that torch can use.",
-            "Leave the device to auto; a merge is bound by reading and writing, and the processor does it well.",
-        )
-    if asked != "auto":
-        return asked, "as asked"
-    if not available:
-        return "cpu", "there is no accelerator, and a merge hardly needs one"
-    rates = {"cpu": probe_device("cpu") * threads}
-    for name in available:
-        with contextlib.suppress(RuntimeError, AssertionError):  # it has no memory left, or does not work
-            rates[name] = probe_device(name)
-    best = max(rates, key=lambda name: rates[name])
-    shown = ", ".join(f"{name} {format_bytes(rate)}/s" for name, rate in rates.items())
-    return best, f"the fastest in a short probe ({shown}); reading and writing bound a merge, not arithmetic"
-
-
-def accelerators() -> dict[str, bool]:
-    """The devices torch knows beside the processor, and whether each is there."""
-    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-
-
-def probe_device(device: str) -> float:
-    """Bytes per second of measuring and blending a chunk of bfloat16 on a device, by one worker."""
-    arithmetic = ChunkArithmetic(device)
-    left, right = (torch.randn(CHUNK_ELEMENTS).to(torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(left)
-    best = math.inf
-    for _ in range(4):  # the first warms up
-        started = time.perf_counter()
-        arithmetic.measure((left, right), torch.float32)
-        arithmetic.blend((left, right), torch.float32, (0.5, 0.5), out)
-        best = min(best, time.perf_counter() - started)
-    return left.nbytes / best
-
-
-@contextlib.contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """Gives torch its own thread count back after the workers set it to one."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,8 +16,7 @@ from slerpkit.messages import printable, shorten
 from slerpkit.parents.tensors import component_of, find_layer
 
 if TYPE_CHECKING:
-    from slerpkit.merge.events import MergeResult
-    from slerpkit.merge.plan import TensorPlan
+    from slerpkit.merge.tensor_plan import MergeResult, TensorInputs
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class MapScale:
     text: Callable[[float], str]
     place: Callable[[float], float]  # 0 to 1 along the ramp
     ramp: tuple[tuple[int, int, int], ...]
-    ends: str  # in words
+    range_text: str  # in words
 
     def colour(self, value: float) -> tuple[int, int, int]:
         """Red, green and blue, 0 to 255."""
@@ -134,10 +133,10 @@ def text_colour_on(colour: tuple[int, int, int]) -> str:
 MAP_NAME = "difference_map.svg"
 
 
-def difference_of(job: TensorPlan, degrees: float | None, norms: tuple[float, float] | None) -> TensorDifference:
+def difference_of(tensor: TensorInputs, degrees: float | None, norms: tuple[float, float] | None) -> TensorDifference:
     """What is known of a tensor; norms that are not finite are not known."""
     known = norms is not None and math.isfinite(sum(norms))
-    return TensorDifference(job.name, job.element_count, degrees, norms if known else None)
+    return TensorDifference(tensor.name, tensor.element_count, degrees, norms if known else None)
 
 
 def component_label(tensor_name: str) -> str:
@@ -209,9 +208,9 @@ def map_of_merge(result: MergeResult, vectors: str) -> DifferenceMap:
     """The map that a merge measured on its way. Tensors that it copied without a look at both parents are blank."""
     return build_map(
         [
-            difference_of(merged.job, merged.blend.angle_degrees, merged.blend.norms)
+            difference_of(merged.tensor, merged.weights.angle_degrees, merged.weights.norms)
             for merged in result.tensors
-            if merged.job.sources[0].is_float and merged.job.element_count
+            if merged.tensor.sources[0].is_float and merged.tensor.element_count
         ],
         vectors,
     )
@@ -243,7 +242,7 @@ def draw_map(found: DifferenceMap, title: str) -> str:
     for grid in found.grids:
         left = float(margin)
         for scale in scales:
-            text(left, top + 12, f"{scale.title}: {scale.ends}", 'font-weight="bold"')
+            text(left, top + 12, f"{scale.title}: {scale.range_text}", 'font-weight="bold"')
             for column, name in enumerate(grid.components):
                 text(left + (column + 0.5) * cell_width, top + 30, shorten(name, 8), 'text-anchor="middle"')
             for row, (layer, cells) in enumerate(grid.rows):

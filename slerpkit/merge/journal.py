@@ -1,56 +1,55 @@
-"""Which files of an unfinished child are finished, and for what merge they were made."""
+"""Which files of an unfinished child are finished, and for what merge they were made.
+
+Knows files and fingerprints; nothing of workers, and nothing of torch: who asks says which devices there are.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
-from slerpkit.files import is_plain_file, read_bytes, sync_to_disk
+from slerpkit.files import is_plain_file, read_bytes, replace_files
 from slerpkit.maths import TensorWeights
-from slerpkit.merge.arithmetic import accelerators
-from slerpkit.merge.events import MergedTensor
-from slerpkit.merge.save_directory import staging_area
-from slerpkit.messages import explain_os_error
+from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.parents.checkpoint import stat_items
-from slerpkit.parity.vocabulary import MAX_TOKENIZER_BYTES
 
 if TYPE_CHECKING:
-    from slerpkit.merge.plan import MergePlan
+    from slerpkit.merge.tensor_plan import ShardPlan
+    from slerpkit.parents.checkpoint import Parents
+    from slerpkit.recipe import MergeRecipe, RunOptions
 
 JOURNAL_NAME = "journal.json"
+MAX_JOURNAL_BYTES = 64_000_000  # some hundred for each tensor; the largest models have a thousandth of them
 
 
-def merge_fingerprint(plan: MergePlan) -> dict[str, Any]:
+def merge_fingerprint(
+    recipe: MergeRecipe, options: RunOptions, parents: Parents, shards: Sequence[ShardPlan]
+) -> dict[str, Any]:
     """All that the bits of the child's files depend on, as JSON can hold it."""
-    import hashlib
-
-    settled = (
-        "save_directory",
-        "threads",
-        "overwrite",
-        "restart",
-        "chat_template",
-        "recipe_file",
-    )  # these change no weight
-    values = {field.name: getattr(plan.recipe, field.name) for field in dataclasses.fields(plan.recipe)}
-    recipe = {
-        name: str(value.resolve()) if isinstance(value, Path) else repr(value)
-        for name, value in values.items()
-        if name not in settled
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    del values["chat_template"]  # it changes no weight
+    return {
+        "version": __version__,
+        "recipe": {
+            name: str(value.resolve()) if isinstance(value, Path) else repr(value)
+            for name, value in {**values, "device": options.device}.items()
+        },
+        "parents": {
+            role: {name: list(stat) for name, stat in parent.file_stats.items()}
+            for role, parent in parents.by_role.items()
+        },
+        "layout": hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest(),
     }
-    layout = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
-    file_stats = {
-        role: {name: list(stamp) for name, stamp in parent.file_stats.items()} for role, parent in plan.parents.items()
-    }
-    return {"version": __version__, "recipe": recipe, "parents": file_stats, "layout": layout}
 
 
 def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Why files made for one identity are of no use for another, in words; None where they are."""
+    """Why files made for one fingerprint are of no use for another, in words; None where they are."""
     if before["version"] != now["version"]:
         return f"slerpmerge {before['version']} began it"
     for name, value in now["recipe"].items():
@@ -63,101 +62,99 @@ def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) ->
     return None if before["layout"] == now["layout"] else "its files were laid out differently"
 
 
+@dataclass(frozen=True)
+class Leftover:
+    """What a run that ended early left for this one."""
+
+    kept: int  # finished files of weights that are taken over
+    total: int
+    reason: str  # why none is, or nothing
+
+    def describe(self) -> str:
+        if self.reason:
+            return f"An unfinished child stands there and gives way: {self.reason}."
+        return f"{self.kept} of {self.total} files of an earlier run are kept."
+
+
 class Journal:
     """Which files of an unfinished child are finished and on the disk, and for what recipe and parents they were made.
 
-    One JSON object, replaced as a whole by one rename, with its own checksum: a torn one is as good as none.
+    One JSON object, replaced as a whole by one rename, so that it is never torn.
     """
 
-    def __init__(self, area: Path, plan: MergePlan) -> None:
+    def __init__(self, area: Path, fingerprint: Mapping[str, Any], shards: Sequence[ShardPlan]) -> None:
         self.path = area / JOURNAL_NAME
         self.folder = area / "child"
-        self.shards = {shard.file_name: shard for shard in plan.shards}
-        self.identity = merge_fingerprint(plan)
+        self.shards = {shard.file_name: shard for shard in shards}
+        self.fingerprint = fingerprint
         self.device = ""  # where the arithmetic ran; another could round differently
         self.finished: dict[str, list[MergedTensor]] = {}
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._file_stats: dict[str, tuple[int, int]] = {}
 
-    def load(self) -> str:
+    def leftover(self, is_available: Callable[[str], bool]) -> Leftover | None:
+        """What stands of an earlier run; None where nothing does. Changes nothing on the disk."""
+        if not is_plain_file(self.path):
+            return None
+        reason = self.load(is_available)
+        return Leftover(len(self.finished), len(self.shards), reason)
+
+    def load(self, is_available: Callable[[str], bool]) -> str:
         """Takes over the finished files that an earlier run left; returns why there are none, or nothing.
 
-        Raises SlerpMergeError where the disk does not let it be read.
+        is_available: tells whether a device is there. Raises SlerpMergeError where the disk does not let it be read.
         """
-        import hashlib
-
         if not is_plain_file(self.path):
             return "it has no journal"
-        text, _, checksum = read_bytes(self.path, MAX_TOKENIZER_BYTES).rpartition(b"\n")
-        if hashlib.sha256(text).hexdigest().encode() != checksum:
-            return "its journal is torn"
         try:
-            content = json.loads(text)
-            if (reason := fingerprint_difference(content["identity"], self.identity)) is not None:
+            content = json.loads(read_bytes(self.path, MAX_JOURNAL_BYTES))
+            if (reason := fingerprint_difference(content["fingerprint"], self.fingerprint)) is not None:
                 return reason
-            found = {name: (entry["stamp"], self.read_tensors(name, entry)) for name, entry in content["files"].items()}
+            files = {name: (entry["stat"], self.read_tensors(name, entry)) for name, entry in content["files"].items()}
             device = str(content["device"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "its journal cannot be read"
-        if device != "cpu" and not accelerators().get(device):
+        if not is_available(device):
             return f"it was begun on {device}, which is not there now"
         self.device = device
-        for name, (stamp, merged) in found.items():
-            if is_plain_file(self.folder / name) and list(self.stamp(name)) == stamp:
-                self._stamps[name], self.finished[name] = self.stamp(name), merged
+        for name, (stat, merged) in files.items():
+            if is_plain_file(self.folder / name) and list(self.file_stat(name)) == stat:
+                self._file_stats[name], self.finished[name] = self.file_stat(name), merged
         return "" if self.finished else "none of its files was finished"
 
     def read_tensors(self, file_name: str, entry: Mapping[str, Any]) -> list[MergedTensor]:
         """The tensors of a finished file as they were recorded. Raises ValueError and the like where that is not so."""
-        jobs = {job.name: job for job in self.shards[file_name].jobs}
+        tensors = {tensor.name: tensor for tensor in self.shards[file_name].tensors}
         merged = []
-        for name, (first, second, rule, reason, angle, norms), seconds, non_finite in entry["tensors"]:
+        for name, (first, second, operation, reason, angle, norms), seconds, non_finite in entry["tensors"]:
             angle = None if angle is None else float(angle)
             norms = None if norms is None else (float(norms[0]), float(norms[1]))
-            blend = TensorWeights(float(first), float(second), str(rule), str(reason), angle, norms)
-            merged.append(MergedTensor(jobs.pop(name), blend, float(seconds), int(non_finite)))
-        if jobs:
+            weights = TensorWeights(float(first), float(second), str(operation), str(reason), angle, norms)
+            merged.append(MergedTensor(tensors.pop(name), weights, float(seconds), int(non_finite)))
+        if tensors:
             raise ValueError("tensors are missing")
         return merged
 
-    def stamp(self, file_name: str) -> tuple[int, int]:
+    def file_stat(self, file_name: str) -> tuple[int, int]:
         """(bytes, nanoseconds of the last change) of a file of the child."""
         status = (self.folder / file_name).lstat()
         return status.st_size, status.st_mtime_ns
 
     def add(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
-        """Records a file that is on the disk."""
-        import hashlib
-
-        self.finished[file_name], self._stamps[file_name] = list(tensors), self.stamp(file_name)
+        """Records a file that is on the disk. Raises SlerpMergeError where the disk refuses."""
+        self.finished[file_name], self._file_stats[file_name] = list(tensors), self.file_stat(file_name)
         files = {
             name: {
-                "stamp": list(self._stamps[name]),
+                "stat": list(self._file_stats[name]),
                 "tensors": [
-                    [m.job.name, dataclasses.astuple(m.blend), m.seconds, m.non_finite] for m in self.finished[name]
+                    [m.tensor.name, dataclasses.astuple(m.weights), m.seconds, m.non_finite]
+                    for m in self.finished[name]
                 ],
             }
             for name in self.finished
         }
-        text = json.dumps({"identity": self.identity, "device": self.device, "files": files}).encode()
-        fresh = self.path.with_suffix(".new")
+        content = {"fingerprint": self.fingerprint, "device": self.device, "files": files}
         try:
-            fresh.unlink(missing_ok=True)
-            with open(fresh, "xb") as stream:
-                stream.write(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
-            sync_to_disk(fresh)
-            fresh.replace(self.path)
-        except OSError as error:
+            replace_files({self.path: json.dumps(content).encode()})
+        except BaseException:
             del self.finished[file_name]
-            raise explain_os_error(error, self.path, "write") from error
-
-
-GIVES_WAY = "An unfinished child stands there and gives way"
-
-
-def leftover_remarks(plan: MergePlan) -> Iterator[str]:
-    """What a run that ended early left for this one, in words."""
-    journal = Journal(staging_area(plan.recipe.save_directory), plan)
-    if is_plain_file(journal.path) and not plan.recipe.restart:
-        reason = journal.load()
-        kept = f"{len(journal.finished)} of {len(plan.shards)} files of an earlier run are kept."
-        yield f"{GIVES_WAY}: {reason}." if reason else kept
+            raise

@@ -1,84 +1,39 @@
-"""plan_merge: a rule and a place for every tensor, and what it will cost."""
+"""plan_merge: how each tensor of the child is made, where it goes, and what it will cost.
+
+All is decided here, before a byte is written, and nothing is changed afterwards. What the parents are and how they
+differ is known already (parity/). Read tensor_plan.py before this.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-import os
 import re
 import shutil
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from slerpkit import devices
 from slerpkit.files import FileHandles, existing_folder
-from slerpkit.merge.save_directory import check_save_directory, staged_bytes
+from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
+from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
+from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
-from slerpkit.parents.checkpoint import WEIGHTS_SINGLE, companion_bytes
-from slerpkit.parents.tensors import CHUNK_ELEMENTS, DTYPE_BYTES, SAFETENSORS_NAMES, TensorReader, natural_order
+from slerpkit.parents.checkpoint import companion_bytes
+from slerpkit.parents.tensors import CHUNK_ELEMENTS, SAFETENSORS_NAMES, TensorReader, natural_order
 from slerpkit.parity.kinship import measure_kinship
-from slerpkit.recipe import check_t
+from slerpkit.recipe import MAX_THREADS, check_options, check_recipe, check_t
 
 if TYPE_CHECKING:
-    from slerpkit.parents.checkpoint import Checkpoint
-    from slerpkit.parents.tensors import TensorInfo
+    from slerpkit.merge.tensor_plan import ShardPlan
+    from slerpkit.parents.checkpoint import Checkpoint, Parents
     from slerpkit.parity.kinship import Kinship
-    from slerpkit.parity.report import ParityReport, RowMap, TensorSources
-    from slerpkit.recipe import MergeRecipe
+    from slerpkit.parity.report import ParityReport, TensorSources
+    from slerpkit.recipe import MergeRecipe, RunOptions
     from slerpkit.schedule import Schedule
-
-MAX_THREADS = 8  # reading and writing saturate before more cores than this help
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the child: what it is made from, how, and where its bytes go."""
-
-    name: str
-    dtype: str  # the child's, safetensors' name
-    shape: tuple[int, ...]
-    rule: str  # "slerp", "lerp" or "copy"; slerp may still fall back to lerp or copy once measured
-    t: float
-    sources: tuple[TensorInfo, ...]  # (primary, secondary), (primary, secondary, base), or the one that is copied
-    weights: tuple[float, float] | None = None  # of a LERP that is not (1 - t, t)
-    granularity: str = "tensor"
-    rows: RowMap | None = None  # of `sources`, where rows follow tokens
-    offset: int = 0  # bytes from the start of the child's shard
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the parents are held against each other before the child's tensor is written."""
-        return len(self.sources) > 1 and (self.rule != "copy" or not self.sources[0].is_float)
-
-    @property
-    def row_elements(self) -> int:
-        """Elements that stand for one token, where rows follow tokens."""
-        return self.element_count // len(self.rows.is_blended)
-
-    @property
-    def element_count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def byte_count(self) -> int:
-        return self.element_count * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One file of the child: its header, ready to write, and the tensors behind it."""
-
-    file_name: str
-    header: bytes
-    jobs: tuple[TensorPlan, ...]
-
-    @property
-    def byte_count(self) -> int:
-        return len(self.header) + sum(job.byte_count for job in self.jobs)
 
 
 @dataclass(frozen=True)
@@ -86,9 +41,8 @@ class MergePlan:
     """All that will be done, decided before a byte is written."""
 
     recipe: MergeRecipe
-    primary: Checkpoint
-    secondary: Checkpoint
-    base: Checkpoint | None
+    options: RunOptions
+    parents: Parents
     parity: ParityReport
     shards: tuple[ShardPlan, ...]
     threads: int
@@ -96,18 +50,19 @@ class MergePlan:
     disk_needed_bytes: int
     disk_free_bytes: int
     kinship: Kinship
+    leftover: Leftover | None  # of an earlier run that ended early
     remarks: tuple[str, ...]  # what the person may want to know before it starts
     read_bytes_per_second: float  # of a short probe of the parents' files
     expected_seconds: float
 
     @property
-    def jobs(self) -> Iterator[TensorPlan]:
+    def tensors(self) -> Iterator[TensorPlan]:
         for shard in self.shards:
-            yield from shard.jobs
+            yield from shard.tensors
 
     @property
     def child_bytes(self) -> int:
-        return sum(job.byte_count for job in self.jobs)
+        return sum(tensor.byte_count for tensor in self.tensors)
 
     @property
     def tokenizer_role(self) -> str | None:
@@ -120,13 +75,32 @@ class MergePlan:
         return self.tokenizer_role if asked == "auto" or self.tokenizer_role is None else asked
 
     @property
-    def parents(self) -> dict[str, Checkpoint]:
-        """By role: "primary", "secondary" and, where there is one, "base"."""
-        base = {} if self.base is None else {"base": self.base}
-        return {"primary": self.primary, "secondary": self.secondary, **base}
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the bits of the child's files depend on."""
+        return merge_fingerprint(self.recipe, self.options, self.parents, self.shards)
 
-    def count(self, rule: str) -> int:
-        return sum(job.rule == rule for job in self.jobs)
+    def count(self, operation: str) -> int:
+        return sum(tensor.operation == operation for tensor in self.tensors)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--dry-run --json` prints beside what parity found."""
+        return {
+            "child": str(self.options.save_directory),
+            "tensors": sum(1 for _ in self.tensors),
+            **{f"to_{operation}": self.count(operation) for operation in ("slerp", "lerp", "copy")},
+            "files": [shard.file_name for shard in self.shards],
+            "bytes": self.child_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_needed_bytes": self.disk_needed_bytes,
+            "disk_free_bytes": self.disk_free_bytes,
+            "expected_seconds": self.expected_seconds,
+            "t": {tensor.name: tensor.t for tensor in self.tensors},
+            "kinship": self.kinship.as_dict(),
+            "remarks": list(self.remarks),
+            "tokenizer_from": self.tokenizer_role,
+            "chat_template_from": self.template_role,
+            **self.parity.as_dict(),
+        }
 
 
 PROCESS_BYTES = 245_000_000  # the interpreter with torch and the screen's libraries loaded, measured on Linux
@@ -139,10 +113,7 @@ WRITE_BYTES_PER_SECOND = 1.5e9
 
 def choose_threads(asked: int) -> int:
     """Worker threads: as asked, else the usable cores up to MAX_THREADS."""
-    if asked:
-        return asked
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_THREADS, usable)
+    return asked or min(MAX_THREADS, devices.usable_cores())
 
 
 def parameters_for(
@@ -182,74 +153,35 @@ def blend_parameter(pair: TensorSources, recipe: MergeRecipe) -> tuple[float, tu
     return t, None
 
 
-def plan_job(pair: TensorSources, recipe: MergeRecipe) -> TensorPlan:
-    """The rule for one tensor, as far as headers tell."""
+def inputs_of(pair: TensorSources) -> TensorInputs:
+    """What is read of a tensor's sources to measure how they differ."""
+    sources = tuple(info for info in (pair.primary, pair.secondary, pair.base) if info is not None)
+    return TensorInputs(pair.name, pair.shape, sources, rows=pair.rows)
+
+
+def plan_tensor(pair: TensorSources, recipe: MergeRecipe) -> TensorPlan:
+    """How one tensor is made, as far as headers tell."""
     info, rows = pair.primary, pair.rows
     dtype = info.dtype
     if info.is_float and recipe.dtype != "auto":
         dtype = SAFETENSORS_NAMES[recipe.dtype]
-    job = functools.partial(TensorPlan, pair.name, dtype, pair.shape)
+    plan = functools.partial(TensorPlan, pair.name, pair.shape, dtype=dtype)
     if pair.secondary is None or math.prod(pair.shape) == 0:
-        return job("copy", 0.0, (info,))
+        return plan((info,), operation="copy")
     if not info.is_float:
-        return job("copy", 0.0, (info, pair.secondary))  # the second is read to see that it is equal
+        return plan((info, pair.secondary), operation="copy")  # the second is read to see that it is equal
     t, weights = blend_parameter(pair, recipe)
     if t in (0.0, 1.0) and weights is None:
         order = (0, 1) if t == 0.0 else (1, 0)
-        copied = tuple((info, pair.secondary)[side] for side in order)
-        return job("copy", t, copied, rows=rows.first(order)) if rows else job("copy", t, copied[:1])
+        copied = tuple((info, pair.secondary)[source] for source in order)
+        if rows is None:
+            return plan(copied[:1], operation="copy", t=t)
+        return plan(copied, rows=rows.first(order), operation="copy", t=t)
     sources = (info, pair.secondary) if pair.base is None else (info, pair.secondary, pair.base)
-    rule = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
+    operation = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
     one_axis = len(info.shape) < 2 or (rows is not None and info.shape[0] == 1)
-    granularity = "tensor" if one_axis else recipe.granularity  # a single axis is one vector either way
-    return job(rule, t, sources, weights, granularity, rows)
-
-
-def cut_shards(jobs: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
-    """Consecutive tensors, in layer order, into files of at most `max_shard_bytes` of tensor data.
-
-    A tensor larger than that has a file of its own.
-    """
-    groups: list[list[TensorPlan]] = [[]]
-    filled = 0
-    for job in jobs:
-        if groups[-1] and filled + job.byte_count > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(job)
-        filled += job.byte_count
-    return groups
-
-
-def lay_out_shard(file_name: str, group: Sequence[TensorPlan]) -> ShardPlan:
-    """The header of one safetensors file and the place of each tensor behind it.
-
-    Wider dtypes come first, as the format's library writes them, so that every tensor is aligned.
-    """
-    ordered = sorted(group, key=lambda job: -DTYPE_BYTES[job.dtype])
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for job in ordered:
-        end = begin + job.byte_count
-        entries[job.name] = {"dtype": job.dtype, "shape": list(job.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
-    placed = tuple(
-        dataclasses.replace(job, offset=len(header) + entries[job.name]["data_offsets"][0]) for job in ordered
-    )
-    return ShardPlan(file_name, header, placed)
-
-
-def plan_shards(jobs: Sequence[TensorPlan], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
-    """The child's files: one, or numbered ones with an index beside them."""
-    groups = cut_shards(jobs, max_shard_bytes)
-    if len(groups) == 1:
-        return (lay_out_shard(WEIGHTS_SINGLE, groups[0]),)
-    count = len(groups)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return tuple(lay_out_shard(name, group) for name, group in zip(names, groups))
+    vectors = "tensor" if one_axis else recipe.vectors  # a single axis is one vector either way
+    return plan(sources, vectors, rows, operation=operation, t=t, weights=weights)
 
 
 def probe_reading(parents: Sequence[Checkpoint]) -> float:
@@ -271,55 +203,59 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     return count / max(seconds, 1e-6)
 
 
-def estimate_memory(threads: int, granularity: str = "tensor") -> int:
+def estimate_memory(threads: int, vectors: str = "tensor") -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
     per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers of two bytes a value, three in float32
-    if granularity != "tensor":
+    if vectors != "tensor":
         per_worker += CHUNK_ELEMENTS * 3 * 8  # and three in float64
     return PROCESS_BYTES + threads * per_worker
 
 
-def plan_merge(
-    recipe: MergeRecipe,
-    primary: Checkpoint,
-    secondary: Checkpoint,
-    parity: ParityReport,
-    base: Checkpoint | None = None,
-) -> MergePlan:
-    """A rule per tensor, the child's files, and what it will cost. Writes nothing.
+def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport) -> MergePlan:
+    """An operation for each tensor, the child's files, and what it will cost. Writes nothing.
 
     Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
     """
-    parents = [parent for parent in (primary, secondary, base) if parent is not None]
-    check_save_directory(recipe.save_directory, [parent.folder for parent in parents], recipe.overwrite)
+    check_recipe(recipe)
+    check_options(options)
+    models = list(parents.by_role.values())
+    check_save_directory(options.save_directory, [model.folder for model in models], options.overwrite)
     pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))
-    jobs = [plan_job(pair, recipe) for pair in pairs]
-    shards = plan_shards(jobs, recipe.max_shard_bytes)
-    threads = choose_threads(recipe.threads)
-    rate = probe_reading(parents)
-    read_bytes = sum(info.byte_count for job in jobs for info in job.sources)
-    elements = sum(job.element_count for job in jobs)
+    tensors = [plan_tensor(pair, recipe) for pair in pairs]
+    shards = plan_shards(tensors, options.max_shard_bytes)
+    threads = choose_threads(options.threads)
+    rate = probe_reading(models)
     child_bytes = sum(shard.byte_count for shard in shards)
     plan = MergePlan(
         recipe=recipe,
-        primary=primary,
-        secondary=secondary,
-        base=base,
+        options=options,
+        parents=parents,
         parity=parity,
         shards=shards,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads, recipe.granularity),
-        disk_needed_bytes=child_bytes + companion_bytes((primary, secondary)),
-        disk_free_bytes=shutil.disk_usage(existing_folder(recipe.save_directory)).free,
+        peak_memory_bytes=estimate_memory(threads, recipe.vectors),
+        disk_needed_bytes=child_bytes + companion_bytes(models[:2]),
+        disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
         kinship=measure_kinship(pairs),
-        remarks=(*unmatched_filters(recipe, jobs), *remarks_on_base(pairs)),
+        leftover=find_leftover(recipe, options, parents, shards),
+        remarks=(*unmatched_filters(recipe, tensors), *remarks_on_base(pairs)),
         read_bytes_per_second=rate,
-        expected_seconds=read_bytes / rate
+        expected_seconds=sum(tensor.source_bytes for tensor in tensors) / rate
         + child_bytes / WRITE_BYTES_PER_SECOND
-        + elements * ARITHMETIC_SECONDS_PER_ELEMENT / threads,
+        + sum(tensor.element_count for tensor in tensors) * ARITHMETIC_SECONDS_PER_ELEMENT / threads,
     )
     check_disk_space(plan)
     return plan
+
+
+def find_leftover(
+    recipe: MergeRecipe, options: RunOptions, parents: Parents, shards: Sequence[ShardPlan]
+) -> Leftover | None:
+    """What an earlier run that ended early left for this one; None where there is nothing, or it is not wanted."""
+    if options.restart:
+        return None
+    fingerprint = merge_fingerprint(recipe, options, parents, shards)
+    return Journal(staging_area(options.save_directory), fingerprint, shards).leftover(devices.is_available)
 
 
 def remarks_on_base(pairs: Sequence[TensorSources]) -> Iterator[str]:
@@ -329,43 +265,20 @@ def remarks_on_base(pairs: Sequence[TensorSources]) -> Iterator[str]:
         yield f"The base and the primary look like {kinship.describe()}. It is hardly what the parents learned from."
 
 
-def unmatched_filters(recipe: MergeRecipe, jobs: Sequence[TensorPlan]) -> Iterator[str]:
+def unmatched_filters(recipe: MergeRecipe, tensors: Sequence[TensorPlan]) -> Iterator[str]:
     """Filters that no tensor's name holds: probably misspelt."""
     schedules = [part for cut in recipe.slices or (recipe,) for part in (cut.schedule, *(cut.weights or ()))]
     filters = dict.fromkeys(rule.name_filter for schedule in schedules for rule in schedule.rules)
     for name_filter in filters:
-        if name_filter != "*" and not any(name_filter in job.name for job in jobs):
+        if name_filter != "*" and not any(name_filter in tensor.name for tensor in tensors):
             yield f"The filter {name_filter!r} matches no tensor."
 
 
 def check_disk_space(plan: MergePlan) -> None:
     """Raises SlerpMergeError where the child does not fit on its disk."""
-    if plan.disk_needed_bytes > plan.disk_free_bytes + staged_bytes(plan.recipe.save_directory):
+    if plan.disk_needed_bytes > plan.disk_free_bytes + staged_bytes(plan.options.save_directory):
         raise SlerpMergeError(
             f"The child needs {format_bytes(plan.disk_needed_bytes)}, but only {format_bytes(plan.disk_free_bytes)} "
-            f"are free at {existing_folder(plan.recipe.save_directory)}.",
+            f"are free at {existing_folder(plan.options.save_directory)}.",
             "Free some space, choose a save directory on another disk, or a smaller dtype with --dtype.",
         )
-
-
-def plan_as_dict(plan: MergePlan) -> dict[str, Any]:
-    """The plan as `--dry-run --json` prints it."""
-    return {
-        "child": str(plan.recipe.save_directory),
-        "tensors": sum(1 for _ in plan.jobs),
-        **{f"to_{rule}": plan.count(rule) for rule in ("slerp", "lerp", "copy")},
-        "files": [shard.file_name for shard in plan.shards],
-        "bytes": plan.child_bytes,
-        "peak_memory_bytes": plan.peak_memory_bytes,
-        "disk_needed_bytes": plan.disk_needed_bytes,
-        "disk_free_bytes": plan.disk_free_bytes,
-        "expected_seconds": plan.expected_seconds,
-        "t": {job.name: job.t for job in plan.jobs},
-        "kinship": plan.kinship.as_dict(),
-        "remarks": list(plan.remarks),
-        "tokenizer_from": plan.tokenizer_role,
-        "chat_template_from": plan.template_role,
-        "vocabulary": plan.parity.vocabulary.as_dict(),
-        "resolved": [dataclasses.asdict(m) for m in plan.parity.of_severity("resolved")],
-        "notices": [dataclasses.asdict(m) for m in plan.parity.of_severity("notice")],
-    }

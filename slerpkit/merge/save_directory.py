@@ -1,20 +1,23 @@
-"""Where a child may stand, and the hidden, locked folder beside it in which it grows."""
+"""Where a child may stand, and the hidden, locked folder beside it in which it grows.
+
+Knows paths and locks; what is put into the hidden folder is the business of staging.py and of the sweep.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from slerpkit.files import check_path, is_inside, is_plain_file
-from slerpkit.messages import SlerpMergeError
+from slerpkit.files import check_path, is_inside, is_plain_file, is_plain_folder
+from slerpkit.lazy import filelock
+from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.parents.checkpoint import public_name
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -79,56 +82,58 @@ def staged_bytes(save_directory: Path) -> int:
     return found
 
 
-class FolderLock:
-    """Says that a living process works in a folder. The system lets go of it when the process ends, however it ends.
+class WorkFolder:
+    """A hidden folder beside the save directory in which a single living process works.
 
-    Raises SlerpMergeError where another process holds it.
+    A lock in it tells; the system lets go of that when the process ends, however it ends.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / ".lock"
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        while True:
-            if os.path.lexists(self._path) and not is_plain_file(self._path):
-                raise SlerpMergeError(f"{self._path} is in the way; it is no file of this tool's.", "Remove it.")
-            self._descriptor = os.open(self._path, flags, 0o600)
-            try:
-                self._hold()
-            except OSError as error:
-                os.close(self._descriptor)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock_path = path / ".lock"
+        self._made: list[Path] = []
+
+    def enter(self) -> None:
+        """Makes the folder, where it is not there, and locks it.
+
+        Raises SlerpMergeError where something else is in the way, or another process works there.
+        """
+        try:
+            if os.path.lexists(self.path) and not is_plain_folder(self.path):
+                raise SlerpMergeError(f"{self.path} is in the way; it is no folder of this tool's.", "Remove it.")
+            for folder in reversed([self.path, *self.path.parents]):
+                if not folder.exists():
+                    folder.mkdir()
+                    self._made.append(folder)
+            if os.path.lexists(self._lock_path) and not is_plain_file(self._lock_path):
+                raise SlerpMergeError(f"{self._lock_path} is in the way; it is no file of this tool's.", "Remove it.")
+            self._lock = filelock.FileLock(self._lock_path, timeout=0)
+            self._lock.acquire()
+        except BaseException as error:
+            self._remove_made()
+            if isinstance(error, filelock.Timeout):
                 raise SlerpMergeError(
-                    f"Another run is making this child just now, in {folder}.",
+                    f"Another run is making this child just now, in {self.path}.",
                     "Wait for it, stop it, or give another save directory.",
                 ) from error
-            with contextlib.suppress(OSError):
-                if os.name == "nt" or os.path.samestat(os.fstat(self._descriptor), self._path.lstat()):
-                    return
-            os.close(self._descriptor)  # its holder removed it just before; look again
+            if isinstance(error, OSError):
+                raise explain_os_error(error, self.path, "make the folder") from error
+            raise
 
-    def _hold(self) -> None:
-        """Raises OSError where another process holds the lock. A disk without locks, as some in networks, has none."""
-        try:
-            if os.name == "nt":
-                import msvcrt
+    def leave(self) -> None:
+        """Lets go, and removes the folder, and those above it that were made for it, where they are empty."""
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            self._lock_path.unlink()  # while it is held, so that nobody gets hold of a file about to go
+        self._lock.release()
+        with contextlib.suppress(OSError):  # the next run may be there already
+            self._lock_path.unlink(missing_ok=True)
+            self.path.rmdir()
+        self._remove_made()
 
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK):
-                raise
-
-    def release(self) -> None:
-        """Lets go, and leaves no trace in the folder."""
-        try:
-            self._path.unlink()  # while it is held, so that nobody gets hold of a file about to go
-            os.close(self._descriptor)
-        except OSError:  # Windows removes no open file
-            os.close(self._descriptor)
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -152,14 +157,10 @@ def interruptions_held() -> Iterator[list[Any]]:
             before[number](number, frame)
 
 
-def proposed_save_directory(primary: Path, secondary: Path, settings: Mapping[str, Any] | None = None) -> Path:
-    """A readable name under the current folder that is not taken yet: of both parents, and of the blend if given."""
+def proposed_save_directory(primary: Path, secondary: Path, blend: Sequence[str] = ("slerp",)) -> Path:
+    """A readable name under the current folder that is not taken yet: of both parents, and of the blend."""
     whole = [public_name(folder.resolve(), {}).rpartition("/")[2] for folder in (primary, secondary)]
     names = [re.sub(r"[^\w.-]+", "-", name) or "model" for name in whole]
-    settings = settings or {}
-    blend = [settings.get("method", "slerp")]
-    if (schedule := settings.get("schedule")) is not None and len(list(schedule.values())) == 1:
-        blend.append(f"{next(schedule.values()):g}")
     first = "-".join([*names, *blend])
     numbered = (Path(f"{first}-{number}") for number in range(2, 1000))
     return next(path for path in (Path(first), *numbered) if not path.exists())

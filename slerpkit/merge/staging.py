@@ -1,121 +1,103 @@
-"""The child while it grows: taken over, synced, published by one rename."""
+"""The child while it grows: taken over, synced, published by one rename.
+
+Knows files and their states, not what stands in them. Read save_directory.py and journal.py before this.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-import queue
 import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slerpkit import devices
 from slerpkit.files import is_plain_folder, sync_to_disk
-from slerpkit.merge.events import ChildPublished, MergeResumed, MergeStopped
-from slerpkit.merge.journal import Journal
-from slerpkit.merge.save_directory import FolderLock, check_replaceable, interruptions_held, staging_area
+from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
+from slerpkit.merge.journal import Journal, Leftover
+from slerpkit.merge.save_directory import WorkFolder, check_replaceable, interruptions_held, staging_area
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
 
 if TYPE_CHECKING:
-    from slerpkit.merge.events import MergedTensor, Observer
+    from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.merge.tensor_plan import MergedTensor
 
 
 class BackgroundSync:
     """One thread that asks the disk for finished files while the merge goes on."""
 
     def __init__(self) -> None:
-        self._tasks: queue.Queue[tuple[Path, Callable[[], None]] | None] = queue.Queue()
-        self._error: BaseException | None = None
+        self._executor = ThreadPoolExecutor(1, "sync")
+        self._tasks: list[Future[None]] = []
         self._given_up = False
-        self._thread = threading.Thread(target=self._work, name="sync", daemon=True)
-        self._thread.start()
 
     def submit(self, path: Path, then: Callable[[], None] = lambda: None) -> None:
         """Asks for one file; `then` is called once it is on the disk. Raises what went wrong with one before it."""
-        if self._error is not None:
-            raise self._error
-        self._tasks.put((path, then))
+        for task in self._tasks:
+            if task.done():
+                task.result()
+        self._tasks.append(self._executor.submit(self._sync, path, then))
 
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                if not self._given_up:
-                    sync_to_disk(task[0])
-                    if not self._given_up:
-                        task[1]()
-            except BaseException as error:  # handed to whoever waits
-                self._error = error
+    def _sync(self, path: Path, then: Callable[[], None]) -> None:
+        sync_to_disk(path)
+        if not self._given_up:
+            then()
 
     def finish(self) -> None:
         """Waits until all is on the disk that was asked for; raises what went wrong."""
         self.stop(math.inf)
-        if self._error is not None:
-            raise self._error
+        for task in self._tasks:
+            task.result()
 
     def stop(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
         """Waits for what was asked for until `seconds` are over or it is `enough`, then gives up the rest."""
-        self._tasks.put(None)
         limit = time.monotonic() + seconds
-        while self._thread.is_alive() and time.monotonic() < limit and not enough():
-            self._thread.join(0.1)  # a wait without end would be deaf to Ctrl-C on Windows
+        # A wait without end would be deaf to Ctrl-C on Windows.
+        while wait(self._tasks, timeout=0.1).not_done and time.monotonic() < limit and not enough():
+            pass
         self._given_up = True
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class StagedChild:
     """The child while it grows: in a hidden folder beside the save directory, published by one rename.
 
     Leaving the `with` block by an error keeps the files that are finished, for the same merge to carry on with; where
-    there are none, all is as it was. Another run that makes the same child is refused meanwhile: a lock in the hidden
-    folder, which dies with its process, tells.
+    there are none, all is as it was. Another run that makes the same child is refused meanwhile.
     """
 
     def __init__(self, plan: MergePlan, observe: Observer) -> None:
         self.plan = plan
         self.observe = observe
-        self.target = plan.recipe.save_directory.resolve()
-        self.area = staging_area(self.target)
-        self.folder = self.area / "child"
-        self.replaced = self.area / "replaced"  # a child that stood there before, until the new one does
-        self.journal = Journal(self.area, plan)
+        self.target = plan.options.save_directory.resolve()
+        self.area = WorkFolder(staging_area(self.target))
+        self.folder = self.area.path / "child"
+        self.replaced = self.area.path / "replaced"  # a child that stood there before, until the new one does
+        self.journal = Journal(self.area.path, plan.fingerprint, plan.shards)
         self._is_trusted = True
-        self._made: list[Path] = []
 
     def __enter__(self) -> StagedChild:
-        try:
-            if os.path.lexists(self.area) and not is_plain_folder(self.area):
-                raise SlerpMergeError(f"{self.area} is in the way; it is no folder of this tool's.", "Remove it.")
-            for folder in reversed([self.area, *self.area.parents]):
-                if not folder.exists():
-                    folder.mkdir()
-                    self._made.append(folder)
-            self._lock = FolderLock(self.area)
-        except BaseException as error:
-            self._remove_made()
-            if isinstance(error, OSError):
-                raise explain_os_error(error, self.area, "make the folder") from error
-            raise
+        self.area.enter()
         try:
             with interruptions_held():
-                resumed = self._take_over()
-            if resumed is not None:
-                self.observe(resumed)
+                leftover = self._take_over()
+            if leftover is not None and leftover.kept:
+                self.observe(Noted(f"Carrying on: {leftover.kept} of {leftover.total} files stand already."))
             self._sync = BackgroundSync()
         except BaseException as error:  # nothing is removed that a later run could use
-            self._lock.release()
-            with contextlib.suppress(OSError):
-                self.area.rmdir()
-            self._remove_made()
+            self.area.leave()
             if isinstance(error, OSError):
-                raise explain_os_error(error, self.area, "prepare the folder") from error
+                raise explain_os_error(error, self.area.path, "prepare the folder") from error
             raise
         return self
 
-    def _take_over(self) -> MergeResumed | None:
+    def _take_over(self) -> Leftover | None:
         """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
         for path in (self.folder, self.replaced):
             if os.path.lexists(path) and not is_plain_folder(path):
@@ -126,12 +108,13 @@ class StagedChild:
                 self.target.rmdir()
             self.replaced.rename(self.target)
         if self.target.is_dir() and any(self.target.iterdir()):
-            check_replaceable(self.target, self.plan.recipe.overwrite)
-        leftover = self.folder.is_dir() and any(self.folder.iterdir())
-        reason = "as asked" if self.plan.recipe.restart else self.journal.load()
+            check_replaceable(self.target, self.plan.options.overwrite)
+        something_stands = self.folder.is_dir() and any(self.folder.iterdir())
+        reason = "as asked" if self.plan.options.restart else self.journal.load(devices.is_available)
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
-        return MergeResumed(len(self.journal.finished), len(self.plan.shards), reason) if leftover else None
+        kept = len(self.journal.finished)
+        return Leftover(kept, len(self.plan.shards), reason) if something_stands else None
 
     def finish_file(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""
@@ -171,7 +154,7 @@ class StagedChild:
     def _publish(self) -> None:
         if self.target.is_dir():
             if any(self.target.iterdir()):
-                check_replaceable(self.target, self.plan.recipe.overwrite)
+                check_replaceable(self.target, self.plan.options.overwrite)
                 shutil.rmtree(self.replaced, ignore_errors=True)
                 self.target.rename(self.replaced)
             else:
@@ -192,11 +175,10 @@ class StagedChild:
             self.journal.finished.clear()
         if self.journal.finished:
             self._remove_unfinished()
-            self._lock.release()
+            self.area.leave()
             self.observe(MergeStopped(len(self.journal.finished), len(self.plan.shards)))
         else:
             self._remove_area()
-            self._remove_made()
 
     def _remove_unfinished(self) -> None:
         for path in list(self.folder.iterdir()) if is_plain_folder(self.folder) else ():
@@ -210,30 +192,22 @@ class StagedChild:
             shutil.rmtree(self.replaced, ignore_errors=True)
 
     def _remove_journal(self) -> None:
-        for path in (self.journal.path, self.journal.path.with_suffix(".new")):
-            if is_plain_folder(path):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        if is_plain_folder(self.journal.path):
+            shutil.rmtree(self.journal.path, ignore_errors=True)
+        else:
+            self.journal.path.unlink(missing_ok=True)
 
     def _remove_area(self) -> None:
         for folder in (self.folder, self.replaced):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
             self._remove_journal()
-        self._lock.release()
-        with contextlib.suppress(OSError):  # the next run may be there already
-            self.area.rmdir()
-
-    def _remove_made(self) -> None:
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):  # somebody else put something there meanwhile
-                folder.rmdir()
+        self.area.leave()
 
 
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
     """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
-    for parent in plan.parents.values():
+    for parent in plan.parents.by_role.values():
         changed = stat_items(parent.file_stats) ^ stat_items(file_stats_of(parent.folder, parent.file_stats))
         if changed:
             child.distrust()

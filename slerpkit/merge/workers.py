@@ -1,5 +1,7 @@
 """Threads that measure and blend spans of tensors.
 
+Knows how a stretch is read, computed and written; in which order, and with which weights, is stream.py's business.
+
 Each tensor is cut into chunks (read, computed and written at once) and runs of chunks into spans (what
 a worker takes at a time). Workers first measure every span of a tensor: three float32 sums of products
 a chunk. The main thread adds them up exactly and in float64 finds the tensor's two weights. Workers
@@ -12,10 +14,10 @@ page cache costs less than writing what was read to memory beyond the processor'
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import heapq
 import io
-import math
 import queue
 import threading
 from collections import deque
@@ -33,10 +35,8 @@ from slerpkit.parents.tensors import CHUNK_ELEMENTS, DTYPE_BYTES, TensorReader
 
 if TYPE_CHECKING:
     from slerpkit.maths import TensorWeights
-    from slerpkit.merge.events import MergedTensor
-    from slerpkit.merge.plan import ShardPlan, TensorPlan
+    from slerpkit.merge.tensor_plan import MergedTensor, ShardPlan, TensorInputs
 
-MAX_PIECES = 16  # that a chunk is cut into for an accelerator short of memory; then the processor takes over
 SPAN_CHUNKS = 4  # chunks that one worker takes at a time
 
 
@@ -46,7 +46,6 @@ class ShardWriter:
     def __init__(self, folder: Path, shard: ShardPlan) -> None:
         self.path = folder / shard.file_name
         self.shard = shard
-        self.unfinished = len(shard.jobs)
 
     def create(self) -> None:
         """The file with its header, and room for all that follows."""
@@ -81,54 +80,53 @@ class ShardWriter:
 class TensorProgress:
     """One tensor on its way through the workers. The main thread alone changes it."""
 
-    job: TensorPlan
+    tensor: TensorInputs  # a TensorInputs where it is blended
     number: int
-    writer: ShardWriter | None  # None where the parents are only measured
-    known: MergedTensor | None  # of a file that an earlier run finished
     spans: tuple[range, ...]  # of element numbers
-    sums: list[Sums | None]
+    writer: ShardWriter | None = None  # None where the parents are only measured
+    known: MergedTensor | None = None  # of a file that an earlier run finished
+    sums: list[Sums | None] = dataclasses.field(default_factory=list)
     unfinished: int = 0  # spans of the pass at hand
-    blend: TensorWeights | None = None
+    weights: TensorWeights | None = None
     vector_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # of columns, each blended on its own
     check_finite: bool = False  # whether blending could overflow the child's dtype
     non_finite: int = 0
     started: float = 0.0
     finished: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.sums = [None] * len(self.spans)
 
-def chunk_elements(job: TensorPlan) -> int:
-    """Elements per chunk: whole rows where a job takes rows or columns for vectors, or where rows follow tokens."""
-    if job.granularity == "tensor" and job.rows is None:
+
+def chunk_elements(tensor: TensorInputs) -> int:
+    """Elements per chunk: whole rows where rows or columns are taken for vectors, or where rows follow tokens."""
+    if tensor.vectors == "tensor" and tensor.rows is None:
         return CHUNK_ELEMENTS
-    width = matrix_width(job)
+    width = tensor.vector_width
     if width > CHUNK_ELEMENTS:
         raise SlerpMergeError(
-            f"{job.name} is {width} elements wide, too wide to be blended {job.granularity} by {job.granularity}.",
+            f"{tensor.name} is {width} elements wide, too wide to be blended vector by vector.",
             "Use the granularity tensor.",
         )
     return CHUNK_ELEMENTS // width * width
 
 
-def matrix_width(job: TensorPlan) -> int:
-    """Elements in a row, when a tensor is laid out so that its vectors are the rows, or are the columns; of a token.
-
-    mergekit's nuslerp_row_wise takes vectors along dimension 0, which here are columns of a matrix of shape[0] rows;
-    without it they run along the last dimension.
-    """
-    if job.granularity == "tensor":
-        return job.row_elements
-    return job.shape[-1] if job.granularity == "column" else math.prod(job.shape[1:])
-
-
-def cut_spans(job: TensorPlan) -> tuple[range, ...]:
+def cut_spans(tensor: TensorInputs) -> tuple[range, ...]:
     """Stretches of elements, each a few whole chunks long but for the last."""
-    step = SPAN_CHUNKS * chunk_elements(job)
-    return tuple(range(start, min(start + step, job.element_count)) for start in range(0, job.element_count, step))
+    step = SPAN_CHUNKS * chunk_elements(tensor)
+    return tuple(
+        range(start, min(start + step, tensor.element_count)) for start in range(0, tensor.element_count, step)
+    )
 
 
-def rows_in(job: TensorPlan, part: range) -> slice:
+def rows_in(tensor: TensorInputs, part: range) -> slice:
     """The rows that a stretch of whole rows has, where rows follow tokens."""
-    return slice(part.start // job.row_elements, part.stop // job.row_elements)
+    return slice(part.start // tensor.row_elements, part.stop // tensor.row_elements)
+
+
+def working_dtype(tensor: TensorInputs) -> torch.dtype:
+    """The precision that a tensor is computed in: float32, or float64 where a source has it."""
+    return torch.float64 if any(info.dtype == "F64" for info in tensor.sources) else torch.float32
 
 
 class MergeWorker:
@@ -143,6 +141,12 @@ class MergeWorker:
         self.sources = ChunkBuffer(), ChunkBuffer(), ChunkBuffer()
         self.out = ChunkBuffer()
 
+    def __enter__(self) -> MergeWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handles.close()
+
     def arithmetic_for(self, dtype: torch.dtype) -> ChunkArithmetic:
         """MPS has no float64; what needs it is done on the processor."""
         return self.arithmetic_on("cpu" if self.device == "mps" and dtype == torch.float64 else self.device)
@@ -152,66 +156,56 @@ class MergeWorker:
             self.arithmetic[device] = ChunkArithmetic(device, self.cast_dtype)
         return self.arithmetic[device]
 
-    @staticmethod
-    def working_dtype(job: TensorPlan) -> torch.dtype:
-        return torch.float64 if any(info.dtype == "F64" for info in job.sources) else torch.float32
-
-    def compute(
-        self, dtype: torch.dtype, count: int, run: Callable[[ChunkArithmetic, slice], Any], whole: bool = False
-    ) -> list[Any]:
-        """Results of `run` over the `count` elements of a chunk: on the device, where it has the memory at once.
-
-        Else in ever smaller pieces, and at last on the processor, as all that follows. A chunk that must stay whole
-        goes there at once.
+    def compute(self, dtype: torch.dtype, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What a method of ChunkArithmetic makes of a chunk: on the device, until its memory is full; then on the
+        processor, as all that follows.
         """
-        while True:
-            arithmetic = self.arithmetic_for(dtype)
-            if whole and count > arithmetic.elements:
-                arithmetic = self.arithmetic_on("cpu")
-            step = count if whole else min(count, arithmetic.elements)
-            try:
-                return [run(arithmetic, slice(start, start + step)) for start in range(0, count, step)]
-            except (RuntimeError, AssertionError) as error:
-                if arithmetic.device == "cpu":
-                    raise
-                if "out of memory" not in str(error).lower():
-                    cause = (str(error).splitlines() or ["no reason given"])[0]
-                    hint = "Run it again with --device cpu; it then starts anew."
-                    raise SlerpMergeError(f"The device {arithmetic.device} failed: {cause}.", hint) from error
-                arithmetic.shrink()
-                if arithmetic.elements < CHUNK_ELEMENTS / MAX_PIECES:
-                    self.device = "cpu"
+        arithmetic = self.arithmetic_for(dtype)
+        try:
+            return method(arithmetic, *arguments)
+        except (RuntimeError, AssertionError) as error:
+            if arithmetic.device == "cpu":
+                raise
+            if "out of memory" not in str(error).lower():
+                cause = (str(error).splitlines() or ["no reason given"])[0]
+                hint = "Run it again with --device cpu; it then starts anew."
+                raise SlerpMergeError(f"The device {arithmetic.device} failed: {cause}.", hint) from error
+        arithmetic.give_back()
+        self.device = "cpu"
+        return method(self.arithmetic_for(dtype), *arguments)
 
-    def read_chunks(self, job: TensorPlan, span: range, blended: bool) -> Iterator[tuple[range, list[torch.Tensor]]]:
+    def read_chunks(
+        self, tensor: TensorInputs, span: range, blended: bool
+    ) -> Iterator[tuple[range, list[torch.Tensor]]]:
         """(elements, chunk of each source) over a span; flat, in their stored dtypes, valid until the next.
 
         blended: zeros stand for rows that will be kept, which then add nothing to a sum.
         """
-        step = chunk_elements(job)
-        fill = self.fill_rows if job.rows else self.fill_on
-        fills = [fill(job, span, side, blended) for side in range(len(job.sources))]
+        step = chunk_elements(tensor)
+        fill = self.fill_rows if tensor.rows else self.fill_on
+        fills = [fill(tensor, span, side, blended) for side in range(len(tensor.sources))]
         for start in range(span.start, span.stop, step):
             part = range(start, min(start + step, span.stop))
             chunk = []
-            for fill, info, buffer in zip(fills, job.sources, self.sources):
+            for fill, info, buffer in zip(fills, tensor.sources, self.sources):
                 fill(buffer.memory[: len(part) * DTYPE_BYTES[info.dtype]])
                 chunk.append(buffer.typed(info.dtype)[: len(part)])
             yield part, chunk
 
-    def fill_on(self, job: TensorPlan, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
+    def fill_on(self, tensor: TensorInputs, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
         """A function that fills one buffer after another with a span of a source."""
-        info = job.sources[side]
+        info = tensor.sources[side]
         return self.reader.begin(info, span.start * DTYPE_BYTES[info.dtype], side)
 
-    def fill_rows(self, job: TensorPlan, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
+    def fill_rows(self, tensor: TensorInputs, span: range, side: int, blended: bool) -> Callable[[memoryview], None]:
         """The same, with the rows that stand for the child's tokens."""
-        info, maps = job.sources[side], job.rows.blended if blended else job.rows.sources
-        rows = maps[side][rows_in(job, span)]
+        info, maps = tensor.sources[side], tensor.rows.blended if blended else tensor.rows.sources
+        rows = maps[side][rows_in(tensor, span)]
         done = 0
 
         def fill(view: memoryview) -> None:
             nonlocal done
-            count = len(view) // (job.row_elements * DTYPE_BYTES[info.dtype])
+            count = len(view) // (tensor.row_elements * DTYPE_BYTES[info.dtype])
             self.reader.read_rows(info, rows[done : done + count], view, side)
             done += count
 
@@ -219,46 +213,40 @@ class MergeWorker:
 
     def measure(self, progress: TensorProgress, number: int) -> Sums:
         """First pass over a span of a pair."""
-        job = progress.job
-        dtype = self.working_dtype(job)
+        tensor = progress.tensor
+        dtype = working_dtype(tensor)
         sums, identical = [], True
         columns = None
-        for _, chunk in self.read_chunks(job, progress.spans[number], blended=True):
-            left, right, *_ = chunk
-            alike = left.dtype == right.dtype
-            if job.sources[0].is_float:
-                found = self.measure_chunk(job, chunk, dtype)
-                if job.granularity == "row":
-                    columns = found[0] if columns is None else columns + found[0]
-                    found = [tuple(found[0].sum(dim=1).tolist())]
-                sums += found
-                alike = alike and all(map(could_be_equal, found))
-            identical = identical and alike and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-        return Sums(*(tuple(row[place] for row in sums) for place in range(3)), identical, columns)
-
-    def measure_chunk(self, job: TensorPlan, chunk: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Any]:
-        """Three sums of products of each piece of a chunk, or of each of its columns where these are the vectors."""
-        if job.granularity == "row":
-            width = matrix_width(job)
-            return self.compute(dtype, len(chunk[0]), lambda on, _: on.measure_vectors(chunk, dtype, width, 0), True)
-        return self.compute(dtype, len(chunk[0]), lambda on, piece: on.measure([raw[piece] for raw in chunk], dtype))
+        for _, chunk in self.read_chunks(tensor, progress.spans[number], blended=True):
+            primary, secondary, *_ = chunk
+            alike = primary.dtype == secondary.dtype
+            if tensor.is_float:
+                if tensor.vectors == "first_dim":
+                    own = self.compute(dtype, ChunkArithmetic.measure_vectors, chunk, dtype, tensor.vector_width, 0)
+                    columns = own if columns is None else columns + own
+                    sums.append(tuple(own.sum(dim=1).tolist()))
+                else:
+                    sums.append(self.compute(dtype, ChunkArithmetic.measure, chunk, dtype))
+                alike = alike and could_be_equal(sums[-1])
+            identical = identical and alike and torch.equal(primary.view(torch.uint8), secondary.view(torch.uint8))
+        return Sums(*(tuple(row[column] for row in sums) for column in range(3)), identical, columns)
 
     def blend(self, progress: TensorProgress, number: int) -> int:
         """Second pass over a span: blends or copies it, writes it. Returns its non-finite values, where asked."""
-        job, blend, span = progress.job, progress.blend, progress.spans[number]
-        width = DTYPE_BYTES[job.dtype]
-        write = progress.writer.begin(self.handles, job.offset + span.start * width)
+        tensor, span = progress.tensor, progress.spans[number]
+        width = DTYPE_BYTES[tensor.dtype]
+        write = progress.writer.begin(self.handles, tensor.offset + span.start * width)
         non_finite = 0
-        for part, chunk in self.read_chunks(job, span, blended=False):
-            out = self.out.typed(job.dtype)[: len(part)]
-            if blend.rule == "copy":
+        for part, chunk in self.read_chunks(tensor, span, blended=False):
+            out = self.out.typed(tensor.dtype)[: len(part)]
+            if progress.weights.operation == "copy":
                 out.copy_(
                     self.arithmetic_for(torch.float32).round(chunk[0]) if chunk[0].is_floating_point() else chunk[0]
                 )
             else:
                 self.blend_chunk(progress, chunk, out)
-            if job.rows is not None:
-                self.keep_rows(job, part, chunk, out)
+            if tensor.rows is not None:
+                self.keep_rows(tensor, part, chunk, out)
             if progress.check_finite:
                 non_finite += count_non_finite(out)
             write(self.out.memory[: len(part) * width])
@@ -266,28 +254,22 @@ class MergeWorker:
 
     def blend_chunk(self, progress: TensorProgress, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """out = w0 * v0 + w1 * v1, with the tensor's weights, or those of each of its vectors."""
-        job, dtype = progress.job, self.working_dtype(progress.job)
-        weights = progress.blend.primary_weight, progress.blend.secondary_weight
-        if progress.vector_weights is None and job.granularity != "column":
-            self.compute(
-                dtype, len(out), lambda on, piece: on.blend([raw[piece] for raw in chunk], dtype, weights, out[piece])
-            )
-            return
+        tensor, dtype = progress.tensor, working_dtype(progress.tensor)
+        own = progress.vector_weights
+        if tensor.vectors == "last_dim":
+            sums = self.compute(dtype, ChunkArithmetic.measure_vectors, chunk, dtype, tensor.vector_width, 1)
+            own = [part.unsqueeze(1) for part in vector_weights(sums, tensor.t)]
+        if own is None:
+            weights = progress.weights.primary_weight, progress.weights.secondary_weight
+            self.compute(dtype, ChunkArithmetic.blend, chunk, dtype, weights, out)
+        else:
+            self.compute(dtype, ChunkArithmetic.blend_vectors, chunk, dtype, own, tensor.vector_width, out)
 
-        def by_vectors(on: ChunkArithmetic, _: slice) -> None:
-            own = progress.vector_weights
-            if own is None:
-                sums = on.measure_vectors(chunk, dtype, matrix_width(job), axis=1)
-                own = [part.unsqueeze(1) for part in vector_weights(sums, job.t)]
-            on.blend_vectors(chunk, dtype, own, matrix_width(job), out)
-
-        self.compute(dtype, len(out), by_vectors, whole=True)
-
-    def keep_rows(self, job: TensorPlan, part: range, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def keep_rows(self, tensor: TensorInputs, part: range, chunk: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Puts the rows of tokens that a single parent has into `out` as they are."""
-        width = job.row_elements
+        width = tensor.row_elements
         for side, raw in enumerate(chunk[:2]):
-            places = torch.from_numpy(numpy.flatnonzero(job.rows.is_kept(side)[rows_in(job, part)]))
+            places = torch.from_numpy(numpy.flatnonzero(tensor.rows.is_kept(side)[rows_in(tensor, part)]))
             if len(places):
                 kept = self.arithmetic_for(torch.float32).round(raw.view(-1, width)[places])
                 out.view(-1, width)[places] = kept.to(out.dtype)

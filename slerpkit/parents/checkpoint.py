@@ -18,6 +18,7 @@ from slerpkit.parents.tensors import TORCH_NAMES, broken_file
 
 if TYPE_CHECKING:
     from slerpkit.parents.tensors import TensorInfo
+    from slerpkit.recipe import MergeRecipe
 
 WEIGHTS_SINGLE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -320,3 +321,24 @@ def short_name(folder: Path) -> str:
     with contextlib.suppress(ValueError):
         return str(folder.resolve().relative_to(Path.cwd()))
     return str(folder)
+
+
+@dataclass(frozen=True)
+class Parents:
+    """The models of one merge, opened."""
+
+    primary: Checkpoint
+    secondary: Checkpoint
+    base: Checkpoint | None = None  # of the task vectors, where these are blended
+
+    @property
+    def by_role(self) -> dict[str, Checkpoint]:
+        """Those that there are, under "primary", "secondary" and "base", in this order."""
+        base = {} if self.base is None else {"base": self.base}
+        return {"primary": self.primary, "secondary": self.secondary, **base}
+
+
+def open_parents(recipe: MergeRecipe) -> Parents:
+    """The models that a recipe names. Reads headers only; raises SlerpMergeError as open_checkpoint does."""
+    base = None if recipe.base is None else open_checkpoint(recipe.base)
+    return Parents(open_checkpoint(recipe.primary), open_checkpoint(recipe.secondary), base)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
-from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_companions
 from slerpkit.parity.configs import check_quantisation, compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.parity.vocabulary import align_vocabularies
+from slerpkit.recipe import MergeRecipe
 
 if TYPE_CHECKING:
-    from slerpkit.parents.checkpoint import Checkpoint
-    from slerpkit.recipe import LayerSlice
+    from slerpkit.parents.checkpoint import Checkpoint, Parents
 
 
 def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) -> list[Mismatch]:
@@ -49,26 +48,20 @@ def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
     return None
 
 
-def check_parity(
-    primary: Checkpoint,
-    secondary: Checkpoint,
-    dtype: str = "auto",
-    slices: Sequence[LayerSlice] = (),
-    base: Checkpoint | None = None,
-    tokenizer: str = "auto",
-    template: str = "auto",
-) -> ParityReport:
-    """Every difference between two parents, each blocking, resolved or a notice; and the pairs of tensors.
+def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
+    """Every difference between the parents, each blocking, resolved or a notice; and the pairs of tensors.
 
-    dtype, slices, tokenizer, template: as in MergeRecipe. base: what both parents' task vectors start from, where
-    they are asked for. Reads headers and small files; of weights, only a head that should not be there.
+    Of the recipe it follows dtype, slices, tokenizer and chat template. Reads headers and small files; of weights,
+    only a head that should not be there.
     """
+    primary, secondary, base = parents.primary, parents.secondary, parents.base
+    slices = recipe.slices
     alike, renamed = rename_to_match(secondary, primary)
     base_tensor = None if base is None else rename_to_match(base, primary)[0]
-    vocabulary, found = align_vocabularies(primary, alike, tokenizer, base_tensor)
+    vocabulary, found = align_vocabularies(primary, alike, recipe.tokenizer, base_tensor)
     settled, heads = drop_tied_copies(primary)
     pairs, unpaired = pair_tensors(settled, alike, slices, base_tensor, vocabulary)
-    talk, offered = check_chat_template(primary, secondary, vocabulary, template)
+    talk, offered = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
     found += [
         *check_quantisation(primary, secondary),
         *compare_configs(primary, secondary, any_depth=bool(slices)),
@@ -77,7 +70,7 @@ def check_parity(
         *heads,
         *renamed,
         *unpaired,
-        *check_dtypes(primary, alike, dtype),
+        *check_dtypes(primary, alike, recipe.dtype),
         *talk,
         *compare_companions(primary, secondary),
         *child_generation_config(primary, secondary, vocabulary)[1],
@@ -90,8 +83,8 @@ def check_parity(
 
 def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
     """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first."""
-    secondary = open_checkpoint(secondary_folder)
-    blocking = check_parity(open_checkpoint(primary_folder), secondary).of_severity("blocking")
+    recipe = MergeRecipe(primary_folder, secondary_folder)
+    blocking = check_parity(open_parents(recipe), recipe).of_severity("blocking")
     if blocking:
         first = blocking[0]
         more = f" And {len(blocking) - 1} more." if len(blocking) > 1 else ""

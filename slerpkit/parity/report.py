@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,16 @@ class ParityReport:
     def of_severity(self, severity: str) -> tuple[Mismatch, ...]:
         return tuple(mismatch for mismatch in self.mismatches if mismatch.severity == severity)
 
+    def as_dict(self) -> dict[str, Any]:
+        """What reports hold of it."""
+        return {
+            "vocabulary": self.vocabulary.as_dict(),
+            "resolved": [dataclasses.asdict(m) for m in self.of_severity("resolved")],
+            "notices": [dataclasses.asdict(m) for m in self.of_severity("notice")],
+        }
+
     def raise_if_blocking(self) -> None:
+        """Raises SlerpMergeError, with every mismatch that no rule resolves, where there is one."""
         blocking = self.of_severity("blocking")
         if not blocking:
             return

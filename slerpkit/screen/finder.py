@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
 
     from slerpkit.parents.checkpoint import Checkpoint
-    from slerpkit.recipe import MergeRecipe
+    from slerpkit.recipe import MergeRecipe, RunOptions
 
 FOUND_LEVELS = 2  # folders below the current one that are looked into for models
 FOUND_ENTRIES = 2000  # entries of folders that are looked at, at most
@@ -171,10 +171,10 @@ class History:
         values = self.content.get("places")
         return [Path(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
-    def remember(self, recipe: MergeRecipe, blend: str | None) -> None:
+    def remember(self, recipe: MergeRecipe, options: RunOptions, blend: str | None) -> None:
         """Keeps what a merge was made of. A disk that does not take it is no reason to stop."""
         used = [folder.resolve() for folder in (recipe.primary, recipe.secondary)]
-        places = [*used, recipe.save_directory.resolve(), *(place for place in self.places if place not in used)]
+        places = [*used, options.save_directory.resolve(), *(place for place in self.places if place not in used)]
         content = {
             "primary": str(used[0]),
             "secondary": str(used[1]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 import re
@@ -16,10 +15,21 @@ from typing import Any
 from slerpkit import __version__
 from slerpkit.files import clean_path
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
-from slerpkit.merge.plan import MAX_THREADS
 from slerpkit.messages import SlerpMergeError, is_utf8, shortest_number
 from slerpkit.parents.checkpoint import find_model, short_name
-from slerpkit.recipe import CHILD_DTYPES, GRANULARITIES, METHODS, TEMPLATE_CHOICES, TOKENIZER_CHOICES, MergeRecipe
+from slerpkit.recipe import (
+    CHILD_DTYPES,
+    DEVICES,
+    MAX_THREADS,
+    METHODS,
+    TEMPLATE_CHOICES,
+    TOKENIZER_CHOICES,
+    VECTORS,
+    MergeRecipe,
+    RunOptions,
+    granularity_of,
+    recipe_and_options,
+)
 from slerpkit.recipe_file import read_recipe
 from slerpkit.schedule import parse_rule
 
@@ -98,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         "holds it (default 0.5)")  # fmt: skip
     add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
-    add("--granularity", choices=GRANULARITIES, help="what nuslerp takes as one vector (default tensor)")
+    add("--granularity", choices=VECTORS, help="what nuslerp takes as one vector (default tensor)")
     cosine = parse_within(float, sys.float_info.min, 1, "a cosine above 0, up to 1")
     norm = parse_within(float, 0, sys.float_info.max, "a norm from 0 on")
     add("--dot-threshold", type=cosine, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
@@ -107,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
     add("--tokenizer", choices=TOKENIZER_CHOICES, help="whose tokenizer the child gets; union: with the other's tokens")
     add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose it gets (default: the tokenizer's)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where the arithmetic runs (default auto)")
+    add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
     count = parse_within(int, 1, 1024, "a number of threads from 1 on")
     add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
     add("--inspect", action="store_true", help="measure how the parents differ, layer by component; write no child")
@@ -135,9 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def recipe_of(answers: Mapping[str, Any]) -> MergeRecipe:
+def recipe_of(answers: Mapping[str, Any]) -> tuple[MergeRecipe, RunOptions]:
     """The recipe that answers and flags make; what only a sweep asks for is left out."""
-    return MergeRecipe(**{name: value for name, value in answers.items() if name != "sweep_texts"})
+    return recipe_and_options({k: v for k, v in answers.items() if k not in ("sweep_texts", "recipe_file")})
 
 
 JUDGEMENT_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
@@ -150,26 +160,32 @@ CLASHING_FLAGS = {
 ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "schedule": "--t"}
 
 
-def equivalent_command(recipe: MergeRecipe, more: Sequence[str] = ()) -> str:
+def equivalent_command(
+    recipe: MergeRecipe, options: RunOptions, more: Sequence[str] = (), recipe_file: Path | None = None
+) -> str:
     """The command line that does the same without asking, ready to paste."""
-    defaults = MergeRecipe(recipe.primary, recipe.secondary, recipe.save_directory)
-    words = ["--save-dir", str(recipe.save_directory)]
-    if recipe.recipe_file is not None:
-        words += ["--recipe", str(recipe.recipe_file)]
-        defaults = dataclasses.replace(defaults, **read_recipe(recipe.recipe_file))
+    defaults = MergeRecipe(recipe.primary, recipe.secondary)
+    words = ["--save-dir", str(options.save_directory)]
+    if recipe_file is not None:
+        words += ["--recipe", str(recipe_file)]
+        defaults = read_recipe(recipe_file)
     else:
         words = ["--primary", short_name(recipe.primary), "--secondary", short_name(recipe.secondary), *words]
         for rule in () if "--sweep" in more else recipe.schedule.rules:
             values = ",".join(map(shortest_number, rule.gradient))
             words.append(f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}")
         words += ["--base", short_name(recipe.base)] if recipe.base is not None else []
-    flags = ("method", "granularity", "dtype", "dot_threshold", "epsilon", "max_shard_bytes", "tokenizer",
-             "chat_template", "device", "threads")  # fmt: skip
+    if recipe.vectors != defaults.vectors:
+        words += ["--granularity", granularity_of(recipe.vectors)]
+    usual = {**vars(defaults), **vars(RunOptions(options.save_directory))}
+    chosen = {**vars(recipe), **vars(options)}
+    flags = ("method", "dtype", "dot_threshold", "epsilon", "max_shard_bytes", "tokenizer", "chat_template", "device",
+             "threads")  # fmt: skip
     for name in flags:
-        value = getattr(recipe, name)
-        if value != getattr(defaults, name):
+        value = chosen[name]
+        if value != usual[name]:
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
             words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
-    words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if getattr(recipe, name)]
+    words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
     return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 from slerpkit.messages import format_bytes, format_count, format_names, format_seconds
 from slerpkit.parents.checkpoint import describe_checkpoint
 from slerpkit.parents.tensors import component_of, find_layer
-from slerpkit.recipe import describe_method
 from slerpkit.screen.console import NARROW_COLUMNS, displayable, fact_table, is_unicode, mark_of, panel
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from slerpkit.merge.events import MergeReport
+    from slerpkit.child.report import MergeReport
     from slerpkit.merge.plan import MergePlan
     from slerpkit.parity.report import Mismatch, ParityReport
     from slerpkit.schedule import Schedule
@@ -73,7 +72,7 @@ def stacked_mismatches(console: Console, mismatches: Iterable[Mismatch]) -> Rend
 def describe_rules(plan: MergePlan) -> str:
     """How many tensors there are, and how many fall to each rule."""
     parts = [f"{plan.count(rule)} to {rule}" for rule in ("slerp", "lerp", "copy") if plan.count(rule)]
-    return f"{sum(1 for _ in plan.jobs)} ({', '.join(parts)})"
+    return f"{sum(1 for _ in plan.tensors)} ({', '.join(parts)})"
 
 
 CURVE_LEVELS = "▁▂▃▄▅▆▇█"
@@ -105,10 +104,10 @@ def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> l
 def t_by_component(plan: MergePlan) -> list[tuple[str, str, list[float]]]:
     """(stack, component, t over its layers); a component whose tensors differ stands once for each difference."""
     by_tensor: dict[tuple[str, str], dict[int, float]] = {}
-    for job in plan.jobs:
-        if (place := find_layer(job.name)) is not None:
-            rest = job.name[len(place[0]) :].lstrip(".").partition(".")[2]
-            by_tensor.setdefault((place[0], rest), {})[place[1]] = job.t
+    for tensor in plan.tensors:
+        if (place := find_layer(tensor.name)) is not None:
+            rest = tensor.name[len(place[0]) :].lstrip(".").partition(".")[2]
+            by_tensor.setdefault((place[0], rest), {})[place[1]] = tensor.t
     groups: dict[tuple[str, str, tuple[float, ...]], list[str]] = {}
     for (stack, rest), by_layer in by_tensor.items():
         values = tuple(by_layer[layer] for layer in sorted(by_layer))
@@ -132,9 +131,9 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
         narrow = console.width < NARROW_COLUMNS or len(name) > 50
         lines.append(Text(f"{name}\n  {curve}" if narrow else f"{name:<26}  {curve}"))
     outside: dict[float, list[str]] = {}
-    for job in plan.jobs:
-        if find_layer(job.name) is None:
-            outside.setdefault(job.t, []).append(job.name)
+    for tensor in plan.tensors:
+        if find_layer(tensor.name) is None:
+            outside.setdefault(tensor.t, []).append(tensor.name)
     for t, names in outside.items():
         lines.append(Text(displayable(console, f"{t:.4g} for {format_names(names, 3)}")))
     return panel(console, Group(*lines), "t of every tensor")
@@ -147,11 +146,11 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
     speed = format_bytes(plan.read_bytes_per_second)
     donor = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
     facts = [
-        ("primary", describe_checkpoint(plan.primary)),
-        ("secondary", describe_checkpoint(plan.secondary)),
-        ("child", str(recipe.save_directory)),
-        ("blend", f"{describe_method(recipe)}, {recipe.describe_blend()}"),
-        *([("base", describe_checkpoint(plan.base))] if plan.base is not None else []),
+        ("primary", describe_checkpoint(plan.parents.primary)),
+        ("secondary", describe_checkpoint(plan.parents.secondary)),
+        ("child", str(plan.options.save_directory)),
+        ("blend", f"{recipe.describe_method()}, {recipe.describe_blend()}"),
+        *([("base", describe_checkpoint(plan.parents.base))] if plan.parents.base is not None else []),
         ("kinship", plan.kinship.describe()),
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
@@ -161,16 +160,17 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
     facts += [("mind", remark) for remark in plan.remarks]
+    facts += [("mind", plan.leftover.describe())] if plan.leftover is not None else []
     return panel(console, fact_table(console, facts), "Plan")
 
 
 def describe_outcome(report: MergeReport) -> str:
     """How many tensors were slerped, lerped and copied, and why some were not slerped."""
-    result = report.result
+    result = report.merged
     reasons: dict[str, int] = {}
     for merged in result.tensors:
-        if merged.blend.rule == "lerp" and merged.blend.reason:
-            reasons[merged.blend.reason] = reasons.get(merged.blend.reason, 0) + 1
+        if merged.weights.operation == "lerp" and merged.weights.reason:
+            reasons[merged.weights.reason] = reasons.get(merged.weights.reason, 0) + 1
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
     counts = ", ".join(f"{result.count(r)} {r}ed" for r in ("slerp", "lerp") if result.count(r))
     copied = f"{result.count('copy')} copied" if result.count("copy") else ""
@@ -182,8 +182,8 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    plan, result = report.plan, report.result
-    parameters = format_count(sum(job.element_count for job in plan.jobs))
+    plan, result = report.plan, report.merged
+    parameters = format_count(sum(tensor.element_count for tensor in plan.tensors))
     speed = format_bytes(plan.child_bytes / max(result.seconds, 1e-9))
     merging = f"{format_seconds(result.seconds)} to merge ({speed}/s)"
     facts = [
@@ -195,10 +195,13 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
         *(("resolved", f"{m.subject}: {m.consequence}") for m in plan.parity.of_severity("resolved")[:MAX_NOTICES]),
     ]
     lines: list[RenderableType] = [fact_table(console, facts), Text()]
-    lines += [Text.assemble(mark_of(console, "resolved"), " ", displayable(console, check)) for check in report.checks]
-    warnings = list(report.warnings[:MAX_NOTICES])
-    if len(report.warnings) > MAX_NOTICES:
-        warnings.append(f"and {len(report.warnings) - MAX_NOTICES} more; --json lists them all")
+    lines += [
+        Text.assemble(mark_of(console, "resolved"), " ", displayable(console, check))
+        for check in report.verified.checks
+    ]
+    warnings = list(report.verified.warnings[:MAX_NOTICES])
+    if len(report.verified.warnings) > MAX_NOTICES:
+        warnings.append(f"and {len(report.verified.warnings) - MAX_NOTICES} more; --json lists them all")
     lines += [Text.assemble(mark_of(console, "notice"), " ", displayable(console, warning)) for warning in warnings]
     if (advice := near_parallel_advice(report)) is not None:
         lines.append(Text.assemble(mark_of(console, "notice"), " ", advice))
@@ -207,8 +210,8 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
 
 def near_parallel_advice(report: MergeReport) -> str | None:
     """Plain words where most tensors were so near each other that SLERP had nothing to follow."""
-    recipe, tensors = report.plan.recipe, report.result.tensors
-    near = sum(merged.blend.reason == "parallel" for merged in tensors)
+    recipe, tensors = report.plan.recipe, report.merged.tensors
+    near = sum(merged.weights.reason == "parallel" for merged in tensors)
     if recipe.base is not None or 2 * near < len(tensors):
         return None
     return (
@@ -221,7 +224,7 @@ def near_parallel_advice(report: MergeReport) -> str | None:
 def next_commands(report: MergeReport) -> list[str]:
     """Commands to try the child with, ready to paste."""
     child = repr(str(report.child))
-    if report.plan.tokenizer_role and report.plan.primary.architecture.endswith("ForCausalLM"):
+    if report.plan.tokenizer_role and report.plan.parents.primary.architecture.endswith("ForCausalLM"):
         speak = f"pipeline('text-generation', {child})('Once upon a time', max_new_tokens=40)"
         code = f"from transformers import pipeline; print({speak}[0]['generated_text'])"
     else:

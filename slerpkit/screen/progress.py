@@ -8,17 +8,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.merge.events import (
-    BytesMerged,
-    DeviceChosen,
-    MergedTensor,
-    MergeResumed,
     Noted,
-    PlanReady,
-    Verification,
     WorkAdvanced,
     WorkBegan,
     WorkEnded,
 )
+from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import format_bytes
 from slerpkit.parents.tensors import find_layer
 from slerpkit.screen.console import displayable, is_unicode
@@ -46,9 +41,9 @@ class LayerStrip:
 
     def add(self, event: MergedTensor) -> None:
         """Takes a finished tensor's angle."""
-        place = find_layer(event.job.name)
-        if place is not None and place[0] == self.stack and event.blend.angle_degrees is not None:
-            self.angles.setdefault(place[1], []).append(event.blend.angle_degrees)
+        place = find_layer(event.tensor.name)
+        if place is not None and place[0] == self.stack and event.weights.angle_degrees is not None:
+            self.angles.setdefault(place[1], []).append(event.weights.angle_degrees)
 
     def render(self, console: Console) -> Text:
         """The strip, in as many cells as there is room for; where there is no Unicode, an angle's tens."""
@@ -95,25 +90,24 @@ class MergeView:
         """Takes any event; those that mean nothing to the eye are let pass."""
         if self.quiet:
             return
-        if isinstance(event, PlanReady):
-            self.total_bytes = event.plan.child_bytes
-            self.strip = LayerStrip(job.name for job in event.plan.jobs)
-        elif isinstance(event, MergeResumed) and event.kept:
-            self.console.print(f"Carrying on: {event.kept} of {event.total} files stand already.", highlight=False)
-        elif isinstance(event, DeviceChosen):
-            self.start(event)
-        elif isinstance(event, BytesMerged):
-            self.advance(event.byte_count)
+        if isinstance(event, WorkBegan):
+            if event.in_bytes:
+                self.total_bytes = event.total
+                self.strip = LayerStrip(event.tensors)
+                self.start()
+            else:
+                self.begin_work(event)
+        elif isinstance(event, WorkAdvanced):
+            if self.work is None:
+                self.advance(event.amount)
+            else:
+                self.advance_work(event.amount)
         elif isinstance(event, MergedTensor):
             self.line = describe_tensor(event)
             self.strip.add(event)
-        elif isinstance(event, WorkBegan):
-            self.begin_work(event)
-        elif isinstance(event, WorkAdvanced):
-            self.advance_work(event.amount)
         elif isinstance(event, Noted):
             self.console.print(displayable(self.console, event.text), style="dim", highlight=False, markup=False)
-        elif isinstance(event, (Verification, WorkEnded)):
+        elif isinstance(event, WorkEnded):
             self.stop()
 
     def begin_work(self, event: WorkBegan) -> None:
@@ -143,8 +137,8 @@ class MergeView:
         if self.work is not None:
             self.work.advance(self.work_task, amount)
 
-    def start(self, event: DeviceChosen) -> None:
-        self.console.print(f"Merging on {event.device}: {event.reason}.", style="dim", highlight=False, markup=False)
+    def start(self) -> None:
+        self.work = None
         if not self.console.is_terminal:
             return
         from rich.live import Live
@@ -195,7 +189,7 @@ class MergeView:
 
 def describe_tensor(event: MergedTensor) -> str:
     """One line for the tensor at hand: its name, rule and angle."""
-    blend = event.blend
-    angle = f", {blend.angle_degrees:.2f}°" if blend.angle_degrees is not None else ""
-    reason = f" ({blend.reason})" if blend.reason else ""
-    return f"{event.job.name}  {blend.rule}{reason}{angle}"
+    weights = event.weights
+    angle = f", {weights.angle_degrees:.2f}°" if weights.angle_degrees is not None else ""
+    reason = f" ({weights.reason})" if weights.reason else ""
+    return f"{event.tensor.name}  {weights.operation}{reason}{angle}"

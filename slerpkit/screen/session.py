@@ -25,14 +25,12 @@ from slerpkit.evaluation.sweep import MAX_TRIALS, Objective, find_t, forget_swee
 from slerpkit.evaluation.taste import taste
 from slerpkit.files import is_inside, write_text
 from slerpkit.merge.difference_map import map_of_merge, save_map
-from slerpkit.merge.events import ChildPublished, MergeStopped, Noted, ParityChecked, PlanReady
-from slerpkit.merge.journal import GIVES_WAY
-from slerpkit.merge.plan import plan_as_dict
+from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
 from slerpkit.merge.save_directory import check_save_directory
 from slerpkit.merge.stream import measure_differences
 from slerpkit.messages import SlerpMergeError, format_names, printable
 from slerpkit.parents.checkpoint import open_checkpoint
-from slerpkit.recipe import RECIPE_FIELDS, MergeRecipe, vectors_of
+from slerpkit.recipe import OPTION_FIELDS, RECIPE_FIELDS, VECTORS, MergeRecipe, RunOptions
 from slerpkit.recipe_file import RECIPE_NAME, read_recipe, recipe_text
 from slerpkit.schedule import Schedule, order_rules
 from slerpkit.screen.console import mark_of, render_error
@@ -48,8 +46,9 @@ from slerpkit.story import execute_merge, inspect_parents, prepare_merge
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from slerpkit.child.report import MergeReport
     from slerpkit.merge.difference_map import DifferenceMap
-    from slerpkit.merge.events import Event, MergeReport, Observer
+    from slerpkit.merge.events import Event, Observer
     from slerpkit.merge.plan import MergePlan
     from slerpkit.parents.checkpoint import Checkpoint
 
@@ -75,6 +74,7 @@ class CommandLine:
         self.view = MergeView(self.console, quiet=arguments.quiet or arguments.json)
         self.memory = History()
         self.wizard = Wizard(self.console, self.memory, load_in_background)
+        self.recipe_file = arguments.recipe
         self.wrote = NOTHING_WRITTEN
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
@@ -119,7 +119,7 @@ class CommandLine:
             else:
                 if self.arguments.dry_run:
                     if self.arguments.json:
-                        print(json.dumps(plan_as_dict(plan)))
+                        print(json.dumps(plan.as_dict()))
                     return EXIT_DONE
                 plan = self.offer_template(plan)
                 self.announce_sweep(self.yardstick(answers))
@@ -136,9 +136,10 @@ class CommandLine:
 
     def prepare(self, answers: Mapping[str, Any]) -> MergePlan:
         """The plan that answers and flags make. Raises SlerpMergeError where it, or what is to follow it, cannot be."""
-        plan = prepare_merge(recipe_of(answers), self.observe)
-        self.check_judgement((plan.primary, plan.secondary), answers)
-        self.check_maps([plan.primary, plan.secondary, plan.base], [plan.recipe.save_directory])
+        plan = prepare_merge(*recipe_of(answers))
+        self.show_plan(plan)
+        self.check_judgement((plan.parents.primary, plan.parents.secondary), answers)
+        self.check_maps(plan.parents.by_role.values(), [plan.options.save_directory])
         return plan
 
     def announce_sweep(self, yardstick: Objective | None) -> None:
@@ -158,23 +159,27 @@ class CommandLine:
         self.save_recipe(plan)
         if yardstick is not None:
             self.show("It has t = 0.5, where a search begins. The command that searches:")
-            self.show_command(plan.recipe, yardstick)
+            self.show_command(plan.recipe, plan.options, yardstick)
         return EXIT_DONE
 
     def preset(self) -> dict[str, Any]:
         """The fields of MergeRecipe that flags and a recipe file give. A flag goes before the file."""
-        given = {name: value for name in RECIPE_FIELDS if (value := getattr(self.arguments, name, None)) is not None}
+        names = RECIPE_FIELDS + OPTION_FIELDS
+        given = {name: value for name in names if (value := getattr(self.arguments, name, None)) is not None}
+        if self.arguments.granularity is not None:
+            given["vectors"] = VECTORS[self.arguments.granularity]
         if self.arguments.rules:
             given["schedule"] = order_rules(self.arguments.rules)
         if self.arguments.sweep:
             given["schedule"] = Schedule.constant(0.5)  # where it begins
         if self.arguments.recipe is None:
             return given
-        decided = ("primary", "secondary", "base", "schedule", "method", "granularity")
+        decided = ("primary", "secondary", "base", "schedule", "method", "vectors")
         if clashing := [name for name in decided if name in given]:
-            flags = ", ".join("--t" if name == "schedule" else f"--{name}" for name in clashing)
+            words = {"schedule": "t", "vectors": "granularity"}
+            flags = ", ".join(f"--{words.get(name, name)}" for name in clashing)
             raise SlerpMergeError(f"The recipe already says what {flags} would.", "Leave out the one or the other.")
-        return {**read_recipe(self.arguments.recipe), **given}
+        return {**vars(read_recipe(self.arguments.recipe)), **given, "recipe_file": self.arguments.recipe}
 
     def lacks_answers(self, preset: Mapping[str, Any]) -> bool:
         """Whether answers are missing that nobody is there to give; says whose flags would give them."""
@@ -203,7 +208,7 @@ class CommandLine:
         """What to do with a plan: "start", "leave", "change" an answer, or "save" a recipe."""
         if plan.kinship.warning:
             self.show(f"[yellow]{plan.kinship.warning}[/]")
-        loses = any(remark.startswith(GIVES_WAY) for remark in plan.remarks) and not plan.recipe.restart
+        loses = plan.leftover is not None and plan.leftover.reason != ""
         if loses and not self.arguments.yes:
             self.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
         if self.arguments.yes:
@@ -213,18 +218,24 @@ class CommandLine:
             if decision != "inspect":
                 return decision
             with self.view:
-                found = measure_differences(plan.parity.pairs, plan.recipe, self.observe)
+                found = measure_differences(plan.parity.pairs, plan.recipe, plan.options, self.observe)
             self.show(render_map(self.console, found))
 
     def save_recipe(self, plan: MergePlan) -> None:
         """Writes the merge as a recipe, and says how to make the child of it."""
         path = self.wizard.ask_recipe_file().resolve()
-        write_text(path, recipe_text(plan.recipe, plan.parents, path.parent))
+        write_text(path, recipe_text(plan.recipe, plan.parents.by_role, path.parent))
         self.wrote = f"The recipe stands in {path}."
         self.show(self.wrote)
-        self.show_command(dataclasses.replace(plan.recipe, recipe_file=path))
+        self.show_command(plan.recipe, plan.options, recipe_file=path)
 
-    def show_command(self, recipe: MergeRecipe, yardstick: Objective | None = None) -> None:
+    def show_command(
+        self,
+        recipe: MergeRecipe,
+        options: RunOptions,
+        yardstick: Objective | None = None,
+        recipe_file: Path | None = None,
+    ) -> None:
         """The command for scripts that does what was answered."""
         more = ["--verify", self.arguments.verify] if self.arguments.verify else []
         more += ["--sweep"] if yardstick is not None else []
@@ -234,13 +245,17 @@ class CommandLine:
         more += ["--score", self.arguments.tasks] if self.arguments.tasks else []
         more += ["--include-path", str(self.arguments.include_path)] if self.arguments.include_path else []
         self.console.print("The same without questions:", style="dim")
-        self.console.print(printable(equivalent_command(recipe, more)), soft_wrap=True, markup=False)
+        self.console.print(
+            printable(equivalent_command(recipe, options, more, recipe_file or self.recipe_file)),
+            soft_wrap=True,
+            markup=False,
+        )
 
     def merge(self, plan: MergePlan, yardstick: Objective | None = None) -> int:
         if self.interactive and not self.arguments.yes:
-            self.show_command(plan.recipe, yardstick)
+            self.show_command(plan.recipe, plan.options, yardstick)
         if self.interactive:
-            self.memory.remember(plan.recipe, self.wizard.blend_text)
+            self.memory.remember(plan.recipe, plan.options, self.wizard.blend_text)
         sweep = None
         if yardstick is not None:
             plan, sweep = self.sweep(plan, yardstick)
@@ -255,12 +270,12 @@ class CommandLine:
         if sweep is not None:
             found |= self.keep(report.child, {"sweep": sweep})
             if self.deferred_error is None:
-                forget_sweep(plan.recipe.save_directory)
+                forget_sweep(plan.options.save_directory)
         for path in self.arguments.maps:
-            self.save_map(map_of_merge(report.result, vectors_of(plan.recipe)), path)
+            self.save_map(map_of_merge(report.merged, plan.recipe.compared_vectors), path)
         report = self.verify_fully(report)
-        parents = ("primary", plan.primary.folder), ("secondary", plan.secondary.folder)
-        lineup = ComparedModels((*parents, ("child", report.child)), plan.recipe.device)
+        parents = ("primary", plan.parents.primary.folder), ("secondary", plan.parents.secondary.folder)
+        lineup = ComparedModels((*parents, ("child", report.child)), plan.options.device)
         found |= self.judge(lineup, judged_by_sweep=sweep is not None)
         if self.interactive and not self.arguments.yes and self.can_speak(plan):
             self.judge_as_asked(lineup)
@@ -332,7 +347,7 @@ class CommandLine:
     def can_speak(plan: MergePlan) -> bool:
         """Whether it is worth offering a taste, by what the config calls itself; transformers need not load for it."""
         kinds = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-        return plan.tokenizer_role is not None and plan.primary.architecture.endswith(kinds)
+        return plan.tokenizer_role is not None and plan.parents.primary.architecture.endswith(kinds)
 
     def sweep(self, plan: MergePlan, yardstick: Objective) -> tuple[MergePlan, dict[str, Any]]:
         """(the plan for the best t, what the sweep found)."""
@@ -346,7 +361,7 @@ class CommandLine:
             entry = find_t(plan, yardstick, observe)
         self.show(render_sweep(self.console, entry))
         schedule = Schedule.constant(entry["best_t"])
-        return prepare_merge(dataclasses.replace(plan.recipe, schedule=schedule), self.view.observe), entry
+        return prepare_merge(dataclasses.replace(plan.recipe, schedule=schedule), plan.options), entry
 
     def judge(self, lineup: ComparedModels, judged_by_sweep: bool = False) -> dict[str, Any]:
         """What flags ask of parents and child; it joins the child's report and card."""
@@ -397,8 +412,8 @@ class CommandLine:
         if not (child / RECIPE_NAME).is_file():
             what = f"{child} has no {RECIPE_NAME}, so its parents are not known."
             raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
-        fields = read_recipe(child / RECIPE_NAME)
-        parents = ("primary", fields["primary"]), ("secondary", fields["secondary"])
+        recipe = read_recipe(child / RECIPE_NAME)
+        parents = ("primary", recipe.primary), ("secondary", recipe.secondary)
         self.check_judgement([open_checkpoint(folder) for _, folder in parents], {})
         found = self.judge(ComparedModels((*parents, ("child", child)), self.arguments.device or "auto"))
         if self.arguments.json:
@@ -417,7 +432,7 @@ class CommandLine:
         self.check_maps([], folders)
         wait_for_torch()
         with self.view:
-            found = inspect_parents(recipe_of(answers), self.observe)
+            found = inspect_parents(*recipe_of(answers), self.observe)
         self.show(render_map(self.console, found))
         for path in self.arguments.maps:
             self.save_map(found, path)
@@ -437,21 +452,21 @@ class CommandLine:
             return plan
         if not self.wizard.confirm(f"The child has no chat template; take the {role}'s?", default=True):
             return plan
-        return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, chat_template=role))
+        return prepare_merge(dataclasses.replace(plan.recipe, chat_template=role), plan.options)
 
     def observe(self, event: Event) -> None:
-        if isinstance(event, ParityChecked) and not event.report.of_severity("blocking"):
-            self.show(render_parity(self.console, event.report))
-        elif isinstance(event, MergeStopped):
+        if isinstance(event, MergeStopped):
             files = f"{event.kept} of {event.total} weight files are finished and kept"
             self.wrote = f"{files}; the same command carries on."
         elif isinstance(event, ChildPublished):
             self.wrote = f"The child stands in {event.child}."
-        elif isinstance(event, PlanReady):
-            self.show(render_plan(self.console, event.plan))
-            if self.arguments.dry_run or len({job.t for job in event.plan.jobs}) > 1:
-                self.show(render_curves(self.console, event.plan))
         self.view.observe(event)
+
+    def show_plan(self, plan: MergePlan) -> None:
+        self.show(render_parity(self.console, plan.parity))
+        self.show(render_plan(self.console, plan))
+        if self.arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
+            self.show(render_curves(self.console, plan))
 
     def verify_fully(self, report: MergeReport) -> MergeReport:
         """--verify full, or the wizard's offer of it."""
@@ -463,18 +478,22 @@ class CommandLine:
         checks = verify_with_transformers(report.child)
         for check in checks:
             self.show(f"{mark_of(self.console, 'resolved')} {check}")
-        return dataclasses.replace(report, checks=report.checks + checks)
+        verified = dataclasses.replace(report.verified, checks=report.verified.checks + checks)
+        content = {**report.content, "checks": [*report.content["checks"], *checks]}
+        return dataclasses.replace(report, verified=verified, content=content)
 
     def run_demo(self) -> int:
         folder = self.arguments.save_directory or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
         check_save_directory(folder / "demo-child", (), overwrite=True)
         self.show("Teaching two tiny models, one to sail and one to garden (some seconds) ...")
         primary, secondary = make_demo_parents(folder)
-        recipe = MergeRecipe(primary, secondary, folder / "demo-child", overwrite=True)
+        recipe, options = MergeRecipe(primary, secondary), RunOptions(folder / "demo-child", overwrite=True)
         self.arguments.yes = True
         self.arguments.verify = "full"
-        status = self.merge(prepare_merge(recipe, self.observe))
-        for name in (primary, secondary, recipe.save_directory):
+        plan = prepare_merge(recipe, options)
+        self.show_plan(plan)
+        status = self.merge(plan)
+        for name in (primary, secondary, options.save_directory):
             self.show(f"[bold]{name.name}[/]: {generate_text(name, DEMO_PROMPT)}")
         return status
 

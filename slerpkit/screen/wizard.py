@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
     from rich.console import Console
 
+    from slerpkit.recipe import MergeRecipe
     from slerpkit.screen.finder import History
 
 OTHER_BLENDS = (
@@ -52,15 +53,15 @@ def answer_check(check: Callable[[Any], object]) -> Callable[[Any], bool | str]:
     return validate
 
 
-def check_recipe_parents(fields: dict[str, Any], parents: tuple[Path, Path]) -> dict[str, Any]:
+def check_recipe_parents(recipe: MergeRecipe, parents: tuple[Path, Path]) -> dict[str, Any]:
     """A recipe's fields, where it merges the parents that were answered. Raises SlerpMergeError where it does not."""
-    named = fields["primary"], fields["secondary"]
+    named = recipe.primary, recipe.secondary
     if [folder.resolve() for folder in named] != [folder.resolve() for folder in parents]:
         raise SlerpMergeError(
             f"The recipe has {named[0]} at t = 0 and {named[1]} at t = 1, not the models you gave.",
             "Run it as it is with --recipe, or answer with another blend.",
         )
-    return fields
+    return dict(vars(recipe))
 
 
 HELP = {
@@ -193,7 +194,10 @@ class Wizard:
         parents = answers["primary"], answers["secondary"]
         needed, free = open_checkpoint(parents[0]).byte_count, shutil.disk_usage(existing_folder(Path())).free
         self.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
-        self.proposed = proposed_save_directory(*parents, answers)
+        blend = [answers.get("method", "slerp")]
+        if (schedule := answers.get("schedule")) is not None and len(list(schedule.values())) == 1:
+            blend.append(f"{next(schedule.values()):g}")
+        self.proposed = proposed_save_directory(*parents, blend)
         proposed = default or self.proposed
         while True:
             folder = self.ask_folder(
@@ -229,7 +233,8 @@ class Wizard:
             if len(text) > 1 and FIND_BLEND.startswith(text.lower()):
                 return FIND_BLEND, {}
             if text.strip("'\"").lower().endswith((".yaml", ".yml")):
-                return text, check_recipe_parents(read_recipe(clean_path(text)), parents)
+                path = clean_path(text)
+                return text, {**check_recipe_parents(read_recipe(path), parents), "recipe_file": path}
             return text, {"schedule": parse_blend(text)}
 
         while True:
@@ -399,7 +404,7 @@ BLEND_FIELDS = (
     "slices",
     "base",
     "method",
-    "granularity",
+    "vectors",
     "recipe_file",
     "cast_dtype",
     "sweep_texts",
