@@ -565,7 +565,7 @@ def test_a_killed_merge_leaves_nothing_under_the_asked_name_and_the_next_succeed
     report = merge(primary, secondary, child, 0.3)
     assert names(child.parent) == ["child"]
     assert names(child) == PLAIN_CHILD
-    assert report.warnings == ()
+    assert report.verified.warnings == ()
 
 
 def test_a_child_that_fails_its_check_is_of_no_use_to_the_next_run(tmp_path):

@@ -226,7 +226,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_right_child(report: MergeReport, t: float) -> int:
     """What the parents' own libraries read makes every tensor of the child; returns how many were held against it."""
-    left, right = weights_of(report.plan.primary.folder), weights_of(report.plan.secondary.folder)
+    left, right = weights_of(report.plan.parents.primary.folder), weights_of(report.plan.parents.secondary.folder)
     merged, checked = load_tensors(report.child), 0
     assert merged.keys() <= left.keys()
     follows = report.plan.parity.vocabulary.tensors[0] if report.plan.parity.vocabulary.row_map else ()

@@ -71,7 +71,7 @@ def merge_tensors(
 
 
 def blend_of(report: MergeReport, name: str) -> TensorWeights:
-    return next(merged.blend for merged in report.result.tensors if merged.tensor.name == name)
+    return next(merged.weights for merged in report.merged.tensors if merged.tensor.name == name)
 
 
 def distance(found: torch.Tensor, v0: torch.Tensor, v1: torch.Tensor, exact: torch.Tensor) -> float:
@@ -125,7 +125,7 @@ def test_every_tensor_is_the_reference_rounded_once(tmp_path, parents, dtype, me
     child = load_tensors(report.child)
     assert {tensor.dtype for tensor in child.values()} == {dtype}
     assert_right(child, load_tensors(primary), load_tensors(secondary), t, method)
-    assert report.warnings == ()
+    assert report.verified.warnings == ()
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16), (F16, BF16), (BF16, F64), (F64, F32)], ids=str)
@@ -213,7 +213,7 @@ def test_the_ends_of_t_are_the_parents_bit_for_bit(tmp_path, parents, dtype, t, 
     parents.watch(tmp_path / "primary", tmp_path / "secondary")
     report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child", t)
     assert_same_bits(load_tensors(report.child), load_tensors(tmp_path / source))
-    assert {merged.blend.rule for merged in report.result.tensors} == {"copy"}
+    assert {merged.weights.operation for merged in report.merged.tensors} == {"copy"}
 
 
 def test_t_of_one_casts_the_secondary_to_the_primarys_dtype(tmp_path):
@@ -376,7 +376,7 @@ def test_equal_integers_are_copied_in_silence(tmp_path, t):
     copies = {name: tensor.clone() for name, tensor in numbers.items()}
     child, report = merge_tensors(tmp_path, numbers, copies, t=t, dtype="float16")
     assert_same_bits({name: child[name] for name in numbers}, numbers)
-    assert report.warnings == ()
+    assert report.verified.warnings == ()
 
 
 @pytest.mark.parametrize("t", [0.3, 1.0])
@@ -385,7 +385,7 @@ def test_integers_that_differ_are_the_primarys_and_named(tmp_path, t):
     right[299] = 7
     child, report = merge_tensors(tmp_path, {"x": left, "y": left + 1}, {"x": right, "y": left + 1}, t=t)
     assert torch.equal(child["x"], left)
-    (warning,) = report.warnings
+    (warning,) = report.verified.warnings
     assert warning.startswith("x: ")
     assert "int64" in warning
 
@@ -396,7 +396,7 @@ def test_a_value_that_is_not_finite_is_counted_and_named(tmp_path, value, t):
     left, right = (torch.randn(2, 50, generator=torch.Generator().manual_seed(7))).unbind()
     left[3] = left[40] = value
     child, report = merge_tensors(tmp_path, {"x": left}, {"x": right}, t=t)
-    (warning,) = report.warnings
+    (warning,) = report.verified.warnings
     assert warning.startswith("x: 2 values")
     others = torch.isfinite(left)
     assert not torch.isfinite(child["x"][~others]).any()
@@ -408,7 +408,7 @@ def test_values_too_large_for_float16_are_named(tmp_path):
     for t, count in ((0.5, 2), (0.0, 1)):
         child, report = merge_tensors(tmp_path / str(t), {"x": left}, {"x": right}, t=t, dtype="float16")
         assert int(torch.isinf(child["x"]).sum()) == count
-        assert [warning[:12] for warning in report.warnings] == [f"x: {count} values "]
+        assert [warning[:12] for warning in report.verified.warnings] == [f"x: {count} values "]
 
 
 @pytest.mark.parametrize("method", ["slerp", "slerp-norm"])
@@ -417,7 +417,7 @@ def test_values_whose_squares_overflow_still_merge_right(tmp_path, dtype, method
     left, right = (1e30 * torch.randn(2, 500, generator=torch.Generator().manual_seed(8))).to(dtype).unbind()
     child, report = merge_tensors(tmp_path, {"x": left}, {"x": right}, t=0.3, method=method)
     assert blend_of(report, "x").rule == "slerp"
-    assert report.warnings == ()
+    assert report.verified.warnings == ()
     assert_right({"x": child["x"]}, {"x": left}, {"x": right}, 0.3, method)
 
 
@@ -522,7 +522,7 @@ def test_files_hold_the_layers_in_their_order(tmp_path):
     )
     report = merge(primary, secondary, tmp_path / "child", max_shard_bytes=4000)
     numbers = [
-        int(merged.tensor.name.split(".")[2]) for merged in report.result.tensors if ".layers." in merged.tensor.name
+        int(merged.tensor.name.split(".")[2]) for merged in report.merged.tensors if ".layers." in merged.tensor.name
     ]
     assert numbers == sorted(numbers)
     assert len(set(numbers)) == layers
@@ -554,7 +554,7 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     assert [event.role for event in events[:2]] == ["primary", "secondary"]
 
     merged = [event for event in events if isinstance(event, MergedTensor)]
-    assert tuple(merged) == report.result.tensors
+    assert tuple(merged) == report.merged.tensors
     planned = [tensor for shard in report.plan.shards for tensor in shard.tensors]
     assert [event.tensor for event in merged] == planned
     assert len(planned) == len(llama_tensors(1)) == 3 + 9 * LAYERS
@@ -562,8 +562,8 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     for event in merged:
         flat = (side[event.tensor.name].double().flatten() for side in (left, right))
         cosine = torch.cosine_similarity(*flat, dim=0)
-        assert event.blend.rule == "slerp"
-        assert event.blend.angle_degrees == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-3)
+        assert event.weights.operation == "slerp"
+        assert event.weights.angle_degrees == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-3)
         assert 0 < event.seconds < 60
         assert event.non_finite == 0
 
@@ -594,7 +594,7 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
     schedule = Schedule((ScheduleRule((1.0,), "mlp"), ScheduleRule((0.25, 0.75))))
     report = merge(*make_pair(tmp_path), tmp_path / "child", schedule=schedule)
     left, right, child = (load_tensors(tmp_path / name) for name in ("primary", "secondary", "child"))
-    assert {m.tensor.name for m in report.result.tensors if m.tensor.t == 1.0} == {
+    assert {m.tensor.name for m in report.merged.tensors if m.tensor.t == 1.0} == {
         name for name in left if "mlp" in name
     }
     for name in child:

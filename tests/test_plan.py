@@ -86,8 +86,8 @@ def test_weights_get_the_method_and_both_parents(pair, method):
     plan = planned(pair, method=method, schedule=Schedule.constant(0.3))
     assert {tensor.name for tensor in plan.tensors} == set(llama_tensors(1))
     for tensor in plan.tensors:
-        assert (tensor.rule, tensor.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
-        assert tensor.sources == (plan.primary.tensors[tensor.name], plan.secondary.tensors[tensor.name])
+        assert (tensor.operation, tensor.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
+        assert tensor.sources == (plan.parents.primary.tensors[tensor.name], plan.parents.secondary.tensors[tensor.name])
     assert plan.count("slerp") + plan.count("lerp") == len(llama_tensors(1))
 
 
@@ -95,7 +95,7 @@ def test_weights_get_the_method_and_both_parents(pair, method):
 def test_at_its_ends_a_blend_is_a_copy_of_one_parent(pair, t, parent):
     plan = planned(pair, schedule=Schedule.constant(t))
     for tensor in plan.tensors:
-        assert (tensor.rule, tensor.t) == ("copy", t)
+        assert (tensor.operation, tensor.t) == ("copy", t)
         assert tensor.sources == (getattr(plan, parent).tensors[tensor.name],)
 
 
@@ -121,14 +121,14 @@ def test_numbers_are_lerped_and_whole_numbers_copied(tmp_path):
     tensors = jobs_by_name(plan)
     assert {name: tensors[name].rule for name in numbers} == {"scale": "lerp", "ids": "copy", "mask": "copy"}
     for name in ("ids", "mask"):
-        assert tensors[name].sources[0] == plan.primary.tensors[name]
+        assert tensors[name].sources[0] == plan.parents.primary.tensors[name]
         assert tensors[name].t == 0
 
 
 def test_whole_numbers_come_from_the_primary_even_where_t_is_one(tmp_path):
     make_both(tmp_path, {"ids": torch.arange(3)}, {"ids": torch.arange(3)})
     plan = planned(tmp_path, schedule=Schedule.constant(1.0))
-    assert jobs_by_name(plan)["ids"].sources[0] == plan.primary.tensors["ids"]
+    assert jobs_by_name(plan)["ids"].sources[0] == plan.parents.primary.tensors["ids"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
@@ -144,7 +144,7 @@ def test_a_buffer_of_one_side_is_kept_from_the_primary_and_dropped_from_the_seco
     make_both(tmp_path, {name: torch.ones(4)}, {})
     plan = planned(tmp_path)
     tensor = jobs_by_name(plan)[name]
-    assert (tensor.rule, tensor.sources) == ("copy", (plan.primary.tensors[name],))
+    assert (tensor.operation, tensor.sources) == ("copy", (plan.parents.primary.tensors[name],))
     swapped = planned(tmp_path, primary=tmp_path / "secondary", secondary=tmp_path / "primary")
     assert name not in jobs_by_name(swapped)
 
@@ -155,8 +155,8 @@ def test_a_tied_head_is_blended_with_the_embedding_that_serves_as_head(tmp_path)
     del tied["lm_head.weight"]
     make_checkpoint(tmp_path / "secondary", tied, {**LLAMA_CONFIG, "tie_word_embeddings": True})
     plan = planned(tmp_path)
-    embedding = plan.secondary.tensors["model.embed_tokens.weight"]
-    assert jobs_by_name(plan)["lm_head.weight"].sources == (plan.primary.tensors["lm_head.weight"], embedding)
+    embedding = plan.parents.secondary.tensors["model.embed_tokens.weight"]
+    assert jobs_by_name(plan)["lm_head.weight"].sources == (plan.parents.primary.tensors["lm_head.weight"], embedding)
 
 
 def test_a_tensor_that_no_filter_matches_stops_the_plan(pair):
@@ -567,7 +567,7 @@ def test_the_plan_names_the_donor(tmp_path):
     add_tokenizer(secondary)
     plan = planned(tmp_path)
     assert plan.tokenizer_role == "secondary"
-    assert plan.parents[plan.tokenizer_role] == plan.secondary
+    assert plan.parents[plan.tokenizer_role] == plan.parents.secondary
     assert planned(tmp_path, primary=secondary, secondary=primary).tokenizer_role == "primary"
 
 
@@ -579,7 +579,7 @@ def test_events_come_in_the_order_of_the_story(pair):
     plan = prepare_merge(recipe_in(pair), events.append)
     assert [type(event) for event in events] == [ParentOpened, ParentOpened, ParityChecked, PlanReady]
     assert [event.role for event in events[:2]] == ["primary", "secondary"]
-    assert events[1].checkpoint == plan.secondary
+    assert events[1].checkpoint == plan.parents.secondary
     assert events[2].report == plan.parity
     assert events[3].plan == plan
 

@@ -728,7 +728,7 @@ def test_task_vectors_are_blended_and_added_to_the_base(method: str, granularity
             exact = base_tensor + reference_slerp(v0 - base_tensor, v1 - base_tensor, 0.3, method)
         assert units(found, exact, parts) <= WITH_BASE, name
     if method == "slerp":
-        assert {merged.blend.rule for merged in report.result.tensors} == {"slerp"}
+        assert {merged.weights.operation for merged in report.merged.tensors} == {"slerp"}
 
 
 @pytest.mark.parametrize(("t", "side"), [(0.0, "primary"), (1.0, "secondary")])

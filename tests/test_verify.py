@@ -184,9 +184,9 @@ def test_a_good_child_passes_and_says_what_was_looked_at(tmp_path):
     events = []
     report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child", observe=events.append)
     (verified,) = (event for event in events if isinstance(event, Verification))
-    assert (verified.checks, verified.warnings) == (report.checks, report.warnings)
-    assert report.warnings == ()
-    text = "\n".join(report.checks)
+    assert (verified.checks, verified.warnings) == (report.verified.checks, report.verified.warnings)
+    assert report.verified.warnings == ()
+    text = "\n".join(report.verified.checks)
     assert "21 tensors stand under the primary's names and shapes" in text
     assert "21 in part from the parents, all equal" in text
     assert "no infinite value and none that is not a number" in text
@@ -197,7 +197,7 @@ def test_a_tokenizer_longer_than_the_embedding_is_told(tmp_path):
     for folder in make_pair(tmp_path):
         add_tokenizer(folder, VOCABULARY + 5)
     report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child")
-    (warning,) = report.warnings
+    (warning,) = report.verified.warnings
     assert f"id {VOCABULARY + 4}" in warning
     assert f"only {VOCABULARY} rows" in warning
 

@@ -75,7 +75,7 @@ def rows_by_token(folder: Path) -> dict[str, int]:
 def assert_rows_follow_tokens(report: MergeReport, donor: str, t: float, method: str = "slerp") -> None:
     """Each token that both parents know has the blend of its two rows, every other the bits that it had."""
     plan = report.plan
-    folders = {"primary": plan.primary.folder, "secondary": plan.secondary.folder}
+    folders = {"primary": plan.parents.primary.folder, "secondary": plan.parents.secondary.folder}
     other = {"primary": "secondary", "secondary": "primary"}[donor]
     tokens = {role: rows_by_token(folder) for role, folder in folders.items()}
     known = rows_by_token(report.child)
@@ -114,7 +114,7 @@ def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_pat
     (line,) = (m for m in report.plan.parity.mismatches if m.subject == "vocabulary")
     assert (line.severity, line.primary, line.secondary) == ("resolved", "40 rows, 40 tokens", "80 rows, 80 tokens")
     assert "20 in place, 20 moved" in line.consequence
-    assert report.warnings == ()
+    assert report.verified.warnings == ()
 
 
 @pytest.mark.parametrize("shuffled", [0, 1])
