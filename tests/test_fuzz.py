@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from slerpkit.merge.events import MergeReport
+from slerpkit.child.report import MergeReport
 from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import MergeRecipe
 from slerpkit.schedule import Schedule

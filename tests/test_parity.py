@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity
 from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.recipe import MergeRecipe
 from tests.builders import (
     HIDDEN,
     LLAMA_CONFIG,
@@ -31,7 +32,8 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def parity_of(primary: Path, secondary: Path, dtype: str = "auto") -> ParityReport:
-    return check_parity(open_checkpoint(primary), open_checkpoint(secondary), dtype)
+    recipe = MergeRecipe(primary, secondary, dtype=dtype)
+    return check_parity(open_parents(recipe), recipe)
 
 
 def compare_configs(folder: Path, left: Mapping[str, Any], right: Mapping[str, Any]) -> ParityReport:

@@ -14,10 +14,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slerpkit.child.report import MergeReport
 from slerpkit.demo import generate_text, make_demo_parents
-from slerpkit.merge.events import MergeReport
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.checkpoint import open_parents
 from slerpkit.parity.check import check_parity
 from slerpkit.parity.report import RowMap
 from slerpkit.recipe import MergeRecipe
@@ -598,7 +598,8 @@ def test_a_template_in_a_file_of_the_processors_is_seen(tmp_path):
     for folder in (primary, secondary):
         write_tokenizer(folder, [f"w{n}" for n in range(48)])
     (secondary / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    assert check_parity(open_checkpoint(primary), open_checkpoint(secondary)).offered_template == "secondary"
+    recipe = MergeRecipe(primary, secondary)
+    assert check_parity(open_parents(recipe), recipe).offered_template == "secondary"
 
 
 # ── A child that speaks ─────────────────────────────────────────────────────────────────────────
