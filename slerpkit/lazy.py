@@ -1,7 +1,12 @@
-"""torch, numpy, transformers: loaded when an attribute is first asked for."""
+"""Heavy libraries, each loaded when an attribute of it is first asked for.
+
+Modules import the names from here at their top (`from slerpkit.lazy import torch`), so that importing them loads none:
+`--help` and the first prompt wait for no library that they do not need. What a library is used for is not known here.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +18,30 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        value = getattr(importlib.import_module(self._name), attribute)
+        module = importlib.import_module(self._name)
+        if not hasattr(module, attribute):  # a module inside it, perhaps, that it does not load by itself
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(f"{self._name}.{attribute}")
+        value = getattr(module, attribute)
         setattr(self, attribute, value)  # asked once; the next time it is simply there
         return value
 
 
 if TYPE_CHECKING:
     import filelock
+    import huggingface_hub
     import numpy
+    import safetensors
+    import tokenizers
     import torch
+    import transformers
+    import yaml
 else:
-    numpy, torch = LazyModule("numpy"), LazyModule("torch")
     filelock = LazyModule("filelock")
+    huggingface_hub = LazyModule("huggingface_hub")
+    numpy = LazyModule("numpy")
+    safetensors = LazyModule("safetensors")
+    tokenizers = LazyModule("tokenizers")
+    torch = LazyModule("torch")
+    transformers = LazyModule("transformers")
+    yaml = LazyModule("yaml")

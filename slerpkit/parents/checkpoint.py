@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import check_path, clean_path, is_inside, nested_files, read_json
+from slerpkit.lazy import huggingface_hub
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
@@ -129,9 +130,7 @@ def find_model(text: str) -> Path:
 
 def cached_snapshot(name: str) -> Path | None:
     """The newest snapshot of org/name in the Hugging Face cache that is there whole; None where there is none."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
     snapshots = sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime) if folder.is_dir() else []
     return next((snapshot for snapshot in snapshots if open_if_whole(snapshot) is not None), None)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slerpkit.files import file_size, parse_json_object
+from slerpkit.lazy import safetensors
 from slerpkit.messages import explain_os_error
 from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file
 
@@ -70,10 +71,8 @@ def check_extents(path: Path, tensors: Iterable[TensorInfo], data_start: int, si
 
 def validate_with_library(path: Path) -> None:
     """The format's own library has the last word on whether a header is valid."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="np"):
+        with safetensors.safe_open(path, framework="np"):
             pass
-    except (SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise broken_file(path, f"the safetensors library says: {error}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import file_size, read_bytes, read_json, read_json_if_there
-from slerpkit.lazy import numpy
+from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import TOKENIZER_CORES
 from slerpkit.parity.embeddings import token_tensors, vocabulary_rows
@@ -49,12 +49,10 @@ def choose_tokenizer(asked: str, primary: Path, secondary: Path) -> tuple[str | 
 
 def open_tokenizer(path: Path) -> Any:
     """A tokenizer.json as the tokenizers library has it. Raises SlerpMergeError where that cannot read it."""
-    from tokenizers import Tokenizer
-
     if file_size(path) > MAX_TOKENIZER_BYTES:
         raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "Download it again.")
     try:
-        return Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
@@ -110,10 +108,8 @@ def have_same_tokens(first: Path, second: Path) -> bool:
 
 def extend_tokenizer(tokenizer: Any, tokens: Iterable[tuple[str, tuple[tuple[str, bool], ...]]]) -> None:
     """Adds tokens, (content, flags), behind the last id of a tokenizer of the tokenizers library."""
-    from tokenizers import AddedToken
-
     for content, flags in tokens:
-        token = AddedToken(content, **dict(flags))
+        token = tokenizers.AddedToken(content, **dict(flags))
         (tokenizer.add_special_tokens if dict(flags)["special"] else tokenizer.add_tokens)([token])
 
 
