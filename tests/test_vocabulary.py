@@ -20,7 +20,7 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_parents
 from slerpkit.parity.check import check_parity
 from slerpkit.parity.report import RowMap
-from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe import VECTORS, MergeRecipe, RunOptions
 from slerpkit.recipe_file import read_recipe
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
@@ -214,7 +214,7 @@ def test_a_base_takes_part_in_rows_that_it_knows(tmp_path, granularity):
     primary = make_parent(tmp_path / "primary", 1, WORDS)
     secondary = make_parent(tmp_path / "secondary", 2, [WORDS[0], *reversed(WORDS[1:])])
     base = make_parent(tmp_path / "base", 3, WORDS[:30], rows=33)
-    settings = {"method": "nuslerp", "granularity": granularity, "base": base}
+    settings = {"method": "nuslerp", "vectors": VECTORS[granularity], "base": base}
     report = merge(primary, secondary, tmp_path / "child", 0.3, **settings)
     assert counts(report) == {"rows": 40, "matched": 2, "moved": 28, "kept": 10}
     child, v0, v1, base_tensor = (
@@ -273,7 +273,7 @@ def test_a_bias_of_one_row_follows_tokens_too(tmp_path):
         add_tensors(folder, final_logits_bias=bias)
     there = [rows_by_token(secondary)[word] for word in WORDS]
     for granularity in ("tensor", "row"):
-        settings = {"method": "nuslerp", "granularity": granularity, "overwrite": True}
+        settings = {"method": "nuslerp", "vectors": VECTORS[granularity], "overwrite": True}
         found = load_tensors(merge(primary, secondary, tmp_path / "child", 0.3, **settings).child)["final_logits_bias"]
         assert found.shape == (1, 40)
         v0, v1 = biases[0], biases[1][:, there]
@@ -361,10 +361,9 @@ def test_a_union_keeps_the_settings_in_step(tmp_path):
 def test_a_union_in_a_recipe_is_replayed_bit_by_bit(tmp_path):
     primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
     child = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer="union").child
-    fields = read_recipe(child / "merge_recipe.yaml")
-    assert fields["tokenizer"] == "union"
-    recipe = MergeRecipe(save_directory=tmp_path / "again", **fields)
-    again = execute_merge(prepare_merge(recipe, lambda event: None), lambda event: None).child
+    recipe = read_recipe(child / "merge_recipe.yaml")
+    assert recipe.tokenizer == "union"
+    again = execute_merge(prepare_merge(recipe, RunOptions(tmp_path / "again"))).child
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (again / name).read_bytes() == (child / name).read_bytes(), name
 
@@ -417,7 +416,7 @@ def test_two_tokens_of_one_id_are_told(tmp_path):
         content = json.loads((folder / "tokenizer.json").read_text())
         content["model"]["vocab"]["twin"] = 7
         (folder / "tokenizer.json").write_text(json.dumps(content))
-    (warning,) = merge(primary, secondary, tmp_path / "child").warnings
+    (warning,) = merge(primary, secondary, tmp_path / "child").verified.warnings
     assert "gives 1 of its tokens the id of another" in warning
 
 
