@@ -16,6 +16,7 @@ from typing import Any
 
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, printable, shorten
 
+MAX_OPEN_FILES = 16  # of one thread; a model can have hundreds of shards
 MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
 
 
@@ -139,28 +140,27 @@ def nested_files(folder: Path) -> Iterator[Path]:
 
 
 class FileHandles:
-    """Open files of one thread, for reads and writes at a place. Few at a time; portable everywhere.
+    """Open files of one thread, the last MAX_OPEN_FILES that were asked for. Portable: no call that only POSIX has.
 
-    Each `purpose` has a handle, and so a place, of its own: both parents may be the same file.
+    Each `source` has a handle, and so a position, of its own: both parents may be the same file.
     """
-
-    max_open = 16  # a model can have hundreds of shards
 
     def __init__(self) -> None:
         self._open: OrderedDict[tuple[Path, str, int], io.FileIO] = OrderedDict()
 
-    def at(self, path: Path, mode: str, offset: int, purpose: int = 0) -> io.FileIO:
-        """The file, unbuffered, standing at `offset` bytes."""
-        handle = self._open.get((path, mode, purpose))
-        if handle is None:
-            if len(self._open) >= self.max_open:
+    def at(self, path: Path, mode: str, offset: int, source: int = 0) -> io.FileIO:
+        """The file, unbuffered, standing at `offset` bytes. Raises OSError where it cannot be opened."""
+        key = path, mode, source
+        if key not in self._open:
+            if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            handle = self._open[path, mode, purpose] = io.FileIO(path, mode)
-        self._open.move_to_end((path, mode, purpose))
-        handle.seek(offset)
-        return handle
+            self._open[key] = io.FileIO(path, mode)
+        self._open.move_to_end(key)
+        self._open[key].seek(offset)
+        return self._open[key]
 
     def close(self) -> None:
+        """Closes them all; others can be opened afterwards."""
         while self._open:
             self._open.popitem()[1].close()
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slerpkit.files import FileHandles
+from slerpkit.files import MAX_OPEN_FILES
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint
 from slerpkit.parents.safetensors_header import read_header
@@ -61,11 +61,8 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 def stored_bytes(info: TensorInfo, start: int = 0, length: int | None = None) -> bytes:
     """A stretch of a tensor as the program reads it from disk."""
     buffer = bytearray(info.byte_count - start if length is None else length)
-    handles = FileHandles()
-    try:
-        TensorReader(handles).read_into(info, start, memoryview(buffer))
-    finally:
-        handles.close()
+    with TensorReader() as reader:
+        reader.read_into(info, start, memoryview(buffer))
     return bytes(buffer)
 
 
@@ -287,32 +284,30 @@ def test_any_stretch_of_a_tensor_can_be_read(tmp_path, storage):
 
 
 def test_two_readers_of_one_file_do_not_disturb_each_other(tmp_path):
-    """As when a model is merged with itself: each purpose has a place of its own in the file."""
+    """As when a model is merged with itself: each source has a position of its own in the file."""
     tensors = llama_tensors(1)
     infos = open_checkpoint(make_checkpoint(tmp_path / "model", tensors)).tensors
     names = "model.embed_tokens.weight", "lm_head.weight"
-    handles = FileHandles()
-    fills = [TensorReader(handles).begin(infos[name], 0, purpose) for purpose, name in enumerate(names)]
     found = dict.fromkeys(names, b"")
-    for _ in range(4):
-        for name, fill in zip(names, fills):
-            buffer = bytearray(64)
-            fill(memoryview(buffer))
-            found[name] += bytes(buffer)
-    handles.close()
+    with TensorReader() as reader:
+        fills = [reader.begin(infos[name], 0, source) for source, name in enumerate(names)]
+        for _ in range(4):
+            for name, fill in zip(names, fills):
+                buffer = bytearray(64)
+                fill(memoryview(buffer))
+                found[name] += bytes(buffer)
     assert found == {name: raw_bytes(tensors[name])[:256] for name in names}
 
 
 def test_few_files_stay_open_however_many_shards_there_are(tmp_path):
     tensors = {f"t{number}.weight": torch.full((2,), float(number)) for number in range(40)}
     infos = open_checkpoint(make_checkpoint(tmp_path / "model", tensors, shards=40)).tensors
-    handles = FileHandles()
-    opened = [handles.at(info.file, "r", 0) for info in infos.values()]
-    assert sum(not handle.closed for handle in opened) <= FileHandles.max_open
-    buffer = bytearray(8)
-    TensorReader(handles).read_into(infos["t0.weight"], 0, memoryview(buffer))
-    assert bytes(buffer) == raw_bytes(tensors["t0.weight"])
-    handles.close()
+    with TensorReader() as reader:
+        opened = [reader._handles.at(info.file, "r", 0) for info in infos.values()]
+        assert sum(not handle.closed for handle in opened) <= MAX_OPEN_FILES
+        buffer = bytearray(8)
+        reader.read_into(infos["t0.weight"], 0, memoryview(buffer))
+        assert bytes(buffer) == raw_bytes(tensors["t0.weight"])
     assert all(handle.closed for handle in opened)
 
 

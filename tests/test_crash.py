@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from slerpkit import __version__
-from slerpkit.files import FileHandles
+from slerpkit.files import MAX_OPEN_FILES, FileHandles
 from slerpkit.merge.arithmetic import choose_device
 from slerpkit.merge.events import (
     BytesMerged,
@@ -496,11 +496,11 @@ def test_open_files_stay_few(tmp_path):
     folder.mkdir()
     handles = FileHandles()
     opened = []
-    for number in range(3 * FileHandles.max_open):
+    for number in range(3 * MAX_OPEN_FILES):
         (folder / str(number)).write_bytes(b"0123456789")
         opened.append(handles.at(folder / str(number), "r", 4))
     assert opened[-1].read(2) == b"45"
-    assert sum(not handle.closed for handle in opened) == FileHandles.max_open
+    assert sum(not handle.closed for handle in opened) == MAX_OPEN_FILES
     handles.close()
     assert all(handle.closed for handle in opened)
 

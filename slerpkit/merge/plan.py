@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
-from slerpkit.files import FileHandles, existing_folder
+from slerpkit.files import existing_folder
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
 from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
@@ -188,18 +188,15 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     """Bytes per second of a few short reads spread over the parents' files; some milliseconds."""
     infos = [info for parent in parents for info in parent.tensors.values()]
     infos = sorted(infos, key=lambda info: -info.byte_count)[: 4 * PROBE_SAMPLES]
-    reader = TensorReader(handles := FileHandles())
     buffer = bytearray(PROBE_BYTES)
     count, seconds = 0, 0.0
-    try:
+    with TensorReader() as reader:
         for info in infos[:: max(1, len(infos) // PROBE_SAMPLES)][:PROBE_SAMPLES]:
             stretch = min(PROBE_BYTES, info.byte_count)
             started = time.perf_counter()
             reader.read_into(info, (info.byte_count - stretch) // 2, memoryview(buffer)[:stretch])
             seconds += time.perf_counter() - started
             count += stretch
-    finally:
-        handles.close()
     return count / max(seconds, 1e-6)
 
 

@@ -133,8 +133,8 @@ class MergeWorker:
     """One thread's means to measure and blend spans: open files, and buffers for one chunk."""
 
     def __init__(self, device: str, cast_dtype: str | None) -> None:
-        self.handles = FileHandles()
-        self.reader = TensorReader(self.handles)
+        self.handles = FileHandles()  # of the child's files
+        self.reader = TensorReader()
         self.device = device
         self.cast_dtype = cast_dtype
         self.arithmetic = {device: ChunkArithmetic(device, cast_dtype)}
@@ -144,8 +144,9 @@ class MergeWorker:
     def __enter__(self) -> MergeWorker:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.handles.close()
+        self.reader.__exit__(*exception)
 
     def arithmetic_for(self, dtype: torch.dtype) -> ChunkArithmetic:
         """MPS has no float64; what needs it is done on the processor."""
@@ -350,7 +351,7 @@ class WorkerTeam:
 
     def _work(self, worker: MergeWorker) -> None:
         torch.set_num_threads(1)  # the workers are the parallelism; torch's own would fight them
-        with torch.inference_mode():
+        with worker, torch.inference_mode():
             while task := self._take():
                 method, progress, number = task
                 try:
@@ -358,4 +359,3 @@ class WorkerTeam:
                 except BaseException as error:  # handed to the main thread, which raises it
                     answer = error
                 self._finish(task, answer)
-        worker.handles.close()

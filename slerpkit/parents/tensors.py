@@ -15,6 +15,7 @@ from slerpkit.lazy import numpy
 from slerpkit.messages import SlerpMergeError, explain_os_error
 
 CHUNK_ELEMENTS = 524_288  # elements read, computed and written at once: few enough calls, and near the cache
+COMPARED_BYTES = 1 << 20  # of two tensors, read and held against each other at once
 MAX_DIMENSIONS = 64
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 # safetensors' names; bytes per element. Sub-byte types are packed quantised weights: refused by name.
@@ -82,18 +83,28 @@ def broken_file(path: Path, reason: str) -> SlerpMergeError:
 
 
 class TensorReader:
-    """Reads stretches of tensors into buffers: the one way weights come in, for every format."""
+    """Reads stretches of tensors into buffers: the one way weights come in, for every format. For one thread.
 
-    def __init__(self, handles: FileHandles) -> None:
-        self._handles = handles
+    It owns the files that it opens and closes them at the end of a `with`. Several tensors can be read by turns, each
+    as a `source` of its own: the number of the parent, or of whatever else the tensors are made from.
+    """
 
-    def begin(self, info: TensorInfo, start: int, purpose: int = 0) -> Callable[[memoryview], None]:
+    def __init__(self) -> None:
+        self._handles = FileHandles()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handles.close()
+
+    def begin(self, info: TensorInfo, start: int, source: int = 0) -> Callable[[memoryview], None]:
         """A function that fills one buffer after another with the tensor's bytes, from byte `start` on.
 
         Both raise SlerpMergeError where the file cannot be read or ends early.
         """
         try:
-            handle = self._handles.at(info.file, "r", info.offset + start, purpose)
+            handle = self._handles.at(info.file, "r", info.offset + start, source)
         except OSError as error:
             raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error
         return functools.partial(self._fill, handle, info)
@@ -102,22 +113,22 @@ class TensorReader:
         """Fills `view` with the tensor's bytes from byte `start` on."""
         self.begin(info, start)(view)
 
-    def read_rows(self, info: TensorInfo, rows: numpy.ndarray, view: memoryview, purpose: int = 0) -> None:
-        """Fills `view` with some rows of a tensor, in the order of `rows`; with zeros where one is -1.
+    def read_rows(self, info: TensorInfo, rows: numpy.ndarray, view: memoryview, source: int = 0) -> None:
+        """Fills `view` with the rows of a tensor whose numbers are in `rows` (int64); with zeros where one is -1.
 
-        Rows that follow one another there are read at once.
+        Rows that follow one another in the file are read at once.
         """
         if not len(rows):
             return
         width = len(view) // len(rows)
-        goes_on = (numpy.diff(rows) == 1) & (rows[:-1] >= 0) | (rows[1:] < 0) & (rows[:-1] < 0)
-        starts = [0, *(numpy.flatnonzero(~goes_on) + 1).tolist(), len(rows)]
+        continues = (numpy.diff(rows) == 1) & (rows[:-1] >= 0) | (rows[1:] < 0) & (rows[:-1] < 0)
+        starts = [0, *(numpy.flatnonzero(~continues) + 1).tolist(), len(rows)]
         for start, stop in zip(starts, starts[1:]):
-            part = view[start * width : stop * width]
+            stretch = view[start * width : stop * width]
             if rows[start] < 0:
-                part[:] = bytes(len(part))
+                stretch[:] = bytes(len(stretch))
             else:
-                self.begin(info, int(rows[start]) * width, purpose)(part)
+                self.begin(info, int(rows[start]) * width, source)(stretch)
 
     @staticmethod
     def _fill(handle: io.FileIO, info: TensorInfo, view: memoryview) -> None:
@@ -138,17 +149,13 @@ def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
         return False
     if (first.file, first.offset) == (second.file, second.offset):
         return True
-    reader = TensorReader(handles := FileHandles())
-    rooms = [memoryview(bytearray(min(CHUNK_ELEMENTS, first.byte_count))) for _ in range(2)]
-    try:
-        for start in range(0, first.byte_count, CHUNK_ELEMENTS):
-            parts = [room[: min(CHUNK_ELEMENTS, first.byte_count - start)] for room in rooms]
-            for info, part in zip((first, second), parts):
-                reader.read_into(info, start, part)
-            if parts[0] != parts[1]:
+    with TensorReader() as reader:
+        for start in range(0, first.byte_count, COMPARED_BYTES):
+            stretches = [bytearray(min(COMPARED_BYTES, first.byte_count - start)) for _ in range(2)]
+            for info, stretch in zip((first, second), stretches):
+                reader.read_into(info, start, memoryview(stretch))
+            if stretches[0] != stretches[1]:
                 return False
-    finally:
-        handles.close()
     return True
 
 

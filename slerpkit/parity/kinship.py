@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import FileHandles
 from slerpkit.lazy import numpy
 from slerpkit.maths import cosine_between, degrees_of
 from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader, component_of, find_layer
@@ -74,20 +73,16 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
     ]
     matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
     sums: dict[str, list[float]] = {}
-    reader = TensorReader(handles := FileHandles())
-    try:
+    with TensorReader() as reader, numpy.errstate(all="ignore"):  # what is not finite is left out
         for pair in matrices[:: -(-len(matrices) // KINSHIP_MATRICES) or 1]:
-            found = sums.setdefault(component_of(pair.name), [0.0, 0.0, 0.0])
-            with numpy.errstate(all="ignore"):  # what is not finite is left out
-                v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
-                products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
-            totals = [total + product for total, product in zip(found, products)]
+            v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
+            products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
+            component = component_of(pair.name)
+            totals = [total + product for total, product in zip(sums.get(component, (0.0, 0.0, 0.0)), products)]
             if math.isfinite(sum(totals)):
-                found[:] = totals
-    finally:
-        handles.close()
+                sums[component] = totals
     angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
-    return Kinship(angle_of(*(sum(part) for part in zip(*sums.values()))) if sums else None, tuple(angles))
+    return Kinship(angle_of(*map(sum, zip(*sums.values()))) if sums else None, tuple(angles))
 
 
 def is_matrix(info: TensorInfo) -> bool:
