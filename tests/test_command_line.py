@@ -636,7 +636,7 @@ BAD_INPUTS = [
     (broken_config, "config.json does not hold valid JSON", "Download this file again"),
     (truncated_weights, "model.safetensors is damaged or incomplete", "download it again"),
     (empty_weights, "model.safetensors is damaged or incomplete", "download it again"),
-    (lying_header, "'a' has 4096 bytes where its shape and dtype need 8", "download it again"),
+    (lying_header, "model.safetensors is damaged or incomplete: the safetensors library says", "download it again"),
     (endless_header, "its header should be 1152921504606846976 bytes", "download it again"),
     (index_names_missing_file, "names model-00001-of-00002.safetensors, which is not there", "Download the missing"),
     (index_names_outside_file, "outside its own folder", "Do not trust"),
