@@ -1,11 +1,15 @@
-"""A model's folder: found by what people call it, its files checked, opened as a Checkpoint."""
+"""A model's folder: found by what people call it, its files checked, opened as a Checkpoint.
+
+Headers and small files are read here, never a weight. What a config says of a model, and whether two models fit each
+other, is not known here (parity/). Read tensors.py and the two headers' modules before this.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +30,11 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 CARD_NAME = "README.md"
-# Copied whole from the tokenizer's donor, so that no two halves of a tokenizer ever meet.
-TOKENIZER_FILES = (
+# The files without any of which a folder has no tokenizer at all.
+TOKENIZER_CORE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
-    "merges.txt",
     "vocab.txt",
     "tokenizer.model",
     "spiece.model",
@@ -41,20 +42,10 @@ TOKENIZER_FILES = (
     "*.tiktoken",
     "tekken.json",
 )
-# How the tokenizer's donor, or the parent that was asked for, puts a conversation.
+# Copied whole from the parent that the tokenizer is from, so that no two halves of a tokenizer ever meet.
+TOKENIZER_FILES = (*TOKENIZER_CORE_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
+# How that parent, or the one that was asked for, puts a conversation.
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-# The files without which a folder has no tokenizer at all.
-TOKENIZER_CORES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-    "tekken.json",
-)
 GENERATION_NAME = "generation_config.json"
 # Copied from the primary: how it prepares its inputs, the code it ships.
 COMPANION_FILES = (
@@ -63,6 +54,7 @@ COMPANION_FILES = (
     "video_preprocessor_config.json",
     "*.py",
 )
+MAX_CARD_BYTES = 65_536  # a child's card, report, map and recipe, which no parent has
 # All that a merge reads of a parent.
 PARENT_FILES = (
     "config.json",
@@ -85,16 +77,17 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     storage: str  # "safetensors" or "pickle"
-    file_stats: dict[str, tuple[int, int]] = dataclasses.field(
-        default_factory=dict
-    )  # file name: bytes, ns of its last change
+    # Of each file that a merge reads, by name: (bytes, nanoseconds of its last change).
+    file_stats: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def parameter_count(self) -> int:
+        """Elements of all stored tensors together; a tied head that is not stored counts once."""
         return sum(info.element_count for info in self.tensors.values())
 
     @property
     def byte_count(self) -> int:
+        """Bytes of all stored tensors together, without headers."""
         return sum(info.byte_count for info in self.tensors.values())
 
     @property
@@ -108,6 +101,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
+        """The model class that the config names first."""
         architectures = self.config.get("architectures")
         return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
 
@@ -116,7 +110,10 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name, as the Hugging Face hub h
 
 
 def find_model(text: str) -> Path:
-    """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache."""
+    """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache.
+
+    What is neither comes back as the path that it would be; open_checkpoint says what is wrong with it.
+    """
     path = clean_path(text)
     if not path.exists():
         # As Windows writes it, or completed behind a quote that was opened and not closed.
@@ -143,38 +140,52 @@ def open_if_whole(folder: Path) -> Checkpoint | None:
         return None
 
 
-def list_shards(folder: Path, index_name: str) -> tuple[Path, ...]:
-    """The files an index names, each inside the folder and there. Raises SlerpMergeError otherwise."""
-    index_path = folder / index_name
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SlerpMergeError(f"{index_path} names no weights.", "Download this file again.")
-    shards = []
-    for file_name in sorted({str(file_name) for file_name in weight_map.values()}):
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a model's weights."""
+
+    storage: str  # "safetensors" or "pickle"
+    files: tuple[Path, ...]
+    index: Path | None = None  # None: there is one file, and no index is asked
+    weight_map: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the index: tensor's name, file's name
+
+
+def read_index(storage: str, index: Path) -> WeightFiles:
+    """The files that an index names. Raises SlerpMergeError where one is not there, or lies outside its folder."""
+    stated = read_json(index).get("weight_map")
+    if not isinstance(stated, dict) or not stated:
+        raise SlerpMergeError(f"{index} names no weights.", "Download this file again.")
+    weight_map = {tensor_name: str(file_name) for tensor_name, file_name in stated.items()}
+    files = []
+    for file_name in sorted(set(weight_map.values())):
         if file_name in ("", ".", "..") or any(mark in file_name for mark in "/\\:\0"):
             raise SlerpMergeError(
-                f"{index_path} names a file outside its own folder: {file_name!r}.",
+                f"{index} names a file outside its own folder: {file_name!r}.",
                 "An index has no business there. Do not trust this download; get the model from its source.",
             )
-        check_path(folder / file_name, "file")
-        if not (folder / file_name).is_file():
+        file = index.parent / file_name
+        check_path(file, "file")
+        if not file.is_file():
             raise SlerpMergeError(
-                f"{index_path} names {file_name}, which is not there.", "Download the missing file into that folder."
+                f"{index} names {file_name}, which is not there.", "Download the missing file into that folder."
             )
-        shards.append(folder / file_name)
-    return tuple(shards)
+        files.append(file)
+    return WeightFiles(storage, tuple(files), index, weight_map)
 
 
-def find_weight_files(folder: Path) -> tuple[str, tuple[Path, ...]]:
-    """("safetensors" or "pickle", files) of a model folder; safetensors wins where both stand."""
+def find_weight_files(folder: Path) -> WeightFiles:
+    """The files of weights in a model's folder; safetensors wins where both formats stand.
+
+    Raises SlerpMergeError where there are none, or where they are of a kind that cannot be merged.
+    """
     for storage, single, index in (
         ("safetensors", WEIGHTS_SINGLE, WEIGHTS_INDEX),
         ("pickle", PICKLE_SINGLE, PICKLE_INDEX),
     ):
         if (folder / single).is_file():
-            return storage, (folder / single,)
+            return WeightFiles(storage, (folder / single,))
         if (folder / index).is_file():
-            return storage, list_shards(folder, index)
+            return read_index(storage, folder / index)
     if any(folder.glob("*.gguf")):
         raise SlerpMergeError(
             f"{folder} holds a GGUF model, which is quantised.",
@@ -198,11 +209,11 @@ def find_weight_files(folder: Path) -> tuple[str, tuple[Path, ...]]:
 
 def public_name(folder: Path, config: Mapping[str, Any]) -> str:
     """What people call the model of a folder: org/name where the place or the config tells, else its name."""
-    for part in (folder, *folder.parents):
-        if part.name.startswith("models--"):  # a Hugging Face cache: models--org--name/snapshots/revision
-            return part.name[len("models--") :].replace("--", "/")
+    for ancestor in (folder, *folder.parents):
+        if ancestor.name.startswith("models--"):  # a Hugging Face cache: models--org--name/snapshots/revision
+            return ancestor.name[len("models--") :].replace("--", "/")
     claimed = config.get("_name_or_path")
-    if isinstance(claimed, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", claimed) and claimed.endswith("/" + folder.name):
+    if isinstance(claimed, str) and HUB_NAME.fullmatch(claimed) and claimed.endswith("/" + folder.name):
         return claimed
     return folder.name
 
@@ -223,29 +234,47 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         find_weight_files(folder)  # a GGUF or adapter folder is told so by name
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
     check_files(folder)
-    storage, files = find_weight_files(folder)
-    for file in files:
+    weights = find_weight_files(folder)
+    for file in weights.files:
         check_kind(file, folder)
-    file_stats = file_stats_of(folder, [file.name for file in files])
+    file_stats = file_stats_of(folder, [file.name for file in weights.files])
     config = read_json(folder / "config.json")
-    read = read_header if storage == "safetensors" else read_pickle_header
+    tensors = read_tensor_table(weights)
+    if not tensors:
+        raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
+    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, weights.storage, file_stats)
+
+
+def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
+    """Every tensor of a model by name, from the headers of its files.
+
+    Raises SlerpMergeError where a file is damaged, where two hold one tensor, or where the index is another model's.
+    """
+    read = read_header if weights.storage == "safetensors" else read_pickle_header
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
+    for file in weights.files:
         for name, info in read(file).items():
             if name in tensors:
                 raise broken_file(file, f"the tensor {name!r} also stands in {tensors[name].file.name}")
             tensors[name] = info
-    check_index_is_met(folder, storage, tensors)
-    if not tensors:
-        raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
-    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, storage, file_stats)
+    broken_promises = [
+        name
+        for name, file_name in weights.weight_map.items()
+        if name not in tensors or tensors[name].file.name != file_name
+    ]
+    if broken_promises:
+        raise SlerpMergeError(
+            f"{weights.index} promises tensors that its files do not hold: {format_names(broken_promises)}.",
+            "The shards and the index are from different downloads. Download the model again.",
+        )
+    return tensors
 
 
 def stays_within(path: Path, folder: Path) -> bool:
     """Whether a file of a model lies in its folder, links followed, or where a hub's cache keeps what it links to."""
-    real = path.resolve()
-    of_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    return of_cache or is_inside(real, folder.resolve())
+    target = path.resolve()
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return in_cache or is_inside(target, folder.resolve())
 
 
 def check_kind(path: Path, folder: Path) -> None:
@@ -260,49 +289,39 @@ def check_kind(path: Path, folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Holds every file of a model that a merge may read or copy against `check_kind`."""
-    for path in [path for pattern in PARENT_FILES for path in folder.glob(pattern)]:
+    """Holds every file of a model that a merge may read or copy against `check_kind`, and raises what it raises."""
+    for path in matching_files(folder, PARENT_FILES):
         check_kind(path, folder)
-        for inside in nested_files(path) if path.is_dir() else ():
-            check_kind(inside, folder)
+        for nested in nested_files(path) if path.is_dir() else ():
+            check_kind(nested, folder)
+
+
+def matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """The files and folders directly in a folder whose names match."""
+    return (path for pattern in patterns for path in folder.glob(pattern))
 
 
 def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, `names` among them."""
-    found = {}
-    known = {path for pattern in PARENT_FILES for path in folder.glob(pattern)}
-    for path in sorted(known | {folder / name for name in names}):
+    stats = {}
+    for path in sorted({*matching_files(folder, PARENT_FILES), *(folder / name for name in names)}):
         with contextlib.suppress(OSError):  # gone meanwhile; whoever needs it will say so
             status = path.stat()
-            found[path.name] = (status.st_size, status.st_mtime_ns)
-    return found
-
-
-def check_index_is_met(folder: Path, storage: str, tensors: Mapping[str, TensorInfo]) -> None:
-    """What an index promises must stand where it says, or a shard is from another model."""
-    single, index = (WEIGHTS_SINGLE, WEIGHTS_INDEX) if storage == "safetensors" else (PICKLE_SINGLE, PICKLE_INDEX)
-    if (folder / single).is_file():
-        return
-    weight_map = read_json(folder / index)["weight_map"]
-    astray = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
-    if astray:
-        raise SlerpMergeError(
-            f"{folder / index} promises tensors that its files do not hold: {format_names(astray)}.",
-            "The shards and the index are from different downloads. Download the model again.",
-        )
+            stats[path.name] = (status.st_size, status.st_mtime_ns)
+    return stats
 
 
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
-    """An upper bound for the tokenizer, config and card beside the weights."""
+    """An upper bound, in bytes, for the tokenizer, config and card beside the weights."""
     patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES)
-    files = (file for parent in parents for pattern in patterns for file in parent.folder.glob(pattern))
-    every = (inside for file in files for inside in ([file] if file.is_file() else nested_files(file)))
-    return 65_536 + sum(file.stat().st_size for file in every if file.is_file())
+    paths = [path for parent in parents for path in matching_files(parent.folder, patterns)]
+    nested = (inner for path in paths if path.is_dir() for inner in nested_files(path))
+    return MAX_CARD_BYTES + sum(path.stat().st_size for path in (*paths, *nested) if path.is_file())
 
 
 def stat_items(file_stats: Mapping[str, Sequence[int]]) -> set[tuple[str, tuple[int, ...]]]:
-    """Stamps as a set, to be held against others."""
-    return {(name, tuple(stamp)) for name, stamp in file_stats.items()}
+    """What file_stats_of tells, as a set to be held against another; from JSON too, which has lists for tuples."""
+    return {(name, tuple(stat)) for name, stat in file_stats.items()}
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> str:

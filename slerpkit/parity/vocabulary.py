@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.files import file_size, read_bytes, read_json, read_json_if_there
 from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
-from slerpkit.parents.checkpoint import TOKENIZER_CORES
+from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES
 from slerpkit.parity.embeddings import token_tensors, vocabulary_rows
 from slerpkit.parity.report import AppendedToken, Mismatch, RowMap, Vocabulary
 
@@ -23,7 +23,7 @@ MAX_TOKENIZER_BYTES = 64_000_000
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer of any kind."""
-    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_CORES)
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_CORE_FILES)
 
 
 def choose_tokenizer(asked: str, primary: Path, secondary: Path) -> tuple[str | None, str]:
@@ -93,7 +93,7 @@ def read_tokens(folder: Path) -> dict[str, int]:
 def have_same_tokens(first: Path, second: Path) -> bool:
     """Whether two folders hold the same tokenizer, byte for byte where its vocabulary stands."""
     names = [
-        {path.name for pattern in TOKENIZER_CORES for path in folder.glob(pattern)} - {"tokenizer_config.json"}
+        {path.name for pattern in TOKENIZER_CORE_FILES for path in folder.glob(pattern)} - {"tokenizer_config.json"}
         for folder in (first, second)
     ]
     shared = {"tokenizer.json"} & names[0] & names[1] or names[0] & names[1]
