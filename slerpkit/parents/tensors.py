@@ -1,4 +1,8 @@
-"""A tensor: where its bytes lie, what its name tells, and the one reader of bytes."""
+"""A tensor: where its bytes lie, what its name tells, and the one reader of bytes.
+
+It knows neither file formats (safetensors_header.py, pickle_header.py) nor models (checkpoint.py); whatever is told of
+a TensorInfo has been checked by the module that made it. Read files.py before this.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from slerpkit.messages import SlerpMergeError, explain_os_error
 
 CHUNK_ELEMENTS = 524_288  # elements read, computed and written at once: few enough calls, and near the cache
 COMPARED_BYTES = 1 << 20  # of two tensors, read and held against each other at once
-MAX_DIMENSIONS = 64
+MAX_DIMENSIONS = 64  # as torch has them
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 # safetensors' names; bytes per element. Sub-byte types are packed quantised weights: refused by name.
 DTYPE_BYTES = {
@@ -38,8 +42,8 @@ def component_of(tensor_name: str) -> str:
     """attention, mlp or other (norms among them): what people give a gradient of its own."""
     if "norm" in tensor_name:
         return "other"
-    found = (name for name, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
-    return next(found, "other")
+    components = (component for component, marks in COMPONENTS if any(mark in tensor_name for mark in marks))
+    return next(components, "other")
 
 
 def find_layer(tensor_name: str) -> tuple[str, int] | None:
@@ -48,10 +52,43 @@ def find_layer(tensor_name: str) -> tuple[str, int] | None:
     The first number is the layer; later ones are experts or parts of it. None outside every stack.
     """
     parts = tensor_name.split(".")
-    for place, part in enumerate(parts):
+    for depth, part in enumerate(parts):
         if part.isascii() and part.isdigit() and len(part) < 9 and int(part) <= MAX_LAYER_INDEX:
-            return ".".join(parts[:place]), int(part)
+            return ".".join(parts[:depth]), int(part)
     return None
+
+
+def renumber(tensor_name: str, index: int) -> str:
+    """The name of the same tensor in another layer. The name must be that of a tensor inside a stack."""
+    stack, _ = find_layer(tensor_name)
+    parts = tensor_name.split(".")
+    parts[len(stack.split(".")) if stack else 0] = str(index)
+    return ".".join(parts)
+
+
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
+    """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
+    layers = {name: find_layer(name) for name in names}
+    last_index: dict[str, int] = {}
+    for stack, index in filter(None, layers.values()):
+        last_index[stack] = max(index, last_index.get(stack, 0))
+    positions = dict.fromkeys(layers, 0.0)
+    for name, layer in layers.items():
+        if layer is not None:
+            stack, index = layer
+            positions[name] = index / last_index[stack] if last_index[stack] else 1.0
+    return positions
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
+
+
+def dtype_width(name: str) -> int:
+    """Bytes of one element of the dtype that torch calls by this name."""
+    return DTYPE_BYTES[SAFETENSORS_NAMES[name]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +104,12 @@ class TensorInfo:
 
     @property
     def element_count(self) -> int:
+        """1 for a tensor of no dimension."""
         return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:
+        """Whether its values are real numbers that can be blended; quantised ones are not."""
         return self.dtype in FLOAT_DTYPES
 
 
@@ -144,7 +183,10 @@ class TensorReader:
 
 
 def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two tensors of one shape hold the same bytes; stops at the first difference."""
+    """Whether two tensors of one shape hold the same bytes; stops at the first difference.
+
+    Raises SlerpMergeError where a file cannot be read.
+    """
     if first.dtype != second.dtype:
         return False
     if (first.file, first.offset) == (second.file, second.offset):
@@ -157,38 +199,3 @@ def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
             if stretches[0] != stretches[1]:
                 return False
     return True
-
-
-def renumber(tensor_name: str, index: int) -> str:
-    """The name of the same tensor in another layer."""
-    stack, _ = find_layer(tensor_name)
-    rest = tensor_name[len(stack) + 1 :].partition(".")[2] if stack else tensor_name.partition(".")[2]
-    return ".".join(part for part in (stack, str(index), rest) if part)
-
-
-def layer_positions(names: Iterable[str]) -> dict[str, float]:
-    """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
-    places = {name: find_layer(name) for name in names}
-    last_index: dict[str, int] = {}
-    for place in places.values():
-        if place is not None:
-            stack, index = place
-            last_index[stack] = max(index, last_index.get(stack, 0))
-
-    def position(place: tuple[str, int] | None) -> float:
-        if place is None:
-            return 0.0
-        stack, index = place
-        return index / last_index[stack] if last_index[stack] else 1.0
-
-    return {name: position(place) for name, place in places.items()}
-
-
-def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(0, int(p), "") if p.isascii() and p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name)]
-
-
-def dtype_width(name: str) -> int:
-    """Bytes of a number of torch's dtype of this name."""
-    return DTYPE_BYTES[SAFETENSORS_NAMES[name]]
