@@ -1,4 +1,8 @@
-"""The tensors of a torch .bin file, without running what is in it."""
+"""The tensors of a torch .bin file, without running what is in it.
+
+A pickle is a program. Here it can do nothing but describe tensors, and what it describes is held against the file.
+Of folders, indexes and what tensors mean nothing is known here, and torch is not asked. Read tensors.py before this.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +25,30 @@ from slerpkit.parents.safetensors_header import MAX_HEADER_BYTES
 from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file
 
 
+class Description:
+    """What a pickle is given for an object that it wants to build."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle has no business changing what describes a tensor")
+
+
 @dataclass(frozen=True)
-class PickledStorage:
+class PickledStorage(Description):
     """A stretch of a `.bin` file that tensors are cut from."""
 
     key: str
-    dtype: str
+    dtype: str  # safetensors' name
     element_count: int
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a pickle has no business changing a storage's description")
 
 
 @dataclass(frozen=True)
-class PickledTensor:
+class PickledTensor(Description):
     """A tensor as a `.bin` file's pickle describes it."""
 
     storage: PickledStorage
-    first_element: int
+    first_element: int  # of the storage
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a pickle has no business changing a tensor's description")
+    strides: tuple[int, ...]  # in elements, as torch counts them
 
 
 class UnpickledDict(OrderedDict):
@@ -82,22 +87,24 @@ class DescriptionUnpickler(pickle.Unpickler):
         self.storages: dict[str, PickledStorage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name. Raises SlerpMergeError for every name that a state dict does not need."""
         if module in ("torch", "torch.storage") and name in self.storage_dtypes:
             return self.storage_dtypes[name]
-        known = {
+        stand_ins = {
             ("collections", "OrderedDict"): UnpickledDict,
             ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         }
-        if (module, name) not in known:
+        if (module, name) not in stand_ins:
             raise SlerpMergeError(
                 f"{self.path} wants to run code ({module}.{name}); it was not loaded.",
                 "Weights need no code. Use a safetensors copy of this model from a source that you trust.",
             )
-        return known[module, name]
+        return stand_ins[module, name]
 
     @staticmethod
     def rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> PickledTensor:
+        """The description of a tensor. Raises UnpicklingError where its numbers cannot be one's."""
         numbers = (first, *shape, *strides)
         if not isinstance(storage, PickledStorage) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise pickle.UnpicklingError("a tensor's description is not understood")
@@ -106,6 +113,7 @@ class DescriptionUnpickler(pickle.Unpickler):
         return PickledTensor(storage, first, tuple(shape), tuple(strides))
 
     def persistent_load(self, identifier: Any) -> PickledStorage:
+        """The description of a storage. Raises UnpicklingError where it cannot be one."""
         kind, dtype, key, _location, count, *_ = identifier
         if kind != "storage" or dtype not in DTYPE_BYTES or type(count) is not int or count < 0:
             raise pickle.UnpicklingError("a storage's description is not understood")
@@ -175,7 +183,7 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]]:
-    """The state dict's description, and which bytes of the file each storage has, for torch's zip format."""
+    """(the state dict's description, the bytes of the file that each storage has), of torch's zip format."""
     with zipfile.ZipFile(stream) as archive:
         members = {member.filename: member for member in archive.infolist()}
         table = next((name for name in members if name.split("/", 1)[-1] == "data.pkl"), None)
@@ -183,30 +191,38 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]
             raise broken_file(path, "it has no table of tensors, or one of absurd size")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
             raise broken_file(path, "a part of it is compressed, which torch never does")
-        byte_order = members.get(table[: -len("data.pkl")] + "byteorder")
+        root = table[: -len("data.pkl")]
+        byte_order = members.get(root + "byteorder")
         if byte_order is not None and (byte_order.file_size > 16 or archive.read(byte_order) != b"little"):
             raise broken_file(path, "it was written on a big-endian machine")
         state, _ = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
-        prefix = table[: -len("data.pkl")] + "data/"
-        offsets = sorted([*(member.header_offset for member in members.values()), archive.start_dir])
-        extents = {}
-        for name, member in members.items():
-            if name.startswith(prefix):
-                stream.seek(member.header_offset)
-                mark, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
-                begin = member.header_offset + 30 + name_length + extra_length
-                extent = range(begin, begin + member.file_size)
-                # What follows is the next header, behind a description of the data at most.
-                following = offsets[bisect.bisect_right(offsets, member.header_offset)]
-                stated = mark, stream.read(name_length)
-                if stated != (b"PK\3\4", name.encode()) or not 0 <= following - extent.stop <= 24:
-                    raise broken_file(path, f"the place of its storage {name!r} is stated in two ways")
-                extents[name[len(prefix) :]] = extent
+        header_offsets = sorted([*(member.header_offset for member in members.values()), archive.start_dir])
+        extents = {
+            name[len(root + "data/") :]: member_extent(stream, member, header_offsets, path)
+            for name, member in members.items()
+            if name.startswith(root + "data/")
+        }
     return state, extents
 
 
+def member_extent(stream: BinaryIO, member: zipfile.ZipInfo, header_offsets: list[int], path: Path) -> range:
+    """The bytes of the file that a member of an archive has. Raises SlerpMergeError where the archive contradicts
+    itself: the directory at its end, the header before the member, and where the next header (sorted) begins.
+    """
+    stream.seek(member.header_offset)
+    mark, name_length, extra_length = struct.unpack("<4s22xHH", stream.read(30))
+    begin = member.header_offset + 30 + name_length + extra_length
+    extent = range(begin, begin + member.file_size)
+    # What follows is the next header, behind a description of the data at most.
+    following = header_offsets[bisect.bisect_right(header_offsets, member.header_offset)]
+    stated = mark, stream.read(name_length)
+    if stated != (b"PK\3\4", member.filename.encode()) or not 0 <= following - extent.stop <= 24:
+        raise broken_file(path, f"the place of its storage {member.filename!r} is stated in two ways")
+    return extent
+
+
 def read_legacy_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]]:
-    """The same for the format before torch 1.6: five pickles, then each storage behind its 8-byte length."""
+    """As read_zip_pickle, of the format before torch 1.6: five pickles, each storage behind its 8-byte length."""
     stream.seek(0)
     magic, _ = DescriptionUnpickler.load_next(stream, path)
     if magic != LEGACY_PICKLE_MAGIC:
@@ -229,27 +245,30 @@ def read_legacy_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, ran
 
 
 def pickled_tensor_info(path: Path, name: str, entry: Any, extents: Mapping[str, range], size: int) -> TensorInfo:
-    """Where a described tensor's bytes lie in its file, once everything it claims has been checked."""
+    """Where a described tensor's bytes lie in its file of `size` bytes, once everything it claims has been checked.
+
+    extents: as read_zip_pickle has them. Raises SlerpMergeError where a claim is false, or the tensor is not dense.
+    """
     if not isinstance(entry, PickledTensor):
         raise SlerpMergeError(
             f"{path} holds something other than a tensor under {name!r}.",
             "This looks like a training checkpoint. Load it in its own framework and save the model's weights alone.",
         )
-    dense = 1
+    dense_stride = 1
     for length, stride in zip(reversed(entry.shape), reversed(entry.strides)):
-        if length > 1 and stride != dense:
+        if length > 1 and stride != dense_stride:
             raise SlerpMergeError(
                 f"{path} holds the tensor {name!r} transposed or sliced.",
                 "Load this model with transformers and save it with save_pretrained, then merge that copy.",
             )
-        dense *= max(length, 1)
+        dense_stride *= max(length, 1)
     width = DTYPE_BYTES[entry.storage.dtype]
     byte_count = math.prod(entry.shape) * width
-    first = entry.first_element * width
-    if first + byte_count > entry.storage.element_count * width:
+    first_byte = entry.first_element * width
+    if first_byte + byte_count > entry.storage.element_count * width:
         raise broken_file(path, f"{name!r} reaches beyond its storage")
     extent = extents.get(entry.storage.key, range(0))
-    offset = extent.start + first
+    offset = extent.start + first_byte
     if offset + byte_count > min(extent.stop, size):
         raise broken_file(path, f"the bytes of {name!r} are not all there")
     return TensorInfo(name, entry.storage.dtype, entry.shape, path, offset, byte_count)
