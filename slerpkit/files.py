@@ -1,4 +1,8 @@
-"""Small files and folders: read within bounds, replaced by one rename, looked at without following links."""
+"""Small files and folders: read within bounds, replaced by one rename, looked at without following links.
+
+Every refusal of the operating system becomes a SlerpMergeError here. What a file means is not known. Read messages.py
+before this.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import re
 import shutil
 import stat
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,18 +51,9 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
-    """A JSON object from a stranger's file; a name given twice, or nesting without end, is refused."""
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"the name {twice!r} stands there twice")
-        return result
-
+    """A JSON object from a stranger's file. Raises SlerpMergeError for a name given twice, or nesting without end."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=refuse_duplicates)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise SlerpMergeError(f"{source} does not hold valid JSON: {reason}.", "Download this file again.") from error
@@ -67,8 +62,17 @@ def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
     return value
 
 
+def dict_of_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of these pairs. Raises ValueError where two have one name."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        duplicate, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {duplicate!r} stands there twice")
+    return members
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
+    """A JSON object from a file of at most MAX_JSON_BYTES. Raises SlerpMergeError where it holds none."""
     return parse_json_object(read_bytes(path), path)
 
 
@@ -92,7 +96,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Gives small files new content, by renames once all of it is written; a link in the way is not followed."""
+    """Gives small files new content, by renames once all of it is written; a link in the way is not followed.
+
+    Raises SlerpMergeError where the disk refuses; files that are not yet renamed are then as before.
+    """
     fresh = {path: path.with_name(f".{path.name}.new") for path in contents}
     try:
         for path, content in contents.items():
@@ -121,11 +128,8 @@ def file_size(path: Path) -> int:
 def check_path(path: Path, what: str) -> None:
     """Raises SlerpMergeError for a path that the system cannot even look for, such as one of absurd length."""
     try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
-    except NotADirectoryError:
-        pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         name = printable(shorten(str(path), 200))
@@ -134,9 +138,9 @@ def check_path(path: Path, what: str) -> None:
 
 def nested_files(folder: Path) -> Iterator[Path]:
     """Every file and folder below a folder; folders that are links are named and not entered."""
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            yield Path(place, name)
+            yield Path(parent, name)
 
 
 class FileHandles:
@@ -194,7 +198,10 @@ def read_text_if_there(path: Path) -> str | None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk. Folders: where the system can."""
+    """Waits until a file, or a folder's list of names, is on the disk. Folders: where the system can.
+
+    Raises SlerpMergeError where a file cannot be synced.
+    """
     if path.is_dir() and os.name == "nt":
         return  # Windows has no call for it
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0)
@@ -210,7 +217,10 @@ def sync_to_disk(path: Path) -> None:
 
 
 def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files, and whole folders, that match. Links are followed, as in a hub's cache."""
+    """Copies the files, and whole folders, that match. Links are followed, as in a hub's cache.
+
+    Raises SlerpMergeError where one cannot be read or written.
+    """
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             try:

@@ -1,4 +1,8 @@
-"""SLERP's weights and the angle between two vectors; pure."""
+"""SLERP's weights and the angle between two vectors.
+
+Pure functions of numbers: no file, no layout of a tensor and no device is known here. Weights are float64 throughout;
+what is summed is decided in merge/arithmetic.py. v0 is the primary's vector (t = 0), v1 the secondary's (t = 1).
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,8 @@ def exact_sum(values: Iterable[float]) -> float:
 def slerp_weights(cosine: float, t: float) -> tuple[float, float]:
     """(sin((1-t) theta), sin(t theta)) / sin theta, with theta = acos(cosine). float64.
 
-    Formula: K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+    Formula: K. Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985. Raises ZeroDivisionError where
+    the cosine is 1 or -1.
     """
     theta = math.acos(max(-1.0, min(1.0, cosine)))
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
@@ -77,28 +82,27 @@ def slerp_coefficients(
     norm is at most epsilon, where |cosine| exceeds dot_threshold (nearly parallel or antiparallel:
     the arc is a line, or is not defined), or where the sums are not finite.
     """
-    measurable = math.isfinite(dot + primary_norm + secondary_norm)
     cosine = cosine_between(dot, primary_norm, secondary_norm)
     angle = degrees_of(cosine)
     norms = primary_norm, secondary_norm
-    straight = functools.partial(TensorWeights, 1 - t, t, "lerp", angle_degrees=angle, norms=norms)
+    lerp_weights = functools.partial(TensorWeights, 1 - t, t, "lerp", angle_degrees=angle, norms=norms)
     if method == "lerp":
-        return straight(reason="")
-    if not measurable:
-        return straight(reason="not finite")
+        return lerp_weights(reason="")
+    if not math.isfinite(dot + primary_norm + secondary_norm):
+        return lerp_weights(reason="not finite")
     if min(primary_norm, secondary_norm) <= epsilon or not math.isfinite(cosine):
-        return straight(reason="zero")
+        return lerp_weights(reason="zero")
     if method == "nuslerp":
         dot_threshold = 1.0  # its own limit, |sin theta| < 1e-8, is a cosine of 1 in float64
     # Towards opposite directions the weights know no bounds, and float32 sums are good to 1e-6.
     if abs(cosine) > dot_threshold or abs(cosine) >= 1 or cosine < -1 + 1e-6:
-        return straight(reason="parallel" if cosine > 0 else "antiparallel")
-    weight_primary, weight_secondary = slerp_weights(cosine, t)
+        return lerp_weights(reason="parallel" if cosine > 0 else "antiparallel")
+    primary_weight, secondary_weight = slerp_weights(cosine, t)
     if method == "slerp-norm":
         norm = (1 - t) * primary_norm + t * secondary_norm
-        weight_primary *= norm / primary_norm
-        weight_secondary *= norm / secondary_norm
-    return TensorWeights(weight_primary, weight_secondary, "slerp", "", angle, norms)
+        primary_weight *= norm / primary_norm
+        secondary_weight *= norm / secondary_norm
+    return TensorWeights(primary_weight, secondary_weight, "slerp", "", angle, norms)
 
 
 def vector_weights(sums: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +130,7 @@ def slerp(
 ) -> torch.Tensor:
     """SLERP of two whole tensors held in memory, in float64: the plain form that the stream is held against."""
     v0, v1 = primary.double(), secondary.double()
-    blend = slerp_coefficients(
+    weights = slerp_coefficients(
         float(torch.sum(v0 * v1)), float(v0.norm()), float(v1.norm()), t, method, dot_threshold, epsilon
     )
-    return blend.primary_weight * v0 + blend.secondary_weight * v1
+    return weights.primary_weight * v0 + weights.secondary_weight * v1

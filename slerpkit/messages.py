@@ -1,4 +1,7 @@
-"""The one error a person sees, and figures and names in words."""
+"""The one error a person sees, and figures and names in words.
+
+Where words are shown, and in what colours, is not known here. Nothing needs to be read before this.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 class SlerpMergeError(Exception):
     """Something the world did, in words for the person at the prompt.
 
-    message: what happened, to which file or tensor. hint: what to do about it.
+    message: what happened, to which file or tensor. hint: what to do about it. The script alone catches it.
     """
 
     def __init__(self, message: str, hint: str) -> None:
@@ -55,16 +58,16 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def shorten(value: Any, most: int = 60) -> str:
-    """Any value for people; long ones are cut."""
+def shorten(value: Any, max_length: int = 60) -> str:
+    """Any value for people, in at most `max_length` characters; long ones are cut."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def format_names(names: Sequence[str], most: int = 6) -> str:
+def format_names(names: Sequence[str], max_count: int = 6) -> str:
     """A list of names that stays readable when there are thousands of them."""
-    shown = ", ".join(map(printable, names[:most]))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    first_names = ", ".join(map(printable, names[:max_count]))
+    return first_names if len(names) <= max_count else f"{first_names} and {len(names) - max_count} more"
 
 
 def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:

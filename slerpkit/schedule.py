@@ -1,4 +1,8 @@
-"""Which t each tensor gets: gradients, filters, the named blends, and how people type them."""
+"""Which t each tensor gets: gradients, filters, the named blends, and how people type them.
+
+A tensor is known here by its name and its position among the layers alone; t's range is checked where a recipe says
+what is allowed (recipe.py). Read messages.py before this.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ class ScheduleRule:
     name_filter: str = "*"  # a case-sensitive substring; "*" matches every name
 
     def matches(self, tensor_name: str) -> bool:
+        """Whether a tensor of this name gets this rule's gradient, if none before it does."""
         return self.name_filter == "*" or self.name_filter in tensor_name
 
     def value_at(self, position: float) -> float:
@@ -35,6 +40,7 @@ class Schedule:
 
     @classmethod
     def constant(cls, t: float) -> Schedule:
+        """The same t for every tensor."""
         return cls((ScheduleRule((t,)),))
 
     def t_for(self, tensor_name: str, position: float) -> float:
@@ -51,18 +57,21 @@ class Schedule:
         )
 
     def values(self) -> Iterator[float]:
+        """Every anchor of every gradient."""
         for rule in self.rules:
             yield from rule.gradient
 
     def describe(self) -> str:
         """In words: t = 0.5, or each filter with its gradient."""
-        parts = []
+        descriptions = []
         for rule in self.rules:
             gradient = ", ".join(f"{value:g}" for value in rule.gradient)
-            parts.append(f"t = {gradient}" if rule.name_filter == "*" else f"{rule.name_filter}: t = {gradient}")
-        return "; ".join(parts)
+            scope = "" if rule.name_filter == "*" else f"{rule.name_filter}: "
+            descriptions.append(f"{scope}t = {gradient}")
+        return "; ".join(descriptions)
 
 
+# (name, what would be typed for it, what it means)
 BLENDS = (
     ("even", "0.5", "both parents alike"),
     ("lean to primary", "0.3", "more of the primary"),
@@ -91,15 +100,18 @@ def parse_number(text: str) -> float:
 
 
 def parse_rule(text: str) -> ScheduleRule:
-    """`0.5`, a gradient `0,0.5,1`, or either for names that hold a text: `self_attn=0,1`."""
+    """`0.5`, a gradient `0,0.5,1`, or either for names that hold a text: `self_attn=0,1`.
+
+    Raises SlerpMergeError, in words for the prompt, where it is none of these.
+    """
     name_filter, equals, values = text.rpartition("=")
     if equals and not name_filter:
         raise SlerpMergeError(f"{text!r} has no name before the =.", "Write it like self_attn=0,0.5,1.")
-    return ScheduleRule(tuple(parse_number(part.strip()) for part in values.split(",")), name_filter or "*")
+    return ScheduleRule(tuple(parse_number(value.strip()) for value in values.split(",")), name_filter or "*")
 
 
 def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
-    """Filters as they were given, then the bare value, which is for the rest."""
+    """Filters as they were given, then the bare value, which is for the rest. Raises SlerpMergeError for two such."""
     rules = list(rules)
     if sum(rule.name_filter == "*" for rule in rules) > 1:
         raise SlerpMergeError("There are two values for the rest of the tensors.", "A gradient has commas: 0.5,0.6.")
@@ -107,17 +119,19 @@ def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
 
 
 def parse_blend(text: str) -> Schedule:
-    """An answer to `Blend`: a blend's name or the beginning of one, a number, a gradient, or filters with theirs."""
+    """An answer to `Blend`: a blend's name or the beginning of one, a number, a gradient, or filters with theirs.
+
+    Raises SlerpMergeError, in words for the prompt, where it is none of these or a t lies outside 0 to 1.
+    """
     wanted = " ".join(text.lower().split())
     matches = [name for name, _, _ in BLENDS if wanted and name.startswith(wanted)]
     if len(matches) > 1:
         raise SlerpMergeError(f"{text!r} could be {' or '.join(matches)}.", "Type more of it.")
-    named = [meaning for name, meaning, _ in BLENDS if name in matches]
-    rules = [parse_rule(part) for part in (named[0] if len(named) == 1 else text).split()]
-    schedule = order_rules(rules)
+    definition = next((typed for name, typed, _ in BLENDS if name in matches), text)
+    schedule = order_rules(map(parse_rule, definition.split()))
     for t in schedule.values():
         if not 0 <= t <= 1:
             raise SlerpMergeError(f"{t:g} is not a number from 0 to 1.", f"{BLEND_HELP}.")
-    if not rules or schedule.rules[-1].name_filter != "*":
+    if not schedule.rules or schedule.rules[-1].name_filter != "*":
         raise SlerpMergeError(f"{text!r} leaves out the other tensors.", "Add a value for the rest, such as 0.5.")
     return schedule

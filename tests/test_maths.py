@@ -87,7 +87,7 @@ def test_the_middle_of_a_right_angle():
     assert weights == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)), rel=1e-15)
     blend = blend_at(0.0)
     assert (blend.primary_weight, blend.secondary_weight) == weights
-    assert (blend.rule, blend.reason) == ("slerp", "")
+    assert (blend.operation, blend.reason) == ("slerp", "")
     assert blend.angle_degrees == pytest.approx(90)
 
 
@@ -204,18 +204,18 @@ def test_lerp_keeps_dtype_and_shape(dtype):
 def test_fallbacks_are_straight_lines_with_a_reason(dot, norms, reason, method):
     blend = slerp_coefficients(dot, *norms, 0.25, method)
     assert (blend.primary_weight, blend.secondary_weight) == (0.75, 0.25)
-    assert (blend.rule, blend.reason) == ("lerp", reason)
+    assert (blend.operation, blend.reason) == ("lerp", reason)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_default_threshold_is_a_cosine_of_0_9995(sign):
-    assert blend_at(sign * 0.9995).rule == "slerp"
-    assert blend_at(sign * 0.99951).rule == "lerp"
-    assert blend_at(sign * 0.9994).rule == "slerp"
+    assert blend_at(sign * 0.9995).operation == "slerp"
+    assert blend_at(sign * 0.99951).operation == "lerp"
+    assert blend_at(sign * 0.9994).operation == "slerp"
 
 
 def test_a_norm_just_above_epsilon_is_followed():
-    assert slerp_coefficients(0.0, 1.01e-8, 1.0, 0.5).rule == "slerp"
+    assert slerp_coefficients(0.0, 1.01e-8, 1.0, 0.5).operation == "slerp"
     assert slerp_coefficients(0.0, 0.1, 1.0, 0.5, epsilon=0.2).reason == "zero"
 
 
@@ -226,7 +226,7 @@ def test_a_zero_tensor_is_lerped_and_not_given_the_weight_of_a_right_angle():
 
 def test_the_method_lerp_needs_no_reason_and_still_tells_the_angle():
     blend = slerp_coefficients(0.5, 1.0, 1.0, 0.25, "lerp")
-    assert (blend.primary_weight, blend.secondary_weight, blend.rule, blend.reason) == (0.75, 0.25, "lerp", "")
+    assert (blend.primary_weight, blend.secondary_weight, blend.operation, blend.reason) == (0.75, 0.25, "lerp", "")
     assert blend.angle_degrees == pytest.approx(60)
 
 
@@ -234,13 +234,13 @@ def test_the_method_lerp_needs_no_reason_and_still_tells_the_angle():
 def test_a_cosine_rounded_to_one_or_beyond_is_never_divided_by_its_sine(cosine):
     for threshold in (0.9995, 1.0):
         blend = blend_at(cosine, 0.25, dot_threshold=threshold)
-        assert (blend.primary_weight, blend.secondary_weight, blend.rule) == (0.75, 0.25, "lerp")
+        assert (blend.primary_weight, blend.secondary_weight, blend.operation) == (0.75, 0.25, "lerp")
         assert blend.angle_degrees in (0.0, 180.0)
 
 
 def test_threshold_one_follows_even_the_shortest_arc():
     blend = blend_at(math.nextafter(1.0, 0.0), 0.25, dot_threshold=1.0)
-    assert blend.rule == "slerp"
+    assert blend.operation == "slerp"
     assert (blend.primary_weight, blend.secondary_weight) == pytest.approx((0.75, 0.25), rel=1e-6)
 
 
