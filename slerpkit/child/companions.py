@@ -85,10 +85,10 @@ def adapt_tokenizer(plan: MergePlan, folder: Path) -> None:
         extend_tokenizer(tokenizer, [(token.content, token.flags) for token in appended])
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
         if isinstance(settings.get("added_tokens_decoder"), dict):
-            entries = {str(token.number): {"content": token.content, **dict(token.flags)} for token in appended}
+            entries = {str(token.token_id): {"content": token.content, **dict(token.flags)} for token in appended}
             settings = {**settings, "added_tokens_decoder": {**settings["added_tokens_decoder"], **entries}}
         if more_path.is_file():
-            write_json(more_path, {**read_json(more_path), **{token.content: token.number for token in appended}})
+            write_json(more_path, {**read_json(more_path), **{token.content: token.token_id for token in appended}})
     if settings != before:
         write_json(settings_path, settings)
 
@@ -97,7 +97,7 @@ def write_child_config(plan: MergePlan, folder: Path) -> None:
     """config.json: the primary's, key by key, with what is another in the child."""
     config = dict(plan.parents.primary.config)
     vocabulary = plan.parity.vocabulary
-    if vocabulary.role == "secondary":
+    if vocabulary.tokenizer_source == "secondary":
         config = follow_tokens(config, plan.parents.secondary.config, vocabulary, "primary")
     if plan.recipe.dtype != "auto":
         stated = [key for key in DTYPE_KEYS if key in config] or ["torch_dtype"]

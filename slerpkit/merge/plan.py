@@ -66,7 +66,7 @@ class MergePlan:
 
     @property
     def tokenizer_role(self) -> str | None:
-        return self.parity.vocabulary.role
+        return self.parity.vocabulary.tokenizer_source
 
     @property
     def template_role(self) -> str | None:
@@ -124,11 +124,11 @@ def parameters_for(
     In a recipe of slices a layer follows its own; what stands before the layers follows the first slice, what
     stands behind them the last, both at position 0, as mergekit has it.
     """
-    position = pair.place.position
+    position = pair.layer.position
     if not recipe.slices:
         return recipe.schedule, recipe.weights, position
-    number = pair.place.slice_number
-    if number < 0:
+    number = pair.layer.slice_number
+    if number is None:
         number = 0 if re.search(r"emb|wte|wpe", pair.name) else len(recipe.slices) - 1
     part = recipe.slices[number]
     return part.schedule, part.weights, position
@@ -176,7 +176,7 @@ def plan_tensor(pair: TensorSources, recipe: MergeRecipe) -> TensorPlan:
         copied = tuple((info, pair.secondary)[source] for source in order)
         if rows is None:
             return plan(copied[:1], operation="copy", t=t)
-        return plan(copied, rows=rows.first(order), operation="copy", t=t)
+        return plan(copied, rows=rows.select(order), operation="copy", t=t)
     sources = (info, pair.secondary) if pair.base is None else (info, pair.secondary, pair.base)
     operation = "lerp" if recipe.method == "lerp" or not info.shape else "slerp"
     one_axis = len(info.shape) < 2 or (rows is not None and info.shape[0] == 1)

@@ -1,4 +1,8 @@
-"""How the child talks and stops: chat templates, special tokens, generation settings; licences."""
+"""How the child talks and stops: chat templates, special tokens, generation settings; licences.
+
+Small files are read and held against each other, and what the child's generation_config.json will be is said here; it
+is written by child/companions.py. No weight is looked at. Read vocabulary.py before this.
+"""
 
 from __future__ import annotations
 
@@ -25,43 +29,42 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     template = read_text_if_there(checkpoint.folder / "chat_template.jinja")
     if template is not None:
         return template
-    settings = (
-        read_json_if_there(checkpoint.folder / name) for name in ("tokenizer_config.json", "chat_template.json")
-    )
-    value = next((found for part in settings if (found := part.get("chat_template"))), None)
-    return value if isinstance(value, str) or value is None else json.dumps(value)
+    files = (read_json_if_there(checkpoint.folder / name) for name in ("tokenizer_config.json", "chat_template.json"))
+    template = next((settings["chat_template"] for settings in files if settings.get("chat_template")), None)
+    return template if isinstance(template, str) or template is None else json.dumps(template)
 
 
 def declared_licence(checkpoint: Checkpoint) -> str | None:
     """The licence named in the front matter of a parent's model card."""
     card = read_text_if_there(checkpoint.folder / CARD_NAME) or ""
     front = re.match(r"---\n(.*?)\n---", card.replace("\r\n", "\n"), re.DOTALL)
-    found = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front.group(1), re.MULTILINE) if front else None
-    return found.group(1) if found else None
+    licence = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", front.group(1), re.MULTILINE) if front else None
+    return licence.group(1) if licence else None
 
 
 def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
     """Differences outside the weights that the person may want to know of."""
-    found = []
-
-    def note(subject: str, left: str | None, right: str | None, why: str) -> None:
-        if left != right:
-            shown = [value if value is not None else "none" for value in (left, right)]
-            found.append(Mismatch("notice", subject, *map(shorten, shown), why))
-
-    tokens = [special_tokens(parent) for parent in (primary, secondary)]
-    for name in sorted(tokens[0].keys() | tokens[1].keys()):
-        note(name, tokens[0].get(name), tokens[1].get(name), "The child has those of the tokenizer's donor.")
-    settings = [read_json_if_there(parent.folder / GENERATION_NAME) for parent in (primary, secondary)]
-    for stated in settings:
-        stated.pop("transformers_version", None)
+    parents = primary, secondary
+    tokens = [special_tokens(parent) for parent in parents]
+    why = "The child has those of the parent that the tokenizer is from."
+    differences = [
+        (name, [parent_tokens.get(name) for parent_tokens in tokens], why)
+        for name in sorted(tokens[0].keys() | tokens[1].keys())
+    ]
+    settings = [read_json_if_there(parent.folder / GENERATION_NAME) for parent in parents]
+    for parent_settings in settings:
+        parent_settings.pop("transformers_version", None)
+    texts = [json.dumps(parent_settings, sort_keys=True) if parent_settings else None for parent_settings in settings]
     if settings[0] != settings[1]:
-        shown = [json.dumps(stated, sort_keys=True) if stated else None for stated in settings]
-        why = "The child generates as the primary does, and stops where the tokenizer's donor does."
-        note(GENERATION_NAME, *shown, why)
+        why = "The child generates as the primary does, and stops like the parent that the tokenizer is from."
+        differences.append((GENERATION_NAME, texts, why))
     why = "A child is bound by both; read them before you share it."
-    note("licence", declared_licence(primary), declared_licence(secondary), why)
-    return found
+    differences.append(("licence", [declared_licence(parent) for parent in parents], why))
+    return [
+        Mismatch("notice", subject, *(shorten(value if value is not None else "none") for value in values), why)
+        for subject, values, why in differences
+        if values[0] != values[1]
+    ]
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
@@ -89,110 +92,111 @@ def check_chat_template(
     if asked == "auto" and len(set(templates.values())) == 1:
         return [], None
     sizes = [f"{len(template)} characters" if template else "none" for template in templates.values()]
-    shown = sizes if sizes[0] != sizes[1] else ["one", "another"]
-    line = functools.partial(Mismatch, subject="chat template", primary=shown[0], secondary=shown[1])
-    if vocabulary.role is None:
-        severity = "notice" if asked == "auto" else "blocking"
-        return [line(severity, consequence="Without a tokenizer, which neither parent has, it is of no use.")], None
-    donor = parents[vocabulary.role]
-    role = {"primary": "secondary", "secondary": "primary"}[vocabulary.role] if asked == "auto" else asked
-    if asked == "auto" and templates[vocabulary.role]:
-        return [line("notice", consequence="The child talks as the tokenizer's donor does.")], None
+    sizes = sizes if sizes[0] != sizes[1] else ["one", "another"]
+    line = functools.partial(Mismatch, subject="chat template", primary=sizes[0], secondary=sizes[1])
+    unless_asked = "notice" if asked == "auto" else "blocking"
+    tokenizer_source = vocabulary.tokenizer_source
+    if tokenizer_source is None:
+        why = "Without a tokenizer, which neither parent has, it is of no use."
+        return [line(unless_asked, consequence=why)], None
+    if asked == "auto" and templates[tokenizer_source]:
+        return [line("notice", consequence="The child talks like the parent that the tokenizer is from.")], None
+    role = {"primary": "secondary", "secondary": "primary"}[tokenizer_source] if asked == "auto" else asked
     if not templates[role]:
         return [line("blocking", consequence=f"The {role} has none to take.")], None
-    unknown = [] if role == vocabulary.role else unknown_marks(templates[role], parents[role], donor, vocabulary)
+    unknown = []
+    if role != tokenizer_source:
+        unknown = unknown_marks(templates[role], parents[role], parents[tokenizer_source], vocabulary)
     if unknown:
         why = f"The {role}'s speaks of {format_names(unknown)}, which the child's tokenizer does not know."
-        severity = "notice" if asked == "auto" else "blocking"
-        return [line(severity, consequence=f"{why} --tokenizer {role} takes both.")], None
+        return [line(unless_asked, consequence=f"{why} --tokenizer {role} takes both.")], None
     if asked == "auto":
         why = f"The child has none; --chat-template {role} takes the {role}'s, which fits its tokens."
         return [line("notice", consequence=why)], role
-    return [
-        line("resolved", consequence=f"The child has the {role}'s, as asked, and also stops where that does.")
-    ], None
+    why = f"The child has the {role}'s, as asked, and also stops where that does."
+    return [line("resolved", consequence=why)], None
 
 
-def unknown_marks(template: str, owner: Checkpoint, donor: Checkpoint, vocabulary: Vocabulary) -> list[str]:
-    """Marks that a chat template puts around a conversation and that would be no tokens in the child."""
-    if have_same_tokens(owner.folder, donor.folder):
+def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint, vocabulary: Vocabulary) -> list[str]:
+    """Marks that the owner's chat template puts around a conversation and that would be no tokens in the child."""
+    if have_same_tokens(owner.folder, tokenizer_source.folder):
         return []
     marks = set(added_tokens(owner.folder))
     try:
         if (owner.folder / "tokenizer.json").is_file():
             added = open_tokenizer(owner.folder / "tokenizer.json").get_added_tokens_decoder()
             marks |= {token.content for token in added.values()}
-        known = read_tokens(donor.folder).keys() | {token.content for token in vocabulary.appended}
+        child_tokens = read_tokens(tokenizer_source.folder).keys() | {token.content for token in vocabulary.appended}
     except SlerpMergeError:  # it stays unknown what they are
-        known = set()
-    return sorted(mark for mark in marks if mark and mark in template and mark not in known)
+        child_tokens = set()
+    return sorted(mark for mark in marks if mark and mark in template and mark not in child_tokens)
 
 
 def child_generation_config(
     primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, template_role: str | None = None
 ) -> tuple[dict[str, Any], list[Mismatch]]:
-    """generation_config.json of the child, empty where neither parent has one; what was resolved in it.
+    """(generation_config.json of the child, empty where neither parent has one; what was resolved in it).
 
-    It is the primary's, or else the secondary's, with the ids of the tokenizer's donor, and none that has no row.
-    template_role: a parent other than the donor whose chat template the child has; it also stops where that does.
+    It is the primary's, or else the secondary's, with the ids of the parent that the tokenizer is from, and none that
+    has no row. template_role: the parent whose chat template the child has; it also stops where that does.
     """
     parents = {"primary": primary, "secondary": secondary}
     stated = {role: read_json_if_there(parent.folder / GENERATION_NAME) for role, parent in parents.items()}
-    source = "primary" if stated["primary"] else "secondary"
-    donor = vocabulary.role or source
-    settings = stated[source]
-    if settings and source != donor:
-        settings = follow_tokens(settings, stated[donor] or stated_ids(parents[donor].config), vocabulary, source)
-    if template_role not in (None, donor):
-        ends = [
-            number
-            for role in (donor, template_role)
-            for number in ids_of(
-                {**stated_ids(parents[role].config), **stated[role]}.get("eos_token_id"), vocabulary, role
-            )
-        ]
+    settings_source = "primary" if stated["primary"] else "secondary"
+    tokenizer_source = vocabulary.tokenizer_source or settings_source
+    settings = stated[settings_source]
+    if settings and settings_source != tokenizer_source:
+        ids = stated[tokenizer_source] or stated_ids(parents[tokenizer_source].config)
+        settings = follow_tokens(settings, ids, vocabulary, settings_source)
+    if template_role not in (None, tokenizer_source):
+        ends: list[int] = []
+        for role in (tokenizer_source, template_role):
+            stated_ends = {**stated_ids(parents[role].config), **stated[role]}.get("eos_token_id")
+            ends += child_ids(stated_ends, vocabulary, role)
         settings |= {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
-    kept, found = {}, []
+    kept, mismatches = {}, []
     for key, value in settings.items():
-        ids = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [value]
         is_id = TOKEN_ID_KEY.search(key) is not None
-        astray = [n for n in ids if is_id and type(n) is int and not has_row(n, vocabulary)]
-        rest = [n for n in ids if n not in astray]
-        if astray:
-            why = f"The child's vocabulary has no {format_names(list(map(str, astray)))}; left out."
-            name = f"{GENERATION_NAME}: {key}"
-            found.append(Mismatch("resolved", name, *(shorten(stated[role].get(key)) for role in parents), why))
-        if not astray or rest:
-            kept[key] = value if not astray else rest if len(rest) > 1 else rest[0]
-    return kept, found
+        lost = [n for n in values if is_id and type(n) is int and not has_row(n, vocabulary)]
+        if not lost:
+            kept[key] = value
+            continue
+        why = f"The child's vocabulary has no {format_names(list(map(str, lost)))}; left out."
+        stated_values = (shorten(stated[role].get(key)) for role in parents)
+        mismatches.append(Mismatch("resolved", f"{GENERATION_NAME}: {key}", *stated_values, why))
+        remaining = [n for n in values if n not in lost]
+        if remaining:
+            kept[key] = remaining if len(remaining) > 1 else remaining[0]
+    return kept, mismatches
 
 
-def has_row(number: int, vocabulary: Vocabulary) -> bool:
+def has_row(token_id: int, vocabulary: Vocabulary) -> bool:
     """Whether a token's id can be one of the child's."""
-    return vocabulary.rows is None or 0 <= number < vocabulary.rows
+    return vocabulary.rows is None or 0 <= token_id < vocabulary.rows
 
 
-def ids_of(value: Any, vocabulary: Vocabulary, role: str) -> list[int]:
+def child_ids(stated: Any, vocabulary: Vocabulary, role: str) -> list[int]:
     """A parent's token id, or list of ids, as the child's ids; those that the child has no token for are left out."""
-    ids = value if isinstance(value, list) else [value]
-    places = [vocabulary.child_id_of(number, int(role == "secondary")) for number in ids if type(number) is int]
-    return [place for place in places if place is not None]
+    ids = stated if isinstance(stated, list) else [stated]
+    translated = (vocabulary.child_id_of(token_id, role) for token_id in ids if type(token_id) is int)
+    return [token_id for token_id in translated if token_id is not None]
 
 
 def follow_tokens(
-    settings: Mapping[str, Any], donor: Mapping[str, Any], vocabulary: Vocabulary, role: str
+    settings: Mapping[str, Any], source_ids: Mapping[str, Any], vocabulary: Vocabulary, role: str
 ) -> dict[str, Any]:
-    """Settings of the parent `role` with the token ids of the donor's settings, whole.
+    """Settings of the parent `role` with the token ids of `source_ids`, settings of the parent the tokenizer is from.
 
-    Of ids that the donor does not state, the child has those of the same tokens.
+    Of ids that those do not state, the child has the ids of the same tokens. Nested settings follow likewise.
     """
-    result: dict[str, Any] = {key: value for key, value in donor.items() if TOKEN_ID_KEY.search(key)}
+    result: dict[str, Any] = {key: value for key, value in source_ids.items() if TOKEN_ID_KEY.search(key)}
     for key, value in settings.items():
         if isinstance(value, dict):
-            inner = donor.get(key)
-            result[key] = follow_tokens(value, inner if isinstance(inner, dict) else {}, vocabulary, role)
+            inner_ids = source_ids.get(key)
+            result[key] = follow_tokens(value, inner_ids if isinstance(inner_ids, dict) else {}, vocabulary, role)
         elif not TOKEN_ID_KEY.search(key) or value is None:
             result.setdefault(key, value)
-        elif key not in result and (ids := ids_of(value, vocabulary, role)):
+        elif key not in result and (ids := child_ids(value, vocabulary, role)):
             result[key] = ids if isinstance(value, list) else ids[0]
-    return {key: result[key] for key in (*settings, *donor) if key in result}  # in the settings' own order
+    return {key: result[key] for key in (*settings, *source_ids) if key in result}  # in the settings' own order

@@ -1,4 +1,8 @@
-"""check_parity: every difference between two parents; misfit, the same in a few words."""
+"""check_parity: every difference between the parents; incompatibility: the one that forbids a merge, in a few words.
+
+What is compared, and how it is judged, stands in the modules before this one; here it is put together. Nothing is
+written, and nothing is shown.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,8 @@ def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) ->
     """What keeps a base model from being one, beyond the shapes of its tensors."""
     if base is None:
         return []
-    found = [*check_quantisation(primary, base), *compare_configs(primary, base, any_depth)]
-    return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in found if m.severity == "blocking"]
+    mismatches = [*check_quantisation(primary, base), *compare_configs(primary, base, any_depth)]
+    return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in mismatches if m.severity == "blocking"]
 
 
 def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
@@ -40,9 +44,9 @@ def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
     """Why a model cannot be merged with the primary, in a few words; None where headers show no reason."""
     if primary.folder.resolve() == other.folder.resolve():
         return "the primary itself"
-    found = check_quantisation(primary, other) + compare_configs(primary, other)
-    found += pair_tensors(primary, rename_to_match(other, primary)[0])[1]
-    for m in found:
+    renamed, _ = rename_to_match(other, primary)
+    _, unpaired = pair_tensors(primary, renamed)
+    for m in (*check_quantisation(primary, other), *compare_configs(primary, other), *unpaired):
         if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
             return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
     return None
@@ -52,33 +56,33 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     """Every difference between the parents, each blocking, resolved or a notice; and the pairs of tensors.
 
     Of the recipe it follows dtype, slices, tokenizer and chat template. Reads headers and small files; of weights,
-    only a head that should not be there.
+    only a head that should not be there. Raises SlerpMergeError where a tokenizer that is asked for is not there.
     """
     primary, secondary, base = parents.primary, parents.secondary, parents.base
     slices = recipe.slices
-    alike, renamed = rename_to_match(secondary, primary)
-    base_tensor = None if base is None else rename_to_match(base, primary)[0]
-    vocabulary, found = align_vocabularies(primary, alike, recipe.tokenizer, base_tensor)
-    settled, heads = drop_tied_copies(primary)
-    pairs, unpaired = pair_tensors(settled, alike, slices, base_tensor, vocabulary)
-    talk, offered = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
-    found += [
+    renamed_secondary, other_names = rename_to_match(secondary, primary)
+    renamed_base = None if base is None else rename_to_match(base, primary)[0]
+    vocabulary, row_mismatches = align_vocabularies(primary, renamed_secondary, recipe.tokenizer, renamed_base)
+    without_copies, tied_copies = drop_tied_copies(primary)
+    pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary)
+    template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
+    mismatches = [
+        *row_mismatches,
         *check_quantisation(primary, secondary),
         *compare_configs(primary, secondary, any_depth=bool(slices)),
         *check_base(primary, base, any_depth=bool(slices)),
-        *check_slices(slices, primary, alike),
-        *heads,
-        *renamed,
+        *check_slices(slices, primary, renamed_secondary),
+        *tied_copies,
+        *other_names,
         *unpaired,
-        *check_dtypes(primary, alike, recipe.dtype),
-        *talk,
+        *check_dtypes(primary, renamed_secondary, recipe.dtype),
+        *template_mismatches,
         *compare_companions(primary, secondary),
         *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary),
     ]
-    rank = {"blocking": 0, "resolved": 1, "notice": 2}
-    found.sort(key=lambda m: rank[m.severity])
-    return ParityReport(tuple(found), tuple(pairs), vocabulary, offered)
+    mismatches.sort(key=lambda mismatch: ("blocking", "resolved", "notice").index(mismatch.severity))
+    return ParityReport(tuple(mismatches), tuple(pairs), vocabulary, offered_template)
 
 
 def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
@@ -86,12 +90,10 @@ def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
     recipe = MergeRecipe(primary_folder, secondary_folder)
     blocking = check_parity(open_parents(recipe), recipe).of_severity("blocking")
     if blocking:
-        first = blocking[0]
+        worst = blocking[0]
         more = f" And {len(blocking) - 1} more." if len(blocking) > 1 else ""
-        raise SlerpMergeError(
-            f"It does not fit the primary: {first.subject} is {first.secondary}, not {first.primary}.{more}",
-            first.consequence,
-        )
+        what = f"It does not fit the primary: {worst.subject} is {worst.secondary}, not {worst.primary}.{more}"
+        raise SlerpMergeError(what, worst.consequence)
 
 
 def check_fit_of_base(primary_folder: Path, base_folder: Path) -> None:

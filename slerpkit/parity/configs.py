@@ -1,4 +1,8 @@
-"""Two config.json files held against each other; what a config says of layers, tokens, quantisation."""
+"""Two config.json files held against each other; what a config says of layers, tokens, quantisation.
+
+Of tensors it asks names and dtypes alone, and those only to tell quantised models. Settings are judged by their names,
+whatever the architecture; none has code of its own here. Read report.py before this.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,9 @@ from slerpkit.parity.report import Mismatch
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
 
-LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")  # a language model's place in a larger one
+LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")  # of a language model inside a larger one
 # Keys whose value is the id of a token: they follow the tokenizer.
 TOKEN_ID_KEY = re.compile(r"token_(id|index)s?$|suppress_tokens$|forced_decoder_ids$")
-
-
-def language_scopes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Where a config speaks of its language model: the part that is one inside a larger model, then the whole."""
-    parts = [config.get(key) for key in LANGUAGE_CONFIGS]
-    return [*(part for part in parts if isinstance(part, dict)), config]
-
-
-def stated_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every token id that a config states, its language model's too."""
-    scopes = reversed(language_scopes(config))
-    return {key: value for scope in scopes for key, value in scope.items() if TOKEN_ID_KEY.search(key)}
-
-
 # Keys that change what the weights mean while every shape stays equal. Matched against the last part of a key.
 BEHAVIOUR_KEY = re.compile(
     r"(^|_)n?_?(num_)?(attention_|key_value_|kv_|linear_\w+_|mamba_)?heads?(_kv)?$|head_dim|head_size|d_kv|d_head"
@@ -72,6 +62,18 @@ ROPE_KEYS = {
     "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor",
 }
+
+
+def language_scopes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Where a config speaks of its language model: the part that is one inside a larger model, then the whole."""
+    inner_configs = [config.get(key) for key in LANGUAGE_CONFIGS]
+    return [*(inner for inner in inner_configs if isinstance(inner, dict)), config]
+
+
+def stated_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every token id that a config states, its language model's too."""
+    scopes = reversed(language_scopes(config))
+    return {key: value for scope in scopes for key, value in scope.items() if TOKEN_ID_KEY.search(key)}
 
 
 def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,11 +129,11 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def same_value(left: Any, right: Any) -> bool:
+def same_value(first: Any, second: Any) -> bool:
     """Equal as numbers: 10000 and 10000.0 are one value, true and 1 are not."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    return left == right
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    return first == second
 
 
 def compare_configs(primary: Checkpoint, secondary: Checkpoint, any_depth: bool = False) -> list[Mismatch]:
@@ -139,44 +141,47 @@ def compare_configs(primary: Checkpoint, secondary: Checkpoint, any_depth: bool 
 
     any_depth: the recipe says which layers go together, so depth and settings per layer may differ.
     """
-    left, right = flatten_config(primary.config), flatten_config(secondary.config)
-    found = []
-    for key in sorted(left.keys() | right.keys()):
-        last = key.rpartition(".")[2]
-        if last in DTYPE_KEYS or SILENT_KEY.search(last) or key.startswith("quantization_config"):
+    configs = flatten_config(primary.config), flatten_config(secondary.config)
+    mismatches = []
+    for key in sorted(configs[0].keys() | configs[1].keys()):
+        name = key.rpartition(".")[2]
+        if name in DTYPE_KEYS or SILENT_KEY.search(name) or key.startswith("quantization_config"):
             continue
-        if last in ("tie_word_embeddings", "tie_encoder_decoder") or VOCABULARY_KEY.search(last):
+        if name in ("tie_word_embeddings", "tie_encoder_decoder") or VOCABULARY_KEY.search(name):
             continue  # judged by the weights themselves
-        if any_depth and (DEPTH_KEY.search(last) or isinstance(left.get(key), list)):
+        primary_value, secondary_value = (config.get(key) for config in configs)  # None: not stated
+        if any_depth and (DEPTH_KEY.search(name) or isinstance(primary_value, list)):
             continue
-        if key in left and key in right and same_value(left[key], right[key]):
+        if same_value(primary_value, secondary_value):
             continue
-        if last == "sliding_window" and not left.get(key) and not right.get(key):
+        if name == "sliding_window" and not primary_value and not secondary_value:
             continue  # none, and not spoken of
-        found.append(judge_config_key(key, left.get(key), right.get(key)))
-    return found
+        mismatches.append(judge_config_key(key, primary_value, secondary_value))
+    return mismatches
 
 
-def judge_config_key(key: str, left: Any, right: Any) -> Mismatch:
-    """What follows from one config key on which the parents differ. None: that side does not state it."""
-    last = key.rpartition(".")[2]
-    shown = [shorten(value) if value is not None else "not stated" for value in (left, right)]
-    both_speak = left is not None and right is not None
+def judge_config_key(key: str, primary_value: Any, secondary_value: Any) -> Mismatch:
+    """What follows from one config key on which the parents differ. None: that parent does not state it."""
+    name = key.rpartition(".")[2]
+    values = [shorten(value) if value is not None else "not stated" for value in (primary_value, secondary_value)]
+    both_state_it = primary_value is not None and secondary_value is not None
     if key in ("model_type", "architectures"):
-        return Mismatch("blocking", key, *shown, "Different architectures give their weights different meanings.")
-    if both_speak and DEPTH_KEY.search(last):
-        return Mismatch("blocking", key, *shown, "Models of different depth have no layer for layer match.")
-    behaviour = BEHAVIOUR_KEY.search(last) or ".rope_parameters." in f".{key}"
-    behaviour = behaviour and not TOKEN_ID_KEY.search(last)
-    if both_speak and behaviour:
-        return Mismatch("blocking", key, *shown, "Equal shapes hide this: the weights would be used in another way.")
-    if CAPACITY_KEY.search(last):
-        return Mismatch("notice", key, *shown, "The child keeps the primary's limit.")
-    if TOKEN_ID_KEY.search(last):
-        return Mismatch("notice", key, *shown, "The child has that of the tokenizer's donor.")
-    if behaviour:
-        return Mismatch("notice", key, *shown, "One config is silent; make sure that both mean the same.")
-    return Mismatch("notice", key, *shown, "The child keeps the primary's value.")
+        return Mismatch("blocking", key, *values, "Different architectures give their weights different meanings.")
+    if both_state_it and DEPTH_KEY.search(name):
+        return Mismatch("blocking", key, *values, "Models of different depth have no layer for layer match.")
+    changes_meaning = BEHAVIOUR_KEY.search(name) or ".rope_parameters." in f".{key}"
+    changes_meaning = changes_meaning and not TOKEN_ID_KEY.search(name)
+    if both_state_it and changes_meaning:
+        return Mismatch("blocking", key, *values, "Equal shapes hide this: the weights would be used in another way.")
+    if CAPACITY_KEY.search(name):
+        why = "The child keeps the primary's limit."
+    elif TOKEN_ID_KEY.search(name):
+        why = "The child has that of the parent that the tokenizer is from."
+    elif changes_meaning:
+        why = "One config is silent; make sure that both mean the same."
+    else:
+        why = "The child keeps the primary's value."
+    return Mismatch("notice", key, *values, why)
 
 
 def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
@@ -185,8 +190,8 @@ def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
     if isinstance(settings, dict):
         bits = next((f" {number}-bit" for number in (4, 8) if settings.get(f"load_in_{number}bit")), "")
         method = str(settings.get("quant_method") or ("bitsandbytes" if bits else "an unnamed scheme"))
-        known = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
-        return known.get(method.lower(), method) + bits
+        spellings = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
+        return spellings.get(method.lower(), method) + bits
     for name, info in checkpoint.tensors.items():
         for pattern, scheme in QUANTISED_NAMES:
             if pattern.search(name):
@@ -203,11 +208,10 @@ def check_quantisation(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
     schemes = quantisation_scheme(primary), quantisation_scheme(secondary)
     if not any(schemes):
         return []
-    shown = [scheme or "not quantised" for scheme in schemes]
     remedies = [QUANTISATION_REMEDIES.get(scheme.partition(" ")[0]) for scheme in schemes if scheme]
-    other = ", ".join(dict.fromkeys(remedy for remedy in remedies if remedy))
-    why = "Quantised weights cannot be interpolated; use the original, unquantised model"
-    return [Mismatch("blocking", "quantisation", *shown, f"{why}, {other}." if other else f"{why}.")]
+    advice = ["use the original, unquantised model", *dict.fromkeys(remedy for remedy in remedies if remedy)]
+    why = f"Quantised weights cannot be interpolated; {', '.join(advice)}."
+    return [Mismatch("blocking", "quantisation", *(scheme or "not quantised" for scheme in schemes), why)]
 
 
 def stated_depth(config: Mapping[str, Any]) -> int | None:

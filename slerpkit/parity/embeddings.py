@@ -1,4 +1,8 @@
-"""Tensors with a row for each token: embeddings, heads, and what is tied to what."""
+"""Tensors with a row for each token: embeddings, heads, and what is tied to what.
+
+Which tensor is which follows from shape and name; of weights, only matrices that may be copies of each other are read.
+What stands for which token is not known here (vocabulary.py). Read configs.py before this.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,17 @@ if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parents.tensors import TensorInfo
 
+# Words in the names of tensors; which tensor is which follows from its shape where that is clear.
+EMBEDDING_NAME = re.compile(
+    r"embed_tokens\.weight|word_embeddings?\.weight|wte\.weight|embed_in\.weight|shared\.weight"
+)
+# Where several matrices share their weights, the embedding is stored under its own name or as the shared one.
+INPUT_EMBEDDING_NAMES = (
+    re.compile(r"shared"), EMBEDDING_NAME, re.compile(r"embeddings|embed_tokens|wte"), re.compile("emb"),
+)  # fmt: skip
+TOKEN_NAME = re.compile(r"emb|wte|shared|head|output|proj_out|decoder\.(weight|bias)$|predictions\.bias$|logits")
+OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
+
 
 def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of the embedding: the config's vocab_size, where a matrix confirms it; or those of the one embedding."""
@@ -23,20 +38,12 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
         rows = scope.get("vocab_size")
         if isinstance(rows, int) and any(has_token_rows(info, rows) for info in checkpoint.tensors.values()):
             return rows
-    found = {
+    row_counts = {
         info.shape[0]
         for info in checkpoint.tensors.values()
         if EMBEDDING_NAME.search(info.name) and len(info.shape) == 2 and has_token_rows(info, info.shape[0])
     }
-    return found.pop() if len(found) == 1 else None
-
-
-# Words in the names of tensors; which tensor is which follows from its shape where that is clear.
-EMBEDDING_NAME = re.compile(
-    r"embed_tokens\.weight|word_embeddings?\.weight|wte\.weight|embed_in\.weight|shared\.weight"
-)
-TOKEN_NAME = re.compile(r"emb|wte|shared|head|output|proj_out|decoder\.(weight|bias)$|predictions\.bias$|logits")
-OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
+    return row_counts.pop() if len(row_counts) == 1 else None
 
 
 def has_token_rows(info: TensorInfo, rows: int | None) -> bool:
@@ -82,14 +89,14 @@ def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> 
 
 def token_matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
     """The matrices with a row for each token, the input embedding first; then its head, its copies, or others."""
-    found = [info for info in token_tensors(checkpoint).values() if len(info.shape) == 2 and info.shape[0] != 1]
-    # Where several share their weights, an embedding is stored under its own name or as the shared one.
-    ranks = (re.compile(r"shared"), EMBEDDING_NAME, re.compile(r"embeddings|embed_tokens|wte"), re.compile("emb"))
+    matrices = [info for info in token_tensors(checkpoint).values() if len(info.shape) == 2 and info.shape[0] != 1]
+    return sorted(matrices, key=lambda info: (embedding_rank(info.name), natural_order(info.name)))
 
-    def rank(info: TensorInfo) -> int:
-        return next((place for place, mark in enumerate(ranks) if mark.search(info.name)), len(ranks))
 
-    return sorted(found, key=lambda info: (rank(info), natural_order(info.name)))
+def embedding_rank(name: str) -> int:
+    """How far a name is from that of the input embedding; 0 is the nearest."""
+    ranks = (rank for rank, pattern in enumerate(INPUT_EMBEDDING_NAMES) if pattern.search(name))
+    return next(ranks, len(INPUT_EMBEDDING_NAMES))
 
 
 def copies_of_embedding(checkpoint: Checkpoint) -> list[TensorInfo]:
@@ -109,7 +116,7 @@ def untied_heads(checkpoint: Checkpoint) -> list[TensorInfo]:
 
 
 def drop_tied_copies(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
-    """The primary without the copies of its embedding that its config says are tied; what was found.
+    """(the primary without the copies of its embedding that its config says are tied, what is to know of them).
 
     A stored head that differs from the embedding is a head of its own, whatever the config says of it.
     """
@@ -117,15 +124,15 @@ def drop_tied_copies(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
         return primary, []
     copies = [info.name for info in copies_of_embedding(primary)]
     heads = [info.name for info in untied_heads(primary)]
-    found = []
+    mismatches = []
     if copies:
         why = "Tied to the embedding and equal to it; the child does without the copy."
-        found.append(Mismatch("resolved", format_names(copies), "stored although tied", "not needed", why))
+        mismatches.append(Mismatch("resolved", format_names(copies), "stored although tied", "not needed", why))
     if heads:
         why = "It differs from the embedding, so the child has it, and says that it is not tied."
-        found.append(Mismatch("resolved", format_names(heads), "stored although tied", "see the primary", why))
-    rest = {name: info for name, info in primary.tensors.items() if name not in copies}
-    return dataclasses.replace(primary, tensors=rest), found
+        mismatches.append(Mismatch("resolved", format_names(heads), "stored although tied", "see the primary", why))
+    kept = {name: info for name, info in primary.tensors.items() if name not in copies}
+    return dataclasses.replace(primary, tensors=kept), mismatches
 
 
 def head_is_tied(primary: Checkpoint) -> bool | None:

@@ -1,4 +1,8 @@
-"""The angle between the parents, from a sample of their weights."""
+"""The angle between the parents, from a sample of their weights.
+
+It needs pairs of tensors and reads some of their bytes, with numpy alone: torch would cost more than the measuring.
+What the merge itself measures is not known here. Read report.py and parents/tensors.py before this.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from slerpkit.parents.tensors import TensorInfo
     from slerpkit.parity.report import TensorSources
 
+MAX_KINSHIP_MATRICES = 96  # sampled, spread over the layers
+KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
 SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
 STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
 
@@ -39,10 +45,11 @@ class Kinship:
         """The verdict in words, with the figures."""
         if self.degrees is None:
             return "unknown: no matrices to compare"
-        parts = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
-        return f"{self.verdict}: {self.degrees:.1f} degrees apart ({parts})"
+        angles = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
+        return f"{self.verdict}: {self.degrees:.1f} degrees apart ({angles})"
 
     def as_dict(self) -> dict[str, Any]:
+        """What reports hold of it."""
         return {"verdict": self.verdict, "degrees": self.degrees, "components": dict(self.by_component)}
 
     @property
@@ -54,10 +61,6 @@ class Kinship:
             f"The parents look like {self.describe()}. Fine-tunes of one base model lie a few degrees apart; "
             "these share a shape and not an origin, and children of such parents seldom speak."
         )
-
-
-KINSHIP_MATRICES = 96  # sampled at most, spread over the layers
-KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
 
 
 def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
@@ -74,7 +77,7 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
     matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
     sums: dict[str, list[float]] = {}
     with TensorReader() as reader, numpy.errstate(all="ignore"):  # what is not finite is left out
-        for pair in matrices[:: -(-len(matrices) // KINSHIP_MATRICES) or 1]:
+        for pair in matrices[:: -(-len(matrices) // MAX_KINSHIP_MATRICES) or 1]:
             v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
             products = [float(a @ b) for a, b in ((v0, v0), (v1, v1), (v0, v1))]
             component = component_of(pair.name)

@@ -1,4 +1,8 @@
-"""Each tensor of the child with its sources: other names, slices of layers, shapes, buffers."""
+"""Each tensor of the child with its sources: other names, slices of layers, shapes, buffers.
+
+Names, shapes and dtypes are all that is known of a tensor here. How it is blended is decided later (merge/plan.py).
+Read report.py and embeddings.py before this.
+"""
 
 from __future__ import annotations
 
@@ -36,55 +40,57 @@ def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
     sizes: dict[str, int] = {}
     depths: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
-        if (place := find_layer(name)) is not None:
-            sizes[place[0]] = sizes.get(place[0], 0) + info.byte_count
-            depths[place[0]] = max(depths.get(place[0], 0), place[1] + 1)
+        if (layer := find_layer(name)) is not None:
+            stack, index = layer
+            sizes[stack] = sizes.get(stack, 0) + info.byte_count
+            depths[stack] = max(depths.get(stack, 0), index + 1)
     stated = [stack for stack in sizes if depths[stack] == stated_depth(checkpoint.config)]
     stack = max(stated or sizes, key=lambda stack: sizes[stack], default="")
     return stack, depths.get(stack, 0)
 
 
 def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[tuple[str, TensorInfo, LayerSource]]:
-    """(the child's name, the primary's tensor, the layer's place) for every tensor of the child."""
+    """(the child's name, the primary's tensor, the layers it comes from) for every tensor of the child."""
     positions = layer_positions(primary.tensors)
-    stack = main_stack(primary)[0] if slices else None
+    sliced_stack = main_stack(primary)[0] if slices else None
     layers: dict[int, list[TensorInfo]] = {}
     for name, info in primary.tensors.items():
-        found = find_layer(name)
-        if found is not None and found[0] == stack:
-            layers.setdefault(found[1], []).append(info)
+        stack, index = find_layer(name) or (None, 0)
+        if stack is not None and stack == sliced_stack:
+            layers.setdefault(index, []).append(info)
         else:
-            yield name, info, LayerSource(-1, -1, positions[name], -1)
+            yield name, info, LayerSource(positions[name])
     child_index = 0
-    for number, cut in enumerate(slices):
-        for step in range(cut.length):
-            source = cut.primary_start + step
-            place = LayerSource(
-                secondary=cut.secondary_start + step,
-                base=source if cut.base_start is None else cut.base_start + step,
-                position=step / (cut.length - 1) if cut.length > 1 else 1.0,
+    for number, layer_slice in enumerate(slices):
+        for step in range(layer_slice.length):
+            primary_layer = layer_slice.primary_start + step
+            layer_source = LayerSource(
+                position=step / (layer_slice.length - 1) if layer_slice.length > 1 else 1.0,
+                secondary_layer=layer_slice.secondary_start + step,
+                base_layer=primary_layer if layer_slice.base_start is None else layer_slice.base_start + step,
                 slice_number=number,
             )
-            for info in layers.get(source, []):
-                yield renumber(info.name, child_index), info, place
+            for info in layers.get(primary_layer, []):
+                yield renumber(info.name, child_index), info, layer_source
             child_index += 1
 
 
-def name_in(info: TensorInfo, index: int) -> str:
-    """The name that the primary's tensor has in the layer `index` of another model; its own at -1."""
-    return info.name if index < 0 else renumber(info.name, index)
+def name_in_layer(info: TensorInfo, index: int | None) -> str:
+    """The name that the primary's tensor has in this layer of another model; its own for None."""
+    return info.name if index is None else renumber(info.name, index)
 
 
 def check_slices(slices: Sequence[LayerSlice], primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
     """Layers that a recipe asks for and a parent does not have."""
-    found = []
+    mismatches = []
     depths = [main_stack(parent)[1] for parent in (primary, secondary)]
-    for cut in slices:
-        ends = cut.primary_start + cut.length, cut.secondary_start + cut.length
+    for layer_slice in slices:
+        ends = [start + layer_slice.length for start in (layer_slice.primary_start, layer_slice.secondary_start)]
         if ends[0] > depths[0] or ends[1] > depths[1]:
-            shown = [f"{depth} layers, asked up to {end}" for depth, end in zip(depths, ends)]
-            found.append(Mismatch("blocking", "layer_range", *shown, "A slice asks for layers that are not there."))
-    return found
+            asked = [f"{depth} layers, asked up to {end}" for depth, end in zip(depths, ends)]
+            why = "A slice asks for layers that are not there."
+            mismatches.append(Mismatch("blocking", "layer_range", *asked, why))
+    return mismatches
 
 
 def pair_tensors(
@@ -94,179 +100,187 @@ def pair_tensors(
     base: Checkpoint | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[list[TensorSources], list[Mismatch]]:
-    """Each tensor of the child with its sources, and every tensor that does not pair."""
+    """(each tensor of the child with its sources, every tensor that does not pair and what does not fit)."""
     pairs: list[TensorSources] = []
-    found: list[Mismatch] = []
+    mismatches: list[Mismatch] = []
     only_primary: list[str] = []
-    used: set[str] = set()
-    for name, left, place in child_layout(primary, slices):
-        there = name_in(left, place.secondary)
-        used.add(there)
-        right = secondary.tensors.get(there)
-        if is_known_buffer(left):  # never blended: the model computes it, and versions store it in their own ways
-            if right is None:
-                found.append(Mismatch("resolved", name, "saved", "not saved", "A buffer; the primary's is kept."))
-            pairs.append(TensorSources(name, left, None, None, place))
+    used_names: set[str] = set()
+    for name, primary_tensor, layer_source in child_layout(primary, slices):
+        secondary_name = name_in_layer(primary_tensor, layer_source.secondary_layer)
+        used_names.add(secondary_name)
+        secondary_tensor = secondary.tensors.get(secondary_name)
+        if is_known_buffer(primary_tensor):  # never blended: the model computes it, and versions store it differently
+            if secondary_tensor is None:
+                why = "A buffer; the primary's is kept."
+                mismatches.append(Mismatch("resolved", name, "saved", "not saved", why))
+            pairs.append(TensorSources(name, primary_tensor, None, None, layer_source))
             continue
-        if right is None and (right := find_tied_source(left, primary, secondary)) is not None:
-            why = f"The secondary's head is tied to {right.name}, which takes part in its place."
-            found.append(Mismatch("resolved", name, "stored", "tied", why))
-        if right is None:
-            only_primary.append(name)
-            continue
+        if secondary_tensor is None:
+            secondary_tensor = find_tied_source(primary_tensor, primary, secondary)
+            if secondary_tensor is None:
+                only_primary.append(name)
+                continue
+            why = f"The secondary's head is tied to {secondary_tensor.name}, which takes part in its place."
+            mismatches.append(Mismatch("resolved", name, "stored", "tied", why))
         base_tensor = None
         if base is not None:
-            base_tensor = base.tensors.get(name_in(left, place.base)) or find_tied_source(left, primary, base)
-        rows = rows_of(vocabulary, left, right, base_tensor)
-        found += compare_tensors(left, right, rows)
+            base_tensor = base.tensors.get(name_in_layer(primary_tensor, layer_source.base_layer))
+            base_tensor = base_tensor or find_tied_source(primary_tensor, primary, base)
+        rows = rows_of(vocabulary, primary_tensor, secondary_tensor, base_tensor)
+        mismatches += compare_tensors(primary_tensor, secondary_tensor, rows)
         if base is not None:
-            found += check_base_tensor(left, base_tensor, rows)
-        pairs.append(TensorSources(name, left, right, base_tensor, place, rows))
-    stack = main_stack(secondary)[0] if slices else None
-    extra = [n for n in secondary.tensors if n not in used and not (stack and (find_layer(n) or ("",))[0] == stack)]
-    return pairs, found + judge_unpaired(primary, secondary, only_primary, extra)
+            mismatches += check_base_tensor(primary_tensor, base_tensor, rows)
+        pairs.append(TensorSources(name, primary_tensor, secondary_tensor, base_tensor, layer_source, rows))
+    sliced_stack = main_stack(secondary)[0] if slices else ""
+    only_secondary = [
+        name
+        for name in secondary.tensors
+        if name not in used_names and not (sliced_stack and (find_layer(name) or ("",))[0] == sliced_stack)
+    ]
+    return pairs, mismatches + judge_unpaired(primary, secondary, only_primary, only_secondary)
 
 
 def rows_of(vocabulary: Vocabulary | None, *sources: TensorInfo | None) -> RowMap | None:
     """The map of rows for tensors that have one for each token on every side; None where rows go by number."""
     if vocabulary is None or vocabulary.row_map is None:
         return None
-    follows = all(info is None or info.name in names for info, names in zip(sources, vocabulary.tensors))
-    return vocabulary.row_map if follows else None
+    follow_tokens = all(info is None or info.name in names for info, names in zip(sources, vocabulary.tensors))
+    return vocabulary.row_map if follow_tokens else None
 
 
-def check_base_tensor(left: TensorInfo, base_tensor: TensorInfo | None, rows: RowMap | None) -> list[Mismatch]:
+def check_base_tensor(
+    primary_tensor: TensorInfo, base_tensor: TensorInfo | None, rows: RowMap | None
+) -> list[Mismatch]:
     """The base model's tensor that a pair's task vectors start from must be there, of the same shape."""
-    if base_tensor is not None and same_shape(left, base_tensor, rows):
+    if base_tensor is not None and same_shape(primary_tensor, base_tensor, rows):
         return []
-    there = "missing" if base_tensor is None else str(list(base_tensor.shape))
+    base_shape = "missing" if base_tensor is None else str(list(base_tensor.shape))
     why = "The base model must hold every tensor that both parents learned on."
-    return [Mismatch("blocking", f"{left.name} of the base", str(list(left.shape)), there, why)]
+    subject, primary_shape = f"{primary_tensor.name} of the base", str(list(primary_tensor.shape))
+    return [Mismatch("blocking", subject, primary_shape, base_shape, why)]
 
 
-def same_shape(left: TensorInfo, right: TensorInfo, rows: RowMap | None) -> bool:
+def same_shape(first: TensorInfo, second: TensorInfo, rows: RowMap | None) -> bool:
     """Whether two tensors can be blended: of one shape, or of one shape for each token where rows follow tokens."""
     if rows is None:
-        return left.shape == right.shape
-    return len(left.shape) == len(right.shape) and shape_per_token(left.shape) == shape_per_token(right.shape)
+        return first.shape == second.shape
+    return len(first.shape) == len(second.shape) and shape_per_token(first.shape) == shape_per_token(second.shape)
 
 
 DIFFERENT_VOCABULARIES = "Vocabularies of different size."
 
 
-def compare_tensors(left: TensorInfo, right: TensorInfo, rows: RowMap | None = None) -> list[Mismatch]:
-    """Shape and dtype of one tensor on both sides. rows: where rows follow tokens, their number may differ."""
-    found = []
-    if not same_shape(left, right, rows):
-        shapes = str(list(left.shape)), str(list(right.shape))
-        rows_only = len(left.shape) == len(right.shape) and left.shape[1:] == right.shape[1:]
+def compare_tensors(primary: TensorInfo, secondary: TensorInfo, rows: RowMap | None = None) -> list[Mismatch]:
+    """Shape and dtype of one tensor in both parents. rows: where rows follow tokens, their number may differ."""
+    mismatches = []
+    if not same_shape(primary, secondary, rows):
+        shapes = str(list(primary.shape)), str(list(secondary.shape))
+        rows_only = len(primary.shape) == len(secondary.shape) and primary.shape[1:] == secondary.shape[1:]
         why = DIFFERENT_VOCABULARIES if rows_only else "Tensors of different shape cannot be blended."
-        found.append(Mismatch("blocking", left.name, *shapes, why))
-    if left.dtype != right.dtype and not (left.is_float and right.is_float):
+        mismatches.append(Mismatch("blocking", primary.name, *shapes, why))
+    if primary.dtype != secondary.dtype and not (primary.is_float and secondary.is_float):
         why = "Only real numbers of different dtypes can be blended."
-        found.append(Mismatch("blocking", left.name, left.dtype, right.dtype, why))
-    return found
+        mismatches.append(Mismatch("blocking", primary.name, primary.dtype, secondary.dtype, why))
+    return mismatches
 
 
 def judge_unpaired(
-    primary: Checkpoint, secondary: Checkpoint, only_primary: Sequence[str], extra: Iterable[str]
+    primary: Checkpoint, secondary: Checkpoint, only_primary: Sequence[str], only_secondary: Iterable[str]
 ) -> list[Mismatch]:
     """Tensors that a single parent has: left out where a rule says why, blocking otherwise."""
-    found, unexplained = [], []
-    for name in extra:
+    resolved, unexplained = [], []
+    for name in only_secondary:
         info = secondary.tensors[name]
         if is_known_buffer(info):
-            found.append(Mismatch("resolved", name, "not saved", "saved", "A buffer; the child is made without it."))
-        elif (source := find_tied_source(info, secondary, primary)) is not None:
-            why = f"The child's head stays tied to {source.name}, as the primary's; the secondary's is left out."
-            found.append(Mismatch("resolved", name, "tied", "stored", why))
+            resolved.append(Mismatch("resolved", name, "not saved", "saved", "A buffer; the child is made without it."))
+        elif (embedding := find_tied_source(info, secondary, primary)) is not None:
+            why = f"The child's head stays tied to {embedding.name}, as the primary's; the secondary's is left out."
+            resolved.append(Mismatch("resolved", name, "tied", "stored", why))
         else:
             unexplained.append(name)
-    found.sort(key=lambda m: m.subject)
+    resolved.sort(key=lambda mismatch: mismatch.subject)
     sizes = [
         elements_by_layer(parent.tensors[name] for name in names)
         for parent, names in ((primary, only_primary), (secondary, unexplained))
     ]
     if sizes[0] and sizes[0] == sizes[1] and len(only_primary) != len(unexplained):
-        shown = [f"{len(names)} tensors, such as {names[0]}" for names in (only_primary, unexplained)]
+        examples = [f"{len(names)} tensors, such as {names[0]}" for names in (only_primary, unexplained)]
         why = (
             "The same weights laid out in two ways, fused in one parent and apart in the other. Load each parent "
             "with the same version of transformers (from_pretrained, then save_pretrained) and merge those copies."
         )
-        return [*found, Mismatch("blocking", f"layout of {len(sizes[0])} layers", *shown, why)]
-    missing = missing_tensors(primary, only_primary, "primary") + missing_tensors(secondary, unexplained, "secondary")
-    return found + missing
+        return [*resolved, Mismatch("blocking", f"layout of {len(sizes[0])} layers", *examples, why)]
+    return [
+        *resolved,
+        *missing_tensors(primary, only_primary, "primary"),
+        *missing_tensors(secondary, unexplained, "secondary"),
+    ]
 
 
 def elements_by_layer(infos: Iterable[TensorInfo]) -> dict[Any, int]:
-    """How many elements each layer's tensors hold together."""
-    sizes: dict[Any, int] = {}
+    """How many elements each layer's tensors hold together; empty where one of them is in no layer."""
+    sizes: Counter[Any] = Counter()
     for info in infos:
-        place = find_layer(info.name)
-        sizes[place] = sizes.get(place, 0) + info.element_count
+        sizes[find_layer(info.name)] += info.element_count
     return {} if None in sizes else sizes
 
 
 OLD_ENDINGS = ((".gamma", ".weight"), (".beta", ".bias"))  # layer norms, as checkpoints of 2019 have them
 
 
-def rename_to_match(other: Checkpoint, model: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
-    """`other` with its tensors under the names that `model` has for them, where only prefixes differ.
+def rename_to_match(other: Checkpoint, primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
+    """(`other` with its tensors under the names that the primary has for them, what is to know of it).
 
-    A prefix is exchanged if it has the other's parts, or some of them, in whatever order (`language_model.model` for
-    `model.language_model`), and every tensor under it then meets one of the same shape without a counterpart.
+    Old endings are made modern. A prefix is exchanged if it has the other's parts, or some of them, in whatever order
+    (`language_model.model` for `model.language_model`), and every tensor under it then meets one of the same shape
+    without a counterpart.
     """
-    free = {modern_name(name): info for name, info in model.tensors.items() if name not in other.tensors}
-    strange = [name for name, info in other.tensors.items() if name not in model.tensors and not is_known_buffer(info)]
-    if not free or not strange:
+    unmet = {modern_name(name): info for name, info in primary.tensors.items() if name not in other.tensors}
+    foreign = [n for n, info in other.tensors.items() if n not in primary.tensors and not is_known_buffer(info)]
+    if not unmet or not foreign:
         return other, []
-    renamed: dict[str, str] = {}
+    new_names: dict[str, str] = {}
 
     def rename(targets: Mapping[str, str]) -> None:
         """Takes the new names if they are all there, each for one tensor, of its shape."""
-        met = {free[there].name for name, there in targets.items() if fits(other.tensors[name], free.get(there))}
-        if len(met) == len(targets):
-            renamed.update({name: free.pop(there).name for name, there in targets.items()})
+        fitting = (new for name, new in targets.items() if same_shape_per_token(other.tensors[name], unmet.get(new)))
+        if len(set(fitting)) == len(targets):
+            new_names.update({name: unmet.pop(new).name for name, new in targets.items()})
 
-    for name in strange:
+    for name in foreign:
         rename({name: modern_name(name)})
-    for old, new in exchangeable_prefixes(other, [name for name in strange if name not in renamed], free):
-        rename(
-            {name: exchange_prefix(name, old, new) for name in strange if name not in renamed and has_prefix(name, old)}
-        )
-    if not renamed:
+    for old, new in exchangeable_prefixes([name for name in foreign if name not in new_names], unmet):
+        under_prefix = [name for name in foreign if name not in new_names and has_prefix(name, old)]
+        rename({name: exchange_prefix(name, old, new) for name in under_prefix})
+    if not new_names:
         return other, []
-    tensors = {
-        renamed.get(name, name): dataclasses.replace(info, name=renamed.get(name, name))
-        for name, info in other.tensors.items()
-    }
-    first = next(iter(renamed))
-    why = f"The same tensors under other names, {len(renamed)} of them; the child has the primary's names."
-    return dataclasses.replace(other, tensors=tensors), [Mismatch("resolved", "names", renamed[first], first, why)]
+    renamed = (dataclasses.replace(info, name=new_names.get(name, name)) for name, info in other.tensors.items())
+    example = next(iter(new_names))
+    why = f"The same tensors under other names, {len(new_names)} of them; the child has the primary's names."
+    mismatch = Mismatch("resolved", "names", new_names[example], example, why)
+    return dataclasses.replace(other, tensors={info.name: info for info in renamed}), [mismatch]
 
 
-def exchangeable_prefixes(
-    other: Checkpoint, strange: Iterable[str], free: Mapping[str, TensorInfo]
-) -> list[tuple[str, str]]:
-    """(prefix there, prefix here), the longest first, and of one length the one that most tensors speak for.
+def exchangeable_prefixes(foreign: Iterable[str], unmet: Iterable[str]) -> list[tuple[str, str]]:
+    """(prefix of a foreign name, the primary's for it), the longest first; of one length, the one most names speak for.
 
-    free: tensors without a counterpart yet, by modern name.
+    foreign: names of the other model. unmet: modern names of the primary's tensors without a counterpart.
     """
-    by_ending: dict[tuple[Any, ...], list[str]] = {}
-    for name in free:
+    by_ending: dict[tuple[str, ...], list[str]] = {}
+    for name in unmet:
         by_ending.setdefault(ending_of(name), []).append(name)
     votes: Counter[tuple[str, str]] = Counter()
-    for name in map(modern_name, strange):
+    for name in map(modern_name, foreign):
         for candidate in by_ending.get(ending_of(name), []):
-            pair = different_prefixes(name, candidate)
-            parts = [set(prefix.split(".")) - {""} for prefix in pair]
+            prefixes = different_prefixes(name, candidate)
+            parts = [set(prefix.split(".")) - {""} for prefix in prefixes]
             of_one_kind = parts[0] <= parts[1] or parts[1] <= parts[0]
             if of_one_kind and not any(part.isdecimal() for part in parts[0] | parts[1]):
-                votes[pair] += 1
-    return sorted(votes, key=lambda pair: (-len(pair[0]), -votes[pair], pair))
+                votes[prefixes] += 1
+    return sorted(votes, key=lambda prefixes: (-len(prefixes[0]), -votes[prefixes], prefixes))
 
 
-def ending_of(name: str) -> tuple[Any, ...]:
+def ending_of(name: str) -> tuple[str, ...]:
     """What two names of one tensor share: their last part, and every number."""
     parts = name.split(".")
     return parts[-1], *(part for part in parts if part.isdecimal())
@@ -279,9 +293,9 @@ def modern_name(name: str) -> str:
     return name
 
 
-def different_prefixes(left: str, right: str) -> tuple[str, str]:
+def different_prefixes(first: str, second: str) -> tuple[str, str]:
     """Two dotted names without the parts they end in alike."""
-    parts = left.split("."), right.split(".")
+    parts = first.split("."), second.split(".")
     shared = 0
     while shared < min(map(len, parts)) and parts[0][-1 - shared] == parts[1][-1 - shared]:
         shared += 1
@@ -299,7 +313,7 @@ def exchange_prefix(name: str, old: str, new: str) -> str:
     return f"{new}.{rest}" if new else rest
 
 
-def fits(info: TensorInfo, counterpart: TensorInfo | None) -> bool:
+def same_shape_per_token(info: TensorInfo, counterpart: TensorInfo | None) -> bool:
     """Same shape, rows aside where both are matrices: these may follow other tokens."""
     if counterpart is None or len(info.shape) != len(counterpart.shape):
         return False
@@ -307,30 +321,29 @@ def fits(info: TensorInfo, counterpart: TensorInfo | None) -> bool:
 
 
 def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str) -> list[Mismatch]:
-    """One blocking line for all the tensors that a single side holds."""
+    """One blocking line for all the tensors that a single parent, `holder`, has."""
     if not names:
         return []
-    shown = ("present", "missing") if role == "primary" else ("missing", "present")
+    presence = ("present", "missing") if role == "primary" else ("missing", "present")
     subject = format_names(sorted(names, key=natural_order))
     why = f"{len(names)} tensor{'s' * (len(names) > 1)} of {holder.name} without a counterpart."
-    return [Mismatch("blocking", subject, *shown, why)]
+    return [Mismatch("blocking", subject, *presence, why)]
 
 
 def check_dtypes(primary: Checkpoint, secondary: Checkpoint, recipe_dtype: str) -> list[Mismatch]:
     """Tensors stored in different floating-point dtypes, in one line a combination."""
-    combinations: dict[tuple[str, str], int] = {}
-    for name, left in primary.tensors.items():
-        right = secondary.tensors.get(name) if not is_known_buffer(left) else None
-        if right is not None and left.is_float and right.is_float and left.dtype != right.dtype:
-            combinations[left.dtype, right.dtype] = combinations.get((left.dtype, right.dtype), 0) + 1
+    combinations: Counter[tuple[str, str]] = Counter()
+    for name, info in primary.tensors.items():
+        counterpart = secondary.tensors.get(name) if info.is_float and not is_known_buffer(info) else None
+        if counterpart is not None and counterpart.is_float and counterpart.dtype != info.dtype:
+            combinations[info.dtype, counterpart.dtype] += 1
     kept = "the primary's" if recipe_dtype == "auto" else recipe_dtype
     return [
         Mismatch(
             "resolved",
             f"dtype of {count} tensor{'s' * (count > 1)}",
-            TORCH_NAMES.get(left, left),
-            TORCH_NAMES.get(right, right),
+            *(TORCH_NAMES[dtype] for dtype in dtypes),
             f"Blended in float32 (float64 where one is), saved in {kept}.",
         )
-        for (left, right), count in combinations.items()
+        for dtypes, count in combinations.items()
     ]

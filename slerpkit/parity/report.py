@@ -1,4 +1,7 @@
-"""The words of parity: a mismatch, the child's vocabulary, a pair of tensors, the report."""
+"""The words of parity: a mismatch, the child's vocabulary, the sources of a tensor, the report.
+
+Descriptions alone: what differs is found and judged by the modules after this one. Read parents/tensors.py before it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class Mismatch:
 class RowMap:
     """Which rows of the sources make each row of a tensor that has a row for each token.
 
-    A row that every source has is blended; one that a single source has is kept as it is.
+    Sources are numbered: 0 the primary, 1 the secondary, 2 the base. A row that every source has is blended; one that
+    a single source has is kept as it is.
     """
 
     sources: tuple[numpy.ndarray, ...]  # of each source: (the child's rows,), int64, its row or -1
@@ -45,21 +49,21 @@ class RowMap:
         """As `sources`, with -1 for the rows that are kept."""
         return tuple(numpy.where(self.is_blended, rows, -1) for rows in self.sources)
 
-    def is_kept(self, side: int) -> numpy.ndarray:
+    def is_kept(self, source: int) -> numpy.ndarray:
         """(the child's rows,), bool: kept from this source."""
-        return (self.sources[side] >= 0) & ~self.is_blended
+        return (self.sources[source] >= 0) & ~self.is_blended
 
-    def first(self, order: Sequence[int]) -> RowMap:
+    def select(self, order: Sequence[int]) -> RowMap:
         """The map of some of the sources, in another order."""
-        return RowMap(tuple(self.sources[side] for side in order))
+        return RowMap(tuple(self.sources[source] for source in order))
 
 
 @dataclass(frozen=True)
 class AppendedToken:
-    """A token that the child's tokenizer gets beside its donor's."""
+    """A token that the child's tokenizer gets beside those of the parent that it is from."""
 
     content: str
-    number: int  # its id in the child
+    token_id: int  # in the child
     flags: tuple[tuple[str, bool], ...]  # special, lstrip, rstrip, normalized, single_word
 
 
@@ -67,7 +71,7 @@ class AppendedToken:
 class Vocabulary:
     """The child's tokens: whose they are, and which of the parents' rows stand for them."""
 
-    role: str | None  # the tokenizer's donor: "primary", "secondary", or None where neither has one
+    tokenizer_source: str | None  # the parent it is from: "primary", "secondary", or None where neither has one
     reason: str
     parent_rows: tuple[int | None, ...]  # primary, secondary, base; None where config and tensors do not tell
     rows: int | None  # the child's
@@ -76,25 +80,26 @@ class Vocabulary:
     appended: tuple[AppendedToken, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()  # matched, moved, kept, padding, appended, left out
 
-    def child_id_of(self, number: int, side: int = 0) -> int | None:
-        """The child's id of the token that has the id `number` in a parent (0 primary, 1 secondary)."""
-        if self.row_map is None or number < 0:
-            return number
-        found = numpy.flatnonzero(self.row_map.sources[side] == number)
-        return int(found[0]) if len(found) else None
+    def child_id_of(self, token_id: int, role: str) -> int | None:
+        """The child's id of the token that has this id in a parent, "primary" or "secondary"; None for none."""
+        if self.row_map is None or token_id < 0:
+            return token_id
+        child_ids = numpy.flatnonzero(self.row_map.sources[int(role == "secondary")] == token_id)
+        return int(child_ids[0]) if len(child_ids) else None
 
     def as_dict(self) -> dict[str, Any]:
+        """What reports hold of it."""
         return {"rows": self.rows, "by_token": self.row_map is not None, **dict(self.counts)}
 
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Where a tensor of the child comes from, and where it stands among the layers."""
+    """Which layers a tensor of the child comes from, and where it stands among the child's."""
 
-    secondary: int  # the number of its layer there; -1 where it has the same name everywhere
-    base: int
-    position: float  # 0 first, 1 last in its slice or stack, 1 in one of a single layer, 0 outside layers
-    slice_number: int  # -1 outside the recipe's slices
+    position: float = 0.0  # 0 first, 1 last in its slice or stack, 1 in one of a single layer, 0 outside layers
+    secondary_layer: int | None = None  # None: the tensor has the same name there
+    base_layer: int | None = None
+    slice_number: int | None = None  # None outside the recipe's slices
 
 
 @dataclass(frozen=True)
@@ -105,17 +110,17 @@ class TensorSources:
     primary: TensorInfo
     secondary: TensorInfo | None  # None: the primary's stands alone
     base: TensorInfo | None = None
-    place: LayerSource = LayerSource(-1, -1, 0.0, -1)
+    layer: LayerSource = LayerSource()
     rows: RowMap | None = None  # where rows follow tokens
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The child's."""
+        """The child's: the primary's, with a row for each of the child's tokens where rows follow tokens."""
         shape = self.primary.shape
         if self.rows is None:
             return shape
-        count = len(self.rows.is_blended)
-        return (count, *shape[1:]) if shape[0] != 1 else (1, count)
+        row_count = len(self.rows.is_blended)
+        return (row_count, *shape[1:]) if shape[0] != 1 else (1, row_count)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class ParityReport:
     offered_template: str | None = None  # the parent whose chat template would fit a child that has none
 
     def of_severity(self, severity: str) -> tuple[Mismatch, ...]:
+        """The mismatches of a severity, as Mismatch has it."""
         return tuple(mismatch for mismatch in self.mismatches if mismatch.severity == severity)
 
     def as_dict(self) -> dict[str, Any]:
