@@ -1,0 +1,1 @@
+"""The models that are merged: found, opened by their headers, read tensor by tensor."""
