@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from slerpkit.child.report import MergeReport
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.schedule import Schedule
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
@@ -257,10 +257,10 @@ def test_a_harmed_model_has_a_right_child_or_is_refused(tmp_path, models, attack
         roles = ["primary", "secondary"] if seed % 2 else ["secondary", "primary"]
         first, second = (parents[role] for role in roles)
         settings = {"tokenizer": chance.choice(["auto", "auto", "primary", "secondary", "union"])}
-        recipe = MergeRecipe(first, second, tmp_path / "child", Schedule.constant(0.3), device=DEVICE, **settings)
+        recipe = MergeRecipe(first, second, Schedule.constant(0.3), **settings)
         started = time.monotonic()
         try:
-            report = execute_merge(prepare_merge(recipe, lambda event: None), lambda event: None)
+            report = execute_merge(prepare_merge(recipe, RunOptions(tmp_path / "child", DEVICE)))
         except SlerpMergeError as error:
             assert error.message and error.hint
             refused += 1
