@@ -72,11 +72,11 @@ def rows_by_token(folder: Path) -> dict[str, int]:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
 
 
-def assert_rows_follow_tokens(report: MergeReport, donor: str, t: float, method: str = "slerp") -> None:
+def assert_rows_follow_tokens(report: MergeReport, tokenizer_source: str, t: float, method: str = "slerp") -> None:
     """Each token that both parents know has the blend of its two rows, every other the bits that it had."""
     plan = report.plan
     folders = {"primary": plan.parents.primary.folder, "secondary": plan.parents.secondary.folder}
-    other = {"primary": "secondary", "secondary": "primary"}[donor]
+    other = {"primary": "secondary", "secondary": "primary"}[tokenizer_source]
     tokens = {role: rows_by_token(folder) for role, folder in folders.items()}
     known = rows_by_token(report.child)
     both = [token for token in known if token in tokens["primary"] and token in tokens["secondary"]]
@@ -87,7 +87,7 @@ def assert_rows_follow_tokens(report: MergeReport, donor: str, t: float, method:
         found = child[name][[known[token] for token in both]]
         assert distance(found, v0, v1, reference_slerp(v0, v1, t, method)) <= 0.51
         for token in known.keys() - set(both):
-            role = donor if token in tokens[donor] else other
+            role = tokenizer_source if token in tokens[tokenizer_source] else other
             assert bits(child[name][known[token]]) == bits(weights[role][name][tokens[role][token]]), token
     config = json.loads((report.child / "config.json").read_text())
     assert config["vocab_size"] == len(child[EMBEDDING]) == len(child[HEAD]) == len(child["lm_head.bias"])
@@ -101,16 +101,18 @@ def counts(report: MergeReport) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("method", ["slerp", "lerp", "nuslerp"])
-@pytest.mark.parametrize("donor", ["primary", "secondary"])
-def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_path, parents, donor, method):
+@pytest.mark.parametrize("tokenizer_source", ["primary", "secondary"])
+def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_path, parents, tokenizer_source, method):
     primary = make_parent(tmp_path / "primary", 1, WORDS)
     secondary = make_parent(tmp_path / "secondary", 2, GROWN)
     parents.watch(primary, secondary)
-    report = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer=donor, method=method)
-    assert_rows_follow_tokens(report, donor, 0.3, method)
+    report = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer=tokenizer_source, method=method)
+    assert_rows_follow_tokens(report, tokenizer_source, 0.3, method)
     assert len(rows_by_token(report.child)) == len(load_tensors(report.child)[EMBEDDING])
     expected = {"rows": 40, "matched": 20, "moved": 20, "left_out": 40}
-    assert counts(report) == (expected if donor == "primary" else {"rows": 80, "matched": 20, "moved": 20, "kept": 40})
+    assert counts(report) == (
+        expected if tokenizer_source == "primary" else {"rows": 80, "matched": 20, "moved": 20, "kept": 40}
+    )
     (line,) = (m for m in report.plan.parity.mismatches if m.subject == "vocabulary")
     assert (line.severity, line.primary, line.secondary) == ("resolved", "40 rows, 40 tokens", "80 rows, 80 tokens")
     assert "20 in place, 20 moved" in line.consequence
@@ -130,20 +132,20 @@ def test_rows_in_any_order_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk,
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
-@pytest.mark.parametrize("donor", ["primary", "secondary"])
-def test_at_the_ends_every_matched_row_is_that_parents_bit_for_bit(tmp_path, donor, t):
+@pytest.mark.parametrize("tokenizer_source", ["primary", "secondary"])
+def test_at_the_ends_every_matched_row_is_that_parents_bit_for_bit(tmp_path, tokenizer_source, t):
     primary = make_parent(tmp_path / "primary", 1, GROWN)
     secondary = make_parent(tmp_path / "secondary", 2, [WORDS[0], *reversed(WORDS[1:])])
-    report = merge(primary, secondary, tmp_path / "child", t, tokenizer=donor)
+    report = merge(primary, secondary, tmp_path / "child", t, tokenizer=tokenizer_source)
     source, role = (secondary, "secondary") if t else (primary, "primary")
     child, weights = load_tensors(report.child), load_tensors(source)
     known, there = rows_by_token(report.child), rows_by_token(source)
     for token, row in known.items():
-        if token in WORDS or role == donor:
+        if token in WORDS or role == tokenizer_source:
             assert bits(child[EMBEDDING][row]) == bits(weights[EMBEDDING][there[token]]), token
 
 
-def test_rows_that_differ_by_padding_are_as_many_as_the_donors(tmp_path):
+def test_rows_that_differ_by_padding_are_as_many_as_the_tokenizers_own(tmp_path):
     primary = make_parent(tmp_path / "primary", 1, WORDS, rows=48)
     secondary = make_parent(tmp_path / "secondary", 2, WORDS, rows=40)
     report = merge(primary, secondary, tmp_path / "child", 0.3)
@@ -210,7 +212,7 @@ def test_tokenizers_without_a_token_in_common_are_refused(tmp_path):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
 def test_a_base_takes_part_in_rows_that_it_knows(tmp_path, granularity):
-    """Where the base lacks a token, nothing was learned since: the donor's row stays."""
+    """Where the base lacks a token, nothing was learned since: the row of the tokenizer's own parent stays."""
     primary = make_parent(tmp_path / "primary", 1, WORDS)
     secondary = make_parent(tmp_path / "secondary", 2, [WORDS[0], *reversed(WORDS[1:])])
     base = make_parent(tmp_path / "base", 3, WORDS[:30], rows=33)
@@ -570,7 +572,7 @@ def test_a_chat_template_can_be_left_behind(tmp_path):
     assert talk_of(merge(primary, secondary, tmp_path / "child", **both).child)[0] == "{{ messages }}"
 
 
-def test_token_ids_follow_the_donor_and_settings_the_primary(tmp_path):
+def test_token_ids_follow_the_tokenizer_and_settings_the_primary(tmp_path):
     primary, secondary = make_talkers(tmp_path, primary_knows=False)
     edit_json(primary / "config.json", eos_token_id=2, pad_token_id=25)
     edit_json(secondary / "config.json", eos_token_id=81)
