@@ -47,9 +47,18 @@ from slerpkit.merge.staging import StagedChild
 from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import MergeRecipe
 from slerpkit.story import prepare_merge
-from tests.builders import DEVICE, PLAIN_CHILD, add_tokenizer, load_tensors, make_pair, merge
+from tests.builders import (
+    DEVICE,
+    PLAIN_CHILD,
+    add_tokenizer,
+    assert_same_bits,
+    load_tensors,
+    make_pair,
+    merge,
+    set_chunk_elements,
+    staging_beside,
+)
 from tests.conftest import fingerprint
-from tests.test_merge import assert_same_bits, staging_beside
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slerpmerge.py"
 MOMENTS = [
@@ -418,9 +427,7 @@ def test_a_parent_that_breaks_during_the_merge_is_named(tmp_path, storage, role,
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be cut there")
 def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     """Its file is open already, and some of its tensors are merged."""
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
+    set_chunk_elements(monkeypatch, 64)
     primary, secondary = make_pair(tmp_path)
     cut = at(MergedTensor, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
     with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors is damaged or incomplete: it ends inside"):

@@ -87,7 +87,10 @@ def test_weights_get_the_method_and_both_parents(pair, method):
     assert {tensor.name for tensor in plan.tensors} == set(llama_tensors(1))
     for tensor in plan.tensors:
         assert (tensor.operation, tensor.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
-        assert tensor.sources == (plan.parents.primary.tensors[tensor.name], plan.parents.secondary.tensors[tensor.name])
+        assert tensor.sources == (
+            plan.parents.primary.tensors[tensor.name],
+            plan.parents.secondary.tensors[tensor.name],
+        )
     assert plan.count("slerp") + plan.count("lerp") == len(llama_tensors(1))
 
 

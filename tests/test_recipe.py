@@ -27,6 +27,9 @@ from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     DEVICE,
     LLAMA_CONFIG,
+    assert_same_bits,
+    bits,
+    distance,
     edit_json,
     llama_tensors,
     load_tensors,
@@ -35,9 +38,9 @@ from tests.builders import (
     make_real_model,
     merge,
     reference_slerp,
+    set_chunk_elements,
 )
 from tests.conftest import fingerprint
-from tests.test_merge import assert_same_bits, bits, distance
 
 GOLDEN = Path(__file__).with_name("golden") / "llama"
 GOLDEN_NAMES = sorted(path.stem for path in GOLDEN.glob("*.yaml"))
@@ -755,9 +758,7 @@ def test_bits_do_not_depend_on_threads_or_chunks(
     primary, secondary, base = siblings(tmp_path)
     settings = {"method": "nuslerp", "granularity": granularity, "base": base if with_base else None}
     usual = load_tensors(merge(primary, secondary, tmp_path / "usual", 0.3, threads=1, **settings).child)
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
+    set_chunk_elements(monkeypatch, 64)
     children = [
         load_tensors(merge(primary, secondary, tmp_path / f"by-{threads}", 0.3, threads=threads, **settings).child)
         for threads in (1, 2, 5)
