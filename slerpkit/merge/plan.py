@@ -96,7 +96,7 @@ class MergePlan:
             "expected_seconds": self.expected_seconds,
             "t": {tensor.name: tensor.t for tensor in self.tensors},
             "kinship": self.kinship.as_dict(),
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *([] if self.leftover is None else [self.leftover.describe()])],
             "tokenizer_from": self.tokenizer_role,
             "chat_template_from": self.template_role,
             **self.parity.as_dict(),
