@@ -10,6 +10,7 @@
 #   "transformers>=4.45",
 #   "tokenizers>=0.20",
 #   "huggingface-hub>=0.23.2",
+#   "filelock>=3.29.7",
 #   "safetensors>=0.4.5",
 #   "numpy>=1.24",
 #   "pyyaml>=6.0",

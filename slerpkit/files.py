@@ -95,12 +95,17 @@ def write_text(path: Path, text: str) -> None:
         raise explain_os_error(error, path, "write") from error
 
 
+def fresh_path(path: Path) -> Path:
+    """Where `replace_files` writes a file's new content before it takes the old one's place."""
+    return path.with_name(f".{path.name}.new")
+
+
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Gives small files new content, by renames once all of it is written; a link in the way is not followed.
 
     Raises SlerpMergeError where the disk refuses; files that are not yet renamed are then as before.
     """
-    fresh = {path: path.with_name(f".{path.name}.new") for path in contents}
+    fresh = {path: fresh_path(path) for path in contents}
     try:
         for path, content in contents.items():
             fresh[path].unlink(missing_ok=True)

@@ -147,7 +147,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def check_recipe(recipe: MergeRecipe) -> None:
     """Raises SlerpMergeError where a recipe asks for what cannot be."""
     check_choice("method", recipe.method, METHODS)
-    check_choice("granularity", recipe.vectors, tuple(VECTORS.values()))
+    check_choice("setting vectors", recipe.vectors, tuple(VECTORS.values()))
     check_choice("child's dtype", recipe.dtype, CHILD_DTYPES)
     check_choice("tokenizer", recipe.tokenizer, TOKENIZER_CHOICES)
     check_choice("chat template", recipe.chat_template, TEMPLATE_CHOICES)

@@ -18,7 +18,7 @@ from slerpkit.merge.staging import StagedChild, check_parents_unchanged
 from slerpkit.merge.stream import measure_differences, stream_merge
 from slerpkit.parents.checkpoint import find_model, open_parents
 from slerpkit.parity.check import check_parity
-from slerpkit.recipe import recipe_and_options
+from slerpkit.recipe import check_options, check_recipe, recipe_and_options
 from slerpkit.schedule import Schedule, parse_blend
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def prepare_merge(recipe: MergeRecipe, options: RunOptions) -> MergePlan:
 
     Raises SlerpMergeError where the recipe, a parent, their parity, the save directory or the disk forbids it.
     """
+    check_recipe(recipe)
+    check_options(options)
     parents = open_parents(recipe)
     parity = check_parity(parents, recipe)  # every mismatch, with the rule that resolves it or why it cannot be
     parity.raise_if_blocking()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -156,6 +157,29 @@ def units_of_last_place(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((found.double() - exact).abs() / unit).max()) if found.numel() else 0.0
 
 
+def distance(found: torch.Tensor, v0: torch.Tensor, v1: torch.Tensor, exact: torch.Tensor) -> float:
+    """Units of the last place between found and exact, less what the two terms lose in working precision.
+
+    Where the terms nearly cancel, that loss is larger than a unit of what remains.
+    """
+    doubled = torch.float64 in (v0.dtype, v1.dtype)
+    # Weights reach 1.41 at wide angles; each weight, product and sum may lose half a unit, and so may the angle.
+    loss = (v0.double().abs() + v1.double().abs()) * (2.0**-50 if doubled else 2.0**-21)
+    offset = found.double() - exact
+    return units_of_last_place(found, exact + offset.clamp(-loss, loss))
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert (tensor.dtype, tensor.shape) == (right[name].dtype, right[name].shape), name
+        assert bits(tensor) == bits(right[name]), name
+
+
 def add_tokenizer(folder: Path, size: int = VOCABULARY, special_tokens_map: bool = False) -> None:
     """A real tokenizer of `size` single-character tokens, saved by the tokenizers library."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -218,3 +242,15 @@ def merge(
 ) -> MergeReport:
     """A child made by that plan."""
     return execute_merge(plan_of(primary, secondary, save_directory, t, **settings), observe)
+
+
+def staging_beside(save_directory: Path) -> Path:
+    """The hidden folder in which the child of a merge under way stands."""
+    (folder,) = (path for path in save_directory.parent.iterdir() if path.name.startswith(".") and path.is_dir())
+    return folder / "child"
+
+
+def set_chunk_elements(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Cuts tensors into chunks of so many elements, so that small ones have several."""
+    for module in ("arithmetic", "plan", "workers"):
+        monkeypatch.setattr(f"slerpkit.merge.{module}.CHUNK_ELEMENTS", elements)

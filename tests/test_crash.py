@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import os
+import pkgutil
 import random
 import re
 import shutil
@@ -27,36 +27,36 @@ from safetensors.torch import load_file
 
 from slerpkit import __version__
 from slerpkit.files import MAX_OPEN_FILES, FileHandles
-from slerpkit.merge.arithmetic import choose_device
-from slerpkit.merge.events import (
-    BytesMerged,
-    CompanionCopied,
-    DeviceChosen,
-    MergedTensor,
-    MergeResumed,
-    MergeStopped,
-    ParentOpened,
-    ParityChecked,
-    PlanReady,
-    ShardWritten,
-    Verification,
-)
-from slerpkit.merge.journal import Journal, merge_fingerprint
-from slerpkit.merge.save_directory import FolderLock
+from slerpkit.merge.events import MergeStopped, Noted, WorkAdvanced, ignore
+from slerpkit.merge.journal import Journal, Leftover
+from slerpkit.merge.save_directory import WorkFolder, staging_area
 from slerpkit.merge.staging import StagedChild
+from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import MergeRecipe
-from slerpkit.story import prepare_merge
-from tests.builders import DEVICE, PLAIN_CHILD, add_tokenizer, load_tensors, make_pair, merge
+from tests.builders import (
+    DEVICE,
+    PLAIN_CHILD,
+    add_tokenizer,
+    assert_same_bits,
+    load_tensors,
+    make_pair,
+    merge,
+    plan_of,
+    set_chunk_elements,
+    staging_beside,
+)
 from tests.conftest import fingerprint
-from tests.test_merge import assert_same_bits, staging_beside
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slerpmerge.py"
-MOMENTS = [
-    (ParentOpened, 1), (ParentOpened, 2), (ParityChecked, 1), (PlanReady, 1), (DeviceChosen, 1), (BytesMerged, 1),
-    (MergedTensor, 1), (MergedTensor, 11), (MergedTensor, 21), (ShardWritten, 1), (ShardWritten, 2),
-    (CompanionCopied, 1), (CompanionCopied, 2), (CompanionCopied, 3), (CompanionCopied, 4),
-    (Verification, 1),
+FINISH_FILE = "slerpkit.merge.staging.StagedChild.finish_file"
+COPY_MATCHING, VERIFY_CHILD = "slerpkit.child.companions.copy_matching", "slerpkit.story.verify_child"
+# What an observer is told, or a function that is done, and for the how manieth time.
+MOMENTS: list[tuple[type | str, int]] = [
+    ("slerpkit.parents.checkpoint.open_checkpoint", 1), ("slerpkit.parents.checkpoint.open_checkpoint", 2),
+    ("slerpkit.story.check_parity", 1), ("slerpkit.story.plan_merge", 1), (Noted, 1), (WorkAdvanced, 1),
+    (MergedTensor, 1), (MergedTensor, 11), (MergedTensor, 21), (FINISH_FILE, 1), (FINISH_FILE, 2),
+    ("slerpkit.child.companions.write_child_config", 1), (COPY_MATCHING, 1), (COPY_MATCHING, 3),
+    ("slerpkit.story.copy_companions", 1), (VERIFY_CHILD, 1), ("slerpkit.story.write_report", 1),
 ]  # fmt: skip
 
 
@@ -71,6 +71,33 @@ def at(moment: type, number: int, act: Callable[[], object]) -> Callable[[object
                 act()
 
     return observe
+
+
+@contextlib.contextmanager
+def after(function: str, number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Acts as soon as a function is done for the number-th time."""
+    original, calls = pkgutil.resolve_name(function), []
+
+    def done(*arguments: object, **settings: object) -> object:
+        result = original(*arguments, **settings)
+        calls.append(arguments)
+        if len(calls) == number:
+            act()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, done)
+        yield
+
+
+@contextlib.contextmanager
+def when(moment: type | str, number: int, act: Callable[[], object]) -> Iterator[Callable[[object], None]]:
+    """Acts at a moment of either kind. Yields the observer of a merge."""
+    if isinstance(moment, str):
+        with after(moment, number, act):
+            yield ignore
+    else:
+        yield at(moment, number, act)
 
 
 def throw(error: BaseException) -> None:
@@ -111,7 +138,7 @@ def left_behind(child: Path) -> list[str]:
     if not area.exists():
         return []
     assert names(area) == ["child", "journal.json"]
-    kept = json.loads((area / "journal.json").read_bytes().rpartition(b"\n")[0])["files"]
+    kept = json.loads((area / "journal.json").read_bytes())["files"]
     assert names(area / "child") == sorted(kept) != []
     for file in (area / "child").iterdir():
         load_file(file)
@@ -130,8 +157,7 @@ def test_after_an_interruption_at_any_moment_the_same_merge_carries_on(
     parents.watch(primary, secondary)
     child, settings = tmp_path / "new" / "deep" / "child", {"max_shard_bytes": 5000, "threads": 3}
     events: list[object] = []
-    observe = at(moment, number, lambda: throw(error("stop")))
-    with pytest.raises(error):
+    with when(moment, number, lambda: throw(error("stop"))) as observe, pytest.raises(error):
         merge(primary, secondary, child, observe=lambda event: (events.append(event), observe(event)), **settings)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("merge-", "sync"))]
     kept = left_behind(child)
@@ -140,11 +166,15 @@ def test_after_an_interruption_at_any_moment_the_same_merge_carries_on(
     assert names(tmp_path) == (["new", "primary", "secondary"] if kept else ["primary", "secondary"])
     events.clear()
     report = merge(primary, secondary, child, observe=events.append, **settings)
-    resumed = [(event.kept, event.reason) for event in events if isinstance(event, MergeResumed)]
-    assert resumed == ([(len(kept), "")] if kept else [])
+    assert told_of_kept(events) == ([f"Carrying on: {len(kept)} of 3 files stand already."] if kept else [])
+    assert report.plan.leftover == (Leftover(len(kept), 3, "") if kept else None)
     assert report.as_dict()["resumed_files"] == len(kept)
     assert_same_bits(load_tensors(report.child), undisturbed)
     assert names(child.parent) == ["child"]
+
+
+def told_of_kept(events: list[object]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Noted) and event.text.startswith("Carrying on")]
 
 
 INTERRUPTED = {"max_shard_bytes": 5000, "threads": 1}
@@ -161,14 +191,14 @@ def interrupted(folder: Path, **settings: Any) -> tuple[Path, Path, Path]:
             time.sleep(0.005)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, child, observe=at(ShardWritten, 2, stop), **{**INTERRUPTED, **settings})
+    with after(FINISH_FILE, 2, stop), pytest.raises(KeyboardInterrupt):
+        merge(primary, secondary, child, **{**INTERRUPTED, **settings})
     assert len(left_behind(child)) == 2
     return primary, secondary, child
 
 
 def left_in(journal: Path) -> list[str]:
-    return list(json.loads(journal.read_bytes().rpartition(b"\n")[0])["files"])
+    return list(json.loads(journal.read_bytes())["files"])
 
 
 def resumed(primary: Path, secondary: Path, child: Path, **settings: Any) -> tuple[int, str]:
@@ -177,16 +207,24 @@ def resumed(primary: Path, secondary: Path, child: Path, **settings: Any) -> tup
     before = names(child.parent)
     t = settings.pop("t", 0.5)
     report = merge(primary, secondary, child, t, observe=events.append, **{**INTERRUPTED, **settings})
-    (found,) = (event for event in events if isinstance(event, MergeResumed))
-    assert [event.total for event in events if isinstance(event, MergeResumed)] == [len(report.plan.shards)]
+    total, kept = len(report.plan.shards), report.merged.resumed_files
+    assert told_of_kept(events) == ([f"Carrying on: {kept} of {total} files stand already."] if kept else [])
     merged = [event.tensor.name for event in events if isinstance(event, MergedTensor)]
     assert merged == [tensor.name for tensor in report.plan.tensors]
-    assert sum(event.byte_count for event in events if isinstance(event, BytesMerged)) == report.plan.child_bytes
+    assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) == report.plan.child_bytes
     other = merge(primary, secondary, child.with_name("other"), t, **{**INTERRUPTED, **settings})
     assert_same_bits(load_tensors(report.child), load_tensors(other.child))
     assert (child / "README.md").read_text() == (other.child / "README.md").read_text().replace("# other", "# child")
     assert names(child.parent) == sorted({*before, "child", "other"} - {".child.slerpmerge-staging"})
-    return found.kept, found.reason
+    if settings.get("restart"):
+        assert report.plan.leftover is None
+        return kept, "as asked"
+    assert (report.plan.leftover.kept, report.plan.leftover.total) == (kept, total)
+    return kept, report.plan.leftover.reason
+
+
+def journal_beside(child: Path) -> Path:
+    return staging_beside(child).with_name("journal.json")
 
 
 def touch(file: Path) -> None:
@@ -236,23 +274,31 @@ def test_another_parent_starts_anew(tmp_path, role, file):
     assert resumed(*folders) == (0, f"the {role}'s {file} has changed since")
 
 
-@pytest.mark.parametrize("keep", [0, 0.3, 0.9, 1], ids=str)
+@pytest.mark.parametrize("keep", [0, 0.3, 0.9], ids=str)
 def test_a_torn_journal_is_as_good_as_none(tmp_path, keep):
     folders = interrupted(tmp_path)
-    journal = staging_beside(folders[2]).with_name("journal.json")
+    journal = journal_beside(folders[2])
     content = journal.read_bytes()
-    journal.write_bytes(content[: int(keep * len(content))] if keep < 1 else content.replace(b"slerp", b"slurp"))
-    assert resumed(*folders) == (0, "its journal is torn")
+    journal.write_bytes(content[: int(keep * len(content))])
+    assert resumed(*folders) == (0, "its journal cannot be read")
 
 
 def test_a_journal_that_lies_is_as_good_as_none(tmp_path):
     folders = interrupted(tmp_path)
-    journal = staging_beside(folders[2]).with_name("journal.json")
-    for content in (b"[]", b'{"identity": 3}', b"[" * 100_000):
-        journal.write_bytes(content + b"\n" + hashlib.sha256(content).hexdigest().encode())
-        plan = prepare_merge(MergeRecipe(*folders, max_shard_bytes=5000, device=DEVICE), lambda event: None)
-        assert plan.remarks == ("An unfinished child stands there and gives way: its journal cannot be read.",)
+    for content in (b"[]", b'{"fingerprint": 3}', b"[" * 100_000):
+        journal_beside(folders[2]).write_bytes(content)
+        plan = plan_of(*folders, **INTERRUPTED)
+        assert plan.leftover.describe() == (
+            "An unfinished child stands there and gives way: its journal cannot be read."
+        )
+        assert plan.as_dict()["remarks"] == [plan.leftover.describe()]
     assert resumed(*folders) == (0, "its journal cannot be read")
+
+
+def test_what_a_run_wrote_for_its_journal_when_it_was_killed_does_not_stay(tmp_path):
+    folders = interrupted(tmp_path)
+    (journal_beside(folders[2]).with_name(".journal.json.new")).write_bytes(b"{")
+    assert resumed(*folders) == (2, "")
 
 
 def test_a_finished_file_that_was_changed_is_made_again(tmp_path):
@@ -263,13 +309,13 @@ def test_a_finished_file_that_was_changed_is_made_again(tmp_path):
 
 def test_the_plan_tells_of_finished_files_and_counts_their_room(tmp_path, monkeypatch):
     primary, secondary, child = interrupted(tmp_path)
-    recipe = MergeRecipe(primary, secondary, child, max_shard_bytes=5000, device=DEVICE)
-    plan = prepare_merge(recipe, lambda event: None)
-    assert plan.remarks == ("2 of 3 files of an earlier run are kept.",)
+    plan = plan_of(primary, secondary, child, **INTERRUPTED)
+    assert plan.leftover.describe() == "2 of 3 files of an earlier run are kept."
+    assert plan.as_dict()["remarks"] == ["2 of 3 files of an earlier run are kept."]
     room = plan.disk_needed_bytes - sum(file.stat().st_size for file in staging_beside(child).iterdir())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
-    prepare_merge(recipe, lambda event: None)
+    plan_of(primary, secondary, child, **INTERRUPTED)
 
 
 def test_an_interruption_leaves_an_empty_save_directory_and_its_neighbours(tmp_path):
@@ -324,14 +370,14 @@ def test_folders_made_on_the_way_are_removed_where_the_last_cannot_be(tmp_path, 
 # ── A child that stands there already ───────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("moment", "number"), [(DeviceChosen, 1), (MergedTensor, 11), (Verification, 1)])
+@pytest.mark.parametrize(("moment", "number"), [(Noted, 1), (MergedTensor, 11), (VERIFY_CHILD, 1)])
 def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(tmp_path, moment, number):
     primary, secondary = make_pair(tmp_path)
     child = merge(primary, secondary, tmp_path / "child", 0.2, max_shard_bytes=5000).child
     (child / "notes.txt").write_text("mine")
     before = fingerprint(child)
-    with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(moment, number, interrupt))
+    with when(moment, number, interrupt) as observe, pytest.raises(KeyboardInterrupt):
+        merge(primary, secondary, child, 0.7, overwrite=True, observe=observe)
     assert fingerprint(child) == before
     left_behind(child)
     merge(primary, secondary, child, 0.7, overwrite=True)
@@ -410,7 +456,7 @@ def test_a_parent_that_breaks_during_the_merge_is_named(tmp_path, storage, role,
     primary, secondary = make_pair(tmp_path, storage=storage)
     (file,) = (path for path in (tmp_path / role).iterdir() if path.suffix in (".safetensors", ".bin"))
     with pytest.raises(SlerpMergeError, match=re.escape(str(file))) as caught:
-        merge(primary, secondary, tmp_path / "child", observe=at(DeviceChosen, 1, lambda: how(file)))
+        merge(primary, secondary, tmp_path / "child", observe=at(Noted, 1, lambda: how(file)))
     assert caught.value.hint
     assert names(tmp_path) == ["primary", "secondary"]
 
@@ -418,9 +464,7 @@ def test_a_parent_that_breaks_during_the_merge_is_named(tmp_path, storage, role,
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be cut there")
 def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     """Its file is open already, and some of its tensors are merged."""
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
+    set_chunk_elements(monkeypatch, 64)
     primary, secondary = make_pair(tmp_path)
     cut = at(MergedTensor, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
     with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors is damaged or incomplete: it ends inside"):
@@ -484,9 +528,9 @@ def test_a_parent_that_is_another_by_the_end_has_no_child(tmp_path, role, how):
     primary, secondary = make_pair(tmp_path)
     for folder in (primary, secondary):
         add_tokenizer(folder)
-    observe = at(Verification, 1, lambda: how(tmp_path / role / "tokenizer.json"))
-    with pytest.raises(SlerpMergeError, match=rf"{role} changed during the merge: tokenizer\.json"):
-        merge(primary, secondary, tmp_path / "child", observe=observe)
+    refused = pytest.raises(SlerpMergeError, match=rf"{role} changed during the merge: tokenizer\.json")
+    with after(VERIFY_CHILD, 1, lambda: how(tmp_path / role / "tokenizer.json")), refused:
+        merge(primary, secondary, tmp_path / "child")
     assert names(tmp_path) == ["primary", "secondary"]
 
 
@@ -528,22 +572,15 @@ def test_a_file_size_limit_gives_one_message(tmp_path, parents):
 
 WAITING_MERGE = """
 import sys, time
-from slerpkit.merge.events import MergedTensor
-from slerpkit.recipe import MergeRecipe
-from slerpkit.story import execute_merge, prepare_merge
-from pathlib import Path
+from slerpkit.merge.tensor_plan import MergedTensor
+from slerpkit.story import merge_models
 
 def observe(event):
     if isinstance(event, MergedTensor):
         print("there", flush=True)
         time.sleep(60)
 
-execute_merge(
-    prepare_merge(
-        MergeRecipe(*map(Path, sys.argv[1:]), device="cpu", max_shard_bytes=5000), observe
-    ),
-    observe,
-)
+merge_models(*sys.argv[1:], observe=observe, device="cpu", max_shard_bytes=5000)
 """
 
 
@@ -577,8 +614,9 @@ def test_a_child_that_fails_its_check_is_of_no_use_to_the_next_run(tmp_path):
         content[-20_000:] = bytes(20_000)
         file.write_bytes(content)
 
-    with pytest.raises(SlerpMergeError, match="did not pass its own check"):
-        merge(primary, secondary, tmp_path / "child", observe=at(CompanionCopied, 1, tamper))
+    refused = pytest.raises(SlerpMergeError, match="did not pass its own check")
+    with after("slerpkit.story.copy_companions", 1, tamper), refused:
+        merge(primary, secondary, tmp_path / "child")
     assert names(tmp_path) == ["primary", "secondary"]
 
 
@@ -619,10 +657,8 @@ def test_staging_left_by_a_killed_run_is_not_mixed_into_the_child(tmp_path):
 # Loads everything once; then, for each line it is given, a copy of itself merges, slowly enough to be hit.
 MERGES_ON_DEMAND = """
 import json, os, sys, time
-import numpy, torch
-from slerpkit.recipe import MergeRecipe
-from slerpkit.story import execute_merge, prepare_merge
-from pathlib import Path
+import filelock, numpy, torch
+from slerpkit.story import merge_models
 
 def observe(event):
     time.sleep(0.003)
@@ -632,8 +668,7 @@ for line in sys.stdin:
     *folders, device, cut = json.loads(line)
     process = os.fork()
     if process == 0:
-        recipe = MergeRecipe(*map(Path, folders), device=device, max_shard_bytes=cut, overwrite=True)
-        execute_merge(prepare_merge(recipe, observe), observe)
+        merge_models(*folders, observe=observe, device=device, max_shard_bytes=cut, overwrite=True)
         os._exit(0)
     print(process, flush=True)
     print(os.waitpid(process, 0)[1], flush=True)
@@ -664,8 +699,13 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
                     json.dumps([str(primary), str(secondary), str(child), DEVICE, 2000]), file=server.stdin, flush=True
                 )
                 process = int(server.stdout.readline())
+                if chance.random() < 0.5:  # on a busy disk, nothing would be finished by then
+                    limit = time.monotonic() + 2
+                    while not (staging_area(child) / "journal.json").exists() and time.monotonic() < limit:
+                        time.sleep(0.001)
                 time.sleep(chance.uniform(0.005, 0.25))
-                os.kill(process, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it was faster
+                    os.kill(process, signal.SIGKILL)
                 kills += int(server.stdout.readline()) == signal.SIGKILL
                 # The whole right child, what stood there before, or nothing.
                 found = fingerprint(child) if child.exists() else {}
@@ -681,19 +721,16 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
 
 SLOW_MAIN = """
 import sys, time, slerpmerge
-from slerpkit.merge.events import ShardWritten, MergedTensor
-from slerpkit.screen.progress import MergeView
+from slerpkit.merge.staging import StagedChild
 
-observe = MergeView.observe
+finish_file = StagedChild.finish_file
 
-def slowly(view, event):
-    observe(view, event)
-    if isinstance(event, ShardWritten):
-        print("written", flush=True)
-    if isinstance(event, MergedTensor):
-        time.sleep(0.03)
+def slowly(child, file_name, tensors):
+    time.sleep(0.03 * len(tensors))
+    finish_file(child, file_name, tensors)
+    print("written", flush=True)
 
-MergeView.observe = slowly
+StagedChild.finish_file = slowly
 sys.exit(slerpmerge.main(sys.argv[1:]))
 """
 
@@ -758,8 +795,8 @@ def test_a_disk_that_is_really_full_keeps_what_is_finished(tmp_path, parents, sm
                 pass
 
     settings = {"max_shard_bytes": 2000, "threads": 1}
-    with pytest.raises(SlerpMergeError, match="No space left on device") as caught:
-        merge(primary, secondary, small_disk / "child", observe=at(ShardWritten, 3, fill), **settings)
+    with after(FINISH_FILE, 3, fill), pytest.raises(SlerpMergeError, match="No space left on device") as caught:
+        merge(primary, secondary, small_disk / "child", **settings)
     assert "Free some space" in caught.value.hint
     (small_disk / "filler").unlink()
     report = merge(primary, secondary, small_disk / "child", **settings)
@@ -850,7 +887,7 @@ def test_a_link_in_the_staging_folder_is_not_followed(tmp_path, area, name):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes there")
 @pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None), lambda path: Path(path).write_text("x")])
-@pytest.mark.parametrize("name", ["child", "replaced", "journal.json", "journal.new", ".lock"])
+@pytest.mark.parametrize("name", ["child", "replaced", "journal.json", ".journal.json.new", ".lock"])
 def test_whatever_stands_in_the_staging_folder_is_no_dead_end(tmp_path, area, name, make):
     primary, secondary = make_pair(tmp_path)
     make(area / name)
@@ -872,7 +909,7 @@ def test_an_error_while_taking_over_loses_nothing(tmp_path, monkeypatch, error, 
     folders = interrupted(tmp_path)
     before = fingerprint(staging_beside(folders[2]))
     with monkeypatch.context() as patch:
-        patch.setattr("slerpkit.story.leftover_remarks", lambda plan: ())
+        patch.setattr("slerpkit.merge.plan.find_leftover", lambda *_: None)
         patch.setattr(Journal if place == "load" else StagedChild, place, fail(error))
         with pytest.raises((KeyboardInterrupt, SlerpMergeError)):
             merge(*folders, **INTERRUPTED)
@@ -884,13 +921,9 @@ def test_a_finished_child_is_kept_where_the_old_one_may_not_be_replaced(tmp_path
     """The old child was aside when the process was killed; the next run was not told to overwrite."""
     primary, secondary = make_pair(tmp_path)
     child = merge(primary, secondary, tmp_path / "child", 0.2).child
-    with pytest.raises(SlerpMergeError, match="is not empty"):
-        merge(
-            primary,
-            secondary,
-            tmp_path / "new",
-            observe=at(Verification, 1, lambda: shutil.copytree(child, tmp_path / "new")),
-        )
+    refused = pytest.raises(SlerpMergeError, match="is not empty")
+    with after(VERIFY_CHILD, 1, lambda: shutil.copytree(child, tmp_path / "new")), refused:
+        merge(primary, secondary, tmp_path / "new")
     finished = tmp_path / ".new.slerpmerge-staging"
     before = fingerprint(finished)
     (tmp_path / "new").rename(finished / "replaced")
@@ -915,16 +948,17 @@ def test_an_empty_folder_does_not_cost_the_old_child(tmp_path, area):
 def test_a_disk_that_cannot_sync_is_noticed_soon(tmp_path, monkeypatch):
     """The next file to be finished finds out, not the end of hours."""
     primary, secondary = make_pair(tmp_path)
-    written = []
+    written, finish_file = [], StagedChild.finish_file
 
-    def observe(event: object) -> None:
-        if isinstance(event, ShardWritten):
-            written.append(event.file_name)
-            time.sleep(0.05)
+    def finish_slowly(child: StagedChild, file_name: str, tensors: list[MergedTensor]) -> None:
+        finish_file(child, file_name, tensors)
+        written.append(file_name)
+        time.sleep(0.05)
 
+    monkeypatch.setattr(StagedChild, "finish_file", finish_slowly)
     monkeypatch.setattr(os, "fsync", fail(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(SlerpMergeError, match="Input/output error") as caught:
-        merge(primary, secondary, tmp_path / "child", observe=observe, max_shard_bytes=1000)
+        merge(primary, secondary, tmp_path / "child", max_shard_bytes=1000)
     assert len(written) < 4
     assert "another one" in caught.value.hint
     assert names(tmp_path) == ["primary", "secondary"]
@@ -932,69 +966,86 @@ def test_a_disk_that_cannot_sync_is_noticed_soon(tmp_path, monkeypatch):
 
 def test_a_lock_whose_file_is_gone_holds_nobody_out(tmp_path):
     """Who waited at a file that its holder then removed must not think that it holds the folder."""
-    first = FolderLock(tmp_path)
-    (tmp_path / ".lock").unlink()
-    second = FolderLock(tmp_path)
+    first, second, third = (WorkFolder(tmp_path / "area") for _ in range(3))
+    first.enter()
+    (tmp_path / "area" / ".lock").unlink()
+    second.enter()
     with pytest.raises(SlerpMergeError, match="Another run"):
-        FolderLock(tmp_path)
-    second.release()
-    FolderLock(tmp_path).release()
-    os.close(first._descriptor)
+        third.enter()
+    second.leave()
+    third.enter()
+    third.leave()
+    first.leave()
     assert names(tmp_path) == []
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
+    """Its holder removes it between the moment it is opened by another and the moment it is locked."""
+    fcntl = pytest.importorskip("fcntl")
+    holder, other = WorkFolder(tmp_path / "area"), WorkFolder(tmp_path / "area")
+    holder.enter()
+    lock, left = fcntl.flock, []
+
+    def leave_first(descriptor: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and not left:
+            left.append(descriptor)
+            holder.leave()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", leave_first)
+    with pytest.raises(SlerpMergeError, match="Another run"):
+        other.enter()
+    assert left
+    other.enter()
+    other.leave()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, reason):
+    fcntl = pytest.importorskip("fcntl")
+    primary, secondary = make_pair(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", fail(OSError(reason, os.strerror(reason))))
+    merge(primary, secondary, tmp_path / "child")
+    assert names(tmp_path) == ["child", "primary", "secondary"]
 
 
 @pytest.mark.parametrize("content", [["a", "b", "c", "d", "e"], [0.5, 0.5, "slerp"], [None, 1, "", "", 0], "slerp", 3])
 def test_a_journal_of_wrong_types_is_as_good_as_none(tmp_path, content):
     folders = interrupted(tmp_path)
-    journal = staging_beside(folders[2]).with_name("journal.json")
-    said = json.loads(journal.read_bytes().rpartition(b"\n")[0])
+    said = json.loads(journal_beside(folders[2]).read_bytes())
     next(iter(said["files"].values()))["tensors"][0][1] = content
-    text = json.dumps(said).encode()
-    journal.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
+    journal_beside(folders[2]).write_bytes(json.dumps(said).encode())
     assert resumed(*folders) == (0, "its journal cannot be read")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="it is about a device that is not there")
 def test_a_device_that_is_gone_is_told(tmp_path, monkeypatch):
     folders = interrupted(tmp_path, device="auto")
-    journal = staging_beside(folders[2]).with_name("journal.json")
-    text = journal.read_bytes().rpartition(b"\n")[0].replace(b'"device": "cpu"', b'"device": "cuda"')
-    journal.write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode())
-    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": False})
-    monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": False})
-    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": False})
+    text = journal_beside(folders[2]).read_bytes().replace(b'"device": "cpu"', b'"device": "cuda"')
+    journal_beside(folders[2]).write_bytes(text)
+    monkeypatch.setattr("slerpkit.devices.accelerators", lambda: {"cuda": False})
     assert resumed(*folders, device="auto") == (0, "it was begun on cuda, which is not there now")
-
-
-def test_a_device_without_memory_is_not_chosen(monkeypatch):
-    def probe(device: str) -> float:
-        return 1.0 if device == "cpu" else throw(torch.cuda.OutOfMemoryError("CUDA out of memory"))
-
-    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": True})
-    monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True})
-    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True})
-    monkeypatch.setattr("slerpkit.merge.arithmetic.probe_device", probe)
-    assert choose_device("auto", 2)[0] == "cpu"
 
 
 def test_a_chat_template_does_not_start_anew(tmp_path):
     folders = interrupted(tmp_path)
-    plan = prepare_merge(MergeRecipe(*folders, max_shard_bytes=5000, device=DEVICE), lambda event: None)
+    plan = plan_of(*folders, **INTERRUPTED)
     recipe = dataclasses.replace(plan.recipe, chat_template="secondary")
-    assert merge_fingerprint(plan) == merge_fingerprint(dataclasses.replace(plan, recipe=recipe))
+    assert plan.fingerprint == dataclasses.replace(plan, recipe=recipe).fingerprint
 
 
 def test_a_save_directory_that_is_a_disk_of_its_own_is_refused_at_once(tmp_path, small_disk):
     primary, secondary = make_pair(tmp_path)
     with pytest.raises(SlerpMergeError, match="is a disk of its own") as caught:
-        prepare_merge(MergeRecipe(primary, secondary, small_disk), lambda event: None)
+        plan_of(primary, secondary, small_disk)
     assert str(small_disk / "child") in caught.value.hint
 
 
 def test_a_name_too_long_to_grow_beside_is_refused_at_once(tmp_path):
     primary, secondary = make_pair(tmp_path)
     with pytest.raises(SlerpMergeError, match="no usable path"):
-        prepare_merge(MergeRecipe(primary, secondary, tmp_path / ("x" * 250)), lambda event: None)
+        plan_of(primary, secondary, tmp_path / ("x" * 250))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signals")

@@ -14,8 +14,7 @@ import torch
 import transformers
 
 from slerpkit.messages import SlerpMergeError
-from tests.builders import edit_json, load_tensors, merge, reference_slerp, replace_tensors
-from tests.test_merge import distance
+from tests.builders import distance, edit_json, load_tensors, merge, reference_slerp, replace_tensors
 
 TOKENS, WIDTH, SEEN = 96, 32, 8
 ROLES = ("primary", "secondary")

@@ -27,12 +27,12 @@ from tests.builders import (
     LLAMA_CONFIG,
     VOCABULARY,
     add_tokenizer,
+    distance,
     load_tensors,
     make_checkpoint,
     reference_slerp,
 )
 from tests.conftest import fingerprint
-from tests.test_merge import distance
 
 SEEDS_OF_EACH = 80
 LONGEST_SECONDS = 5

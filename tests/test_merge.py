@@ -13,29 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slerpkit.child.report import MergeReport
 from slerpkit.maths import TensorWeights
 from slerpkit.merge.arithmetic import ChunkArithmetic
-from slerpkit.merge.events import (
-    BytesMerged,
-    ChildPublished,
-    CompanionCopied,
-    DeviceChosen,
-    MergedTensor,
-    MergeReport,
-    ParentOpened,
-    ParityChecked,
-    PlanReady,
-    ShardWritten,
-    Verification,
-)
+from slerpkit.merge.events import ChildPublished, Noted, WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.merge.workers import SPAN_CHUNKS
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import CHUNK_ELEMENTS
 from slerpkit.schedule import Schedule, ScheduleRule
 from tests.builders import (
+    DEVICE,
     LAYERS,
     LLAMA_CONFIG,
     PLAIN_CHILD,
+    assert_same_bits,
+    bits,
+    distance,
     llama_tensors,
     load_tensors,
     make_checkpoint,
@@ -43,7 +37,7 @@ from tests.builders import (
     make_real_model,
     merge,
     reference_slerp,
-    units_of_last_place,
+    set_chunk_elements,
 )
 
 GOLDEN = Path(__file__).with_name("golden") / "llama"
@@ -51,12 +45,6 @@ SMALL_CHUNK = 64  # elements; a layer's matrix then has several spans, the last 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # Units of the last place that a value may be off: one rounding, and what the float64 reference itself may lose.
 LIMITS = {BF16: 0.51, F16: 0.51, F32: 1.0, F64: 4.0}
-
-
-def staging_beside(save_directory: Path) -> Path:
-    """The hidden folder in which the child of a merge under way stands."""
-    (folder,) = (path for path in save_directory.parent.iterdir() if path.name.startswith(".") and path.is_dir())
-    return folder / "child"
 
 
 def merge_tensors(
@@ -74,18 +62,6 @@ def blend_of(report: MergeReport, name: str) -> TensorWeights:
     return next(merged.weights for merged in report.merged.tensors if merged.tensor.name == name)
 
 
-def distance(found: torch.Tensor, v0: torch.Tensor, v1: torch.Tensor, exact: torch.Tensor) -> float:
-    """Units of the last place between found and exact, less what the two terms lose in working precision.
-
-    Where the terms nearly cancel, that loss is larger than a unit of what remains.
-    """
-    doubled = F64 in (v0.dtype, v1.dtype)
-    # Weights reach 1.41 at wide angles; each weight, product and sum may lose half a unit, and so may the angle.
-    loss = (v0.double().abs() + v1.double().abs()) * (2.0**-50 if doubled else 2.0**-21)
-    offset = found.double() - exact
-    return units_of_last_place(found, exact + offset.clamp(-loss, loss))
-
-
 def assert_right(
     child: Mapping[str, torch.Tensor],
     primary: Mapping[str, torch.Tensor],
@@ -99,17 +75,6 @@ def assert_right(
         v0, v1 = primary[name], secondary[name]
         assert found.shape == v0.shape
         assert distance(found, v0, v1, reference_slerp(v0, v1, t, method)) <= LIMITS[found.dtype], name
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_bits(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert (tensor.dtype, tensor.shape) == (right[name].dtype, right[name].shape), name
-        assert bits(tensor) == bits(right[name]), name
 
 
 # ── Values ──────────────────────────────────────────────────────────────────────────────────────
@@ -149,9 +114,7 @@ def test_dtypes_mixed_within_each_parent(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, SMALL_CHUNK, 1000])
 def test_values_are_right_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", chunk)
+    set_chunk_elements(monkeypatch, chunk)
     left, right = ({"odd": torch.randn(13, 11, generator=torch.Generator().manual_seed(seed))} for seed in (3, 4))
     child, _ = merge_tensors(tmp_path, left, right, t=0.3)
     assert_right(child, {**llama_tensors(1), **left}, {**llama_tensors(2), **right}, 0.3)
@@ -230,7 +193,7 @@ def test_identical_tensors_are_copied_and_not_computed(tmp_path, value):
     child, report = merge_tensors(tmp_path, {"shared": shared}, {"shared": shared.clone()}, t=0.1)
     assert bits(child["shared"]) == bits(shared)
     blend = blend_of(report, "shared")
-    assert (blend.rule, blend.reason) == ("copy", "identical")
+    assert (blend.operation, blend.reason) == ("copy", "identical")
 
 
 def test_a_model_merged_with_its_own_copy_is_that_model(tmp_path):
@@ -263,9 +226,7 @@ def test_every_storage_gives_the_same_bits(tmp_path, parents, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_the_bits_do_not_depend_on_threads_shard_cuts_or_the_parents_files(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", SMALL_CHUNK)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", SMALL_CHUNK)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", SMALL_CHUNK)
+    set_chunk_elements(monkeypatch, SMALL_CHUNK)
     parents = make_pair(tmp_path, dtype)
     plain = load_tensors(merge(*parents, tmp_path / "plain", 0.3, threads=1).child)
     for threads in (2, 5):
@@ -318,7 +279,7 @@ def test_where_no_arc_is_defined_tensors_are_lerped(tmp_path, left, right, reaso
     child, report = merge_tensors(tmp_path, {"x": left}, {"x": right}, t=0.25, method=method)
     assert torch.equal(child["x"], 0.75 * left + 0.25 * right)
     blend = blend_of(report, "x")
-    assert (blend.rule, blend.reason) == ("lerp", reason)
+    assert (blend.operation, blend.reason) == ("lerp", reason)
     assert blend.angle_degrees == (None if angle is None else pytest.approx(angle, abs=0.05))
 
 
@@ -331,13 +292,13 @@ def test_opposite_parents_of_any_size_are_lerped(tmp_path, seed):
     assert torch.allclose(child["wide"], 0.4 * weight)
 
 
-@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("vectors", ["first_dim", "last_dim"])
 @pytest.mark.parametrize(
     ("shape", "scale"), [((5000, 1), 1), ((2000, 1, 4), 1), ((3, 70000), 1), ((40, 40), 1e20), ((40, 40), 1e-25)]
 )
-def test_vectors_of_any_length_and_size_pass_their_own_check(tmp_path, granularity, shape, scale):
+def test_vectors_of_any_length_and_size_pass_their_own_check(tmp_path, vectors, shape, scale):
     left, right = (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    settings = {"method": "nuslerp", "granularity": granularity}
+    settings = {"method": "nuslerp", "vectors": vectors}
     child, _ = merge_tensors(tmp_path, {"weight": left}, {"weight": right}, t=0.3, **settings)
     assert torch.isfinite(child["weight"]).all()
 
@@ -352,14 +313,14 @@ def test_a_threshold_moves_the_line_between_slerp_and_lerp(tmp_path):
     left, right = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])  # 45 degrees, a cosine of 0.7071
     for threshold, rule in ((0.70, "lerp"), (0.71, "slerp")):
         _, report = merge_tensors(tmp_path / rule, {"x": left}, {"x": right}, dot_threshold=threshold)
-        assert blend_of(report, "x").rule == rule
+        assert blend_of(report, "x").operation == rule
 
 
 def test_a_number_without_dimensions_is_lerped(tmp_path):
     child, report = merge_tensors(tmp_path, {"x": torch.tensor(2.0)}, {"x": torch.tensor(-4.0)}, t=0.25)
     assert child["x"].shape == ()
     assert child["x"] == 0.5
-    assert blend_of(report, "x").rule == "lerp"
+    assert blend_of(report, "x").operation == "lerp"
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, F32, F64), (torch.int64, torch.bool)], ids=["real", "whole"])
@@ -416,7 +377,7 @@ def test_values_too_large_for_float16_are_named(tmp_path):
 def test_values_whose_squares_overflow_still_merge_right(tmp_path, dtype, method):
     left, right = (1e30 * torch.randn(2, 500, generator=torch.Generator().manual_seed(8))).to(dtype).unbind()
     child, report = merge_tensors(tmp_path, {"x": left}, {"x": right}, t=0.3, method=method)
-    assert blend_of(report, "x").rule == "slerp"
+    assert blend_of(report, "x").operation == "slerp"
     assert report.verified.warnings == ()
     assert_right({"x": child["x"]}, {"x": left}, {"x": right}, 0.3, method)
 
@@ -532,9 +493,7 @@ def test_files_hold_the_layers_in_their_order(tmp_path):
 
 
 def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", SMALL_CHUNK)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", SMALL_CHUNK)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", SMALL_CHUNK)
+    set_chunk_elements(monkeypatch, SMALL_CHUNK)
     events, threads = [], set()
 
     def observe(event: object) -> None:
@@ -544,14 +503,13 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     primary, secondary = make_pair(tmp_path)
     report = merge(primary, secondary, tmp_path / "child", 0.3, observe, threads=3, max_shard_bytes=5000)
     assert threads == {threading.main_thread()}
-    kinds = [type(event) for event in events if not isinstance(event, BytesMerged | MergedTensor | ShardWritten)]
-    assert kinds == [
-        ParentOpened, ParentOpened, ParityChecked, PlanReady, DeviceChosen, *[CompanionCopied] * 5, Verification,
-        ChildPublished,
-    ]  # fmt: skip
-    made = [event.file_name for event in events if isinstance(event, CompanionCopied)]
-    assert made == ["config.json", "merge_recipe.yaml", "difference_map.svg", "merge_report.json", "README.md"]
-    assert [event.role for event in events[:2]] == ["primary", "secondary"]
+    kinds = [type(event) for event in events if not isinstance(event, WorkAdvanced | MergedTensor)]
+    assert kinds == [Noted, WorkBegan, WorkEnded, ChildPublished]
+    noted, began, *_, published = events
+    assert noted.text == f"Merging on {DEVICE}: as asked."
+    assert (began.total, began.in_bytes) == (report.plan.child_bytes, True)
+    assert began.tensors == tuple(tensor.name for tensor in report.plan.tensors)
+    assert published.child == report.child
 
     merged = [event for event in events if isinstance(event, MergedTensor)]
     assert tuple(merged) == report.merged.tensors
@@ -568,11 +526,11 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
         assert event.non_finite == 0
 
     total = sum(tensor.nbytes for tensor in load_tensors(report.child).values())
-    assert sum(event.byte_count for event in events if isinstance(event, BytesMerged)) == total
+    assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) == total
     assert report.plan.child_bytes == total
-    written = {event.file_name: event.byte_count for event in events if isinstance(event, ShardWritten)}
-    assert written == {file.name: file.stat().st_size for file in report.child.glob("*.safetensors")}
-    assert len(written) > 2
+    planned_files = {shard.file_name: shard.byte_count for shard in report.plan.shards}
+    assert planned_files == {file.name: file.stat().st_size for file in report.child.glob("*.safetensors")}
+    assert len(planned_files) > 2
 
 
 def test_the_report_counts_what_was_done(tmp_path):
@@ -605,18 +563,18 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
 # ── An accelerator that is short of memory ──────────────────────────────────────────────────────
 
 
-def scarce(limit: int, tried: list[tuple[str, int]]) -> type[ChunkArithmetic]:
-    """Arithmetic that plays an accelerator on the processor, with memory for `limit` elements at a time."""
+def scarce(enough_for: int, tried: list[str]) -> type[ChunkArithmetic]:
+    """Arithmetic that plays an accelerator on the processor, whose memory is full after so many chunks."""
 
     class Scarce(ChunkArithmetic):
         def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
             if (side, dtype) not in self._scratch:
-                self._scratch[side, dtype] = torch.empty(self.elements, dtype=dtype)
+                self._scratch[side, dtype] = torch.empty(SMALL_CHUNK, dtype=dtype)
             return self._scratch[side, dtype]
 
         def load_pair(self, chunk: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-            tried.append((self.device, chunk[0].numel()))
-            if self.device != "cpu" and chunk[0].numel() > limit:
+            tried.append(self.device)
+            if self.device != "cpu" and tried.count("cuda") > enough_for:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return super().load_pair(chunk, dtype)
 
@@ -624,32 +582,28 @@ def scarce(limit: int, tried: list[tuple[str, int]]) -> type[ChunkArithmetic]:
 
 
 @pytest.mark.parametrize(
-    ("limit", "settings"),
+    ("enough_for", "settings"),
     [
         (10**9, {}),
-        (32, {}),
+        (40, {}),
         (0, {}),
-        (0, {"method": "nuslerp", "granularity": "row"}),
-        (32, {"method": "nuslerp", "granularity": "column"}),
+        (0, {"method": "nuslerp", "vectors": "first_dim"}),
+        (0, {"method": "nuslerp", "vectors": "last_dim"}),
     ],
 )
-def test_an_accelerator_short_of_memory_gets_smaller_pieces_then_the_processor_takes_over(
-    tmp_path, monkeypatch, limit, settings
+def test_where_an_accelerator_is_short_of_memory_the_processor_takes_over_to_the_same_bits(
+    tmp_path, monkeypatch, enough_for, settings
 ):
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", SMALL_CHUNK)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", SMALL_CHUNK)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", SMALL_CHUNK)
+    set_chunk_elements(monkeypatch, SMALL_CHUNK)
     expected = load_tensors(merge(*make_pair(tmp_path), tmp_path / "expected", 0.3, **settings).child)
-    tried: list[tuple[str, int]] = []
-    monkeypatch.setattr("slerpkit.merge.workers.ChunkArithmetic", scarce(limit, tried))
-    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked, threads: ("cuda", "as asked"))
-    monkeypatch.setattr("slerpkit.evaluation.models.choose_device", lambda asked, threads: ("cuda", "as asked"))
+    tried: list[str] = []
+    monkeypatch.setattr("slerpkit.merge.workers.ChunkArithmetic", scarce(enough_for, tried))
+    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked: ("cuda", "as asked"))
     parents = tmp_path / "primary", tmp_path / "secondary"
-    child = load_tensors(merge(*parents, tmp_path / "child", 0.3, **settings).child)
-    for name, tensor in child.items():
-        assert distance(tensor, expected[name], expected[name], expected[name].double()) <= 1, name
-    done = {device for device, count in tried if device == "cpu" or count <= limit}
-    assert done == ({"cuda"} if limit and not settings else {"cpu"} if not limit else {"cuda", "cpu"})
+    child = load_tensors(merge(*parents, tmp_path / "child", 0.3, threads=2, **settings).child)
+    assert_same_bits(child, expected)
+    assert set(tried) == ({"cuda"} if enough_for > len(tried) else {"cuda", "cpu"})
+    assert tried.count("cuda") <= enough_for + 2  # each of two workers tries it once more, and then no longer
 
 
 def test_an_accelerator_that_fails_is_named(tmp_path, monkeypatch):
@@ -657,8 +611,7 @@ def test_an_accelerator_that_fails_is_named(tmp_path, monkeypatch):
         raise RuntimeError("CUDA error: an illegal instruction was encountered\nCompile with ...")
 
     monkeypatch.setattr(ChunkArithmetic, "load_pair", fail)
-    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked, threads: ("cuda", "as asked"))
-    monkeypatch.setattr("slerpkit.evaluation.models.choose_device", lambda asked, threads: ("cuda", "as asked"))
+    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked: ("cuda", "as asked"))
     with pytest.raises(SlerpMergeError, match="The device cuda failed: CUDA error: an illegal") as caught:
         merge(*make_pair(tmp_path), tmp_path / "child")
     assert "--device cpu" in caught.value.hint

@@ -13,21 +13,21 @@ import sys
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from slerpkit.merge.events import ParentOpened, ParityChecked, PlanReady
-from slerpkit.merge.plan import MergePlan, TensorPlan, cut_shards, lay_out_shard, plan_shards
+from slerpkit.merge.plan import MergePlan
 from slerpkit.merge.save_directory import check_save_directory
+from slerpkit.merge.tensor_plan import TensorPlan, cut_shards, lay_out_shard, plan_shards
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parity.vocabulary import choose_tokenizer
-from slerpkit.recipe import MergeRecipe
 from slerpkit.schedule import Schedule, ScheduleRule
-from slerpkit.story import execute_merge, prepare_merge
-from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, load_tensors, make_checkpoint, make_pair
+from slerpkit.story import execute_merge
+from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, load_tensors, make_checkpoint, make_pair, plan_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {
@@ -43,17 +43,13 @@ def pair(tmp_path, parents) -> Path:
     return tmp_path
 
 
-def recipe_in(folder: Path, **changes) -> MergeRecipe:
-    """A merge of `primary` and `secondary` below a folder into `child` beside them."""
-    settings = {"primary": "primary", "secondary": "secondary", "save_directory": "child"}
-    return MergeRecipe(**{**{key: folder / name for key, name in settings.items()}, "threads": 1, **changes})
+def planned(folder: Path, **changes: Any) -> MergePlan:
+    """A plan for `primary` and `secondary` below a folder, into `child` beside them."""
+    folders = {"primary": folder / "primary", "secondary": folder / "secondary", "save_directory": folder / "child"}
+    return plan_of(**{**folders, "threads": 1, **changes})
 
 
-def planned(folder: Path, **changes) -> MergePlan:
-    return prepare_merge(recipe_in(folder, **changes), lambda event: None)
-
-
-def jobs_by_name(plan: MergePlan) -> dict[str, TensorPlan]:
+def tensors_by_name(plan: MergePlan) -> dict[str, TensorPlan]:
     return {tensor.name: tensor for tensor in plan.tensors}
 
 
@@ -63,15 +59,15 @@ def make_both(folder: Path, primary: dict[str, torch.Tensor], secondary: dict[st
     make_checkpoint(folder / "secondary", {**llama_tensors(2), **secondary})
 
 
-def job_of(name: str, dtype: str, *shape: int) -> TensorPlan:
-    return TensorPlan(name, dtype, shape, "copy", 0.0, ())
+def tensor_of(name: str, dtype: str, *shape: int) -> TensorPlan:
+    return TensorPlan(name, shape, (), dtype=dtype, operation="copy")
 
 
-def random_jobs(seed: int) -> list[TensorPlan]:
+def random_tensors(seed: int) -> list[TensorPlan]:
     """Tensors of random dtypes and sizes, some empty, some numbers."""
     chooser = random.Random(seed)
     shapes = [[chooser.randint(0, 9) for _ in range(chooser.randint(0, 3))] for _ in range(chooser.randint(1, 40))]
-    return [job_of(f"层.{number}.w", chooser.choice(list(DTYPES)), *shape) for number, shape in enumerate(shapes)]
+    return [tensor_of(f"层.{number}.w", chooser.choice(list(DTYPES)), *shape) for number, shape in enumerate(shapes)]
 
 
 def refused(match: str):
@@ -87,7 +83,10 @@ def test_weights_get_the_method_and_both_parents(pair, method):
     assert {tensor.name for tensor in plan.tensors} == set(llama_tensors(1))
     for tensor in plan.tensors:
         assert (tensor.operation, tensor.t) == ("lerp" if method == "lerp" else "slerp", 0.3)
-        assert tensor.sources == (plan.parents.primary.tensors[tensor.name], plan.parents.secondary.tensors[tensor.name])
+        assert tensor.sources == (
+            plan.parents.primary.tensors[tensor.name],
+            plan.parents.secondary.tensors[tensor.name],
+        )
     assert plan.count("slerp") + plan.count("lerp") == len(llama_tensors(1))
 
 
@@ -96,7 +95,7 @@ def test_at_its_ends_a_blend_is_a_copy_of_one_parent(pair, t, parent):
     plan = planned(pair, schedule=Schedule.constant(t))
     for tensor in plan.tensors:
         assert (tensor.operation, tensor.t) == ("copy", t)
-        assert tensor.sources == (getattr(plan, parent).tensors[tensor.name],)
+        assert tensor.sources == (plan.parents.by_role[parent].tensors[tensor.name],)
 
 
 def test_a_gradient_reaches_its_layers(tmp_path):
@@ -104,13 +103,13 @@ def test_a_gradient_reaches_its_layers(tmp_path):
         config = {**LLAMA_CONFIG, "num_hidden_layers": 12}
         make_checkpoint(tmp_path / name, llama_tensors(seed, layers=12), config)
     rules = ScheduleRule((0.25,), "lm_head"), ScheduleRule((0.0, 1.0), "mlp"), ScheduleRule((0.5, 0.6))
-    tensors = jobs_by_name(planned(tmp_path, schedule=Schedule(rules)))
+    tensors = tensors_by_name(planned(tmp_path, schedule=Schedule(rules)))
     for layer in range(12):
         assert tensors[f"model.layers.{layer}.mlp.up_proj.weight"].t == pytest.approx(layer / 11)
         assert tensors[f"model.layers.{layer}.self_attn.q_proj.weight"].t == pytest.approx(0.5 + 0.1 * layer / 11)
-    assert tensors["model.layers.0.mlp.up_proj.weight"].rule == "copy"
-    assert tensors["model.layers.11.mlp.up_proj.weight"].rule == "copy"
-    assert tensors["model.layers.5.mlp.up_proj.weight"].rule == "slerp"
+    assert tensors["model.layers.0.mlp.up_proj.weight"].operation == "copy"
+    assert tensors["model.layers.11.mlp.up_proj.weight"].operation == "copy"
+    assert tensors["model.layers.5.mlp.up_proj.weight"].operation == "slerp"
     assert (tensors["model.embed_tokens.weight"].t, tensors["lm_head.weight"].t) == (0.5, 0.25)
 
 
@@ -118,8 +117,8 @@ def test_numbers_are_lerped_and_whole_numbers_copied(tmp_path):
     numbers = {"scale": torch.tensor(2.0), "ids": torch.arange(3), "mask": torch.tensor([True])}
     make_both(tmp_path, numbers, {**numbers, "scale": torch.tensor(3.0)})
     plan = planned(tmp_path)
-    tensors = jobs_by_name(plan)
-    assert {name: tensors[name].rule for name in numbers} == {"scale": "lerp", "ids": "copy", "mask": "copy"}
+    tensors = tensors_by_name(plan)
+    assert {name: tensors[name].operation for name in numbers} == {"scale": "lerp", "ids": "copy", "mask": "copy"}
     for name in ("ids", "mask"):
         assert tensors[name].sources[0] == plan.parents.primary.tensors[name]
         assert tensors[name].t == 0
@@ -128,13 +127,13 @@ def test_numbers_are_lerped_and_whole_numbers_copied(tmp_path):
 def test_whole_numbers_come_from_the_primary_even_where_t_is_one(tmp_path):
     make_both(tmp_path, {"ids": torch.arange(3)}, {"ids": torch.arange(3)})
     plan = planned(tmp_path, schedule=Schedule.constant(1.0))
-    assert jobs_by_name(plan)["ids"].sources[0] == plan.parents.primary.tensors["ids"]
+    assert tensors_by_name(plan)["ids"].sources[0] == plan.parents.primary.tensors["ids"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
 def test_a_tensor_without_elements_reaches_the_child(tmp_path, dtype):
     make_both(tmp_path, {"nothing": torch.zeros(0, 3, dtype=dtype)}, {"nothing": torch.zeros(0, 3, dtype=dtype)})
-    report = execute_merge(planned(tmp_path), lambda event: None)
+    report = execute_merge(planned(tmp_path))
     found = load_tensors(report.child)["nothing"]
     assert (found.shape, found.dtype) == ((0, 3), dtype)
 
@@ -143,10 +142,10 @@ def test_a_buffer_of_one_side_is_kept_from_the_primary_and_dropped_from_the_seco
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     make_both(tmp_path, {name: torch.ones(4)}, {})
     plan = planned(tmp_path)
-    tensor = jobs_by_name(plan)[name]
+    tensor = tensors_by_name(plan)[name]
     assert (tensor.operation, tensor.sources) == ("copy", (plan.parents.primary.tensors[name],))
     swapped = planned(tmp_path, primary=tmp_path / "secondary", secondary=tmp_path / "primary")
-    assert name not in jobs_by_name(swapped)
+    assert name not in tensors_by_name(swapped)
 
 
 def test_a_tied_head_is_blended_with_the_embedding_that_serves_as_head(tmp_path):
@@ -156,7 +155,10 @@ def test_a_tied_head_is_blended_with_the_embedding_that_serves_as_head(tmp_path)
     make_checkpoint(tmp_path / "secondary", tied, {**LLAMA_CONFIG, "tie_word_embeddings": True})
     plan = planned(tmp_path)
     embedding = plan.parents.secondary.tensors["model.embed_tokens.weight"]
-    assert jobs_by_name(plan)["lm_head.weight"].sources == (plan.parents.primary.tensors["lm_head.weight"], embedding)
+    assert tensors_by_name(plan)["lm_head.weight"].sources == (
+        plan.parents.primary.tensors["lm_head.weight"],
+        embedding,
+    )
 
 
 def test_a_tensor_that_no_filter_matches_stops_the_plan(pair):
@@ -181,7 +183,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_real_tensor(tmp_path, asked,
     make_both(tmp_path, {"ids": torch.arange(3)}, {"ids": torch.arange(3)})
     plan = planned(tmp_path, dtype=asked, schedule=Schedule.constant(t))
     assert {tensor.dtype for tensor in plan.tensors if tensor.name != "ids"} == {stored}
-    assert jobs_by_name(plan)["ids"].dtype == "I64"
+    assert tensors_by_name(plan)["ids"].dtype == "I64"
     width = 4 if stored == "F32" else 2
     assert plan.child_bytes == 24 + width * sum(tensor.numel() for tensor in llama_tensors(1).values())
 
@@ -203,7 +205,7 @@ def test_tensors_come_in_layer_order(tmp_path):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_shards_are_filled_in_order_and_to_their_limit(seed):
-    tensors = random_jobs(seed)
+    tensors = random_tensors(seed)
     largest = max(tensor.byte_count for tensor in tensors)
     for limit in (1, largest - 1, largest, 3 * largest, sum(tensor.byte_count for tensor in tensors)):
         groups = cut_shards(tensors, limit)
@@ -227,7 +229,7 @@ def test_a_tensor_larger_than_a_shard_has_one_of_its_own(pair):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_files_are_named_as_loaders_expect(count):
-    shards = plan_shards([job_of(f"t{number}", "U8", 10) for number in range(count)], 10)
+    shards = plan_shards([tensor_of(f"t{number}", "U8", 10) for number in range(count)], 10)
     several = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     assert [shard.file_name for shard in shards] == (several if count > 1 else ["model.safetensors"])
 
@@ -241,13 +243,14 @@ def test_a_limit_of_exactly_the_childs_size_is_one_file(pair):
 @pytest.mark.parametrize("seed", range(8))
 def test_a_laid_out_shard_is_a_file_that_the_library_reads(tmp_path, seed):
     generator = torch.Generator().manual_seed(seed)
-    shard = lay_out_shard("model.safetensors", random_jobs(seed))
+    shard = lay_out_shard("model.safetensors", random_tensors(seed))
     content = bytearray(shard.byte_count)
     content[: len(shard.header)] = shard.header
     expected = {}
     for tensor in shard.tensors:
-        tensor = expected[tensor.name] = torch.randint(0, 2, tensor.shape, generator=generator).to(DTYPES[tensor.dtype])
-        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        values = torch.randint(0, 2, tensor.shape, generator=generator).to(DTYPES[tensor.dtype])
+        expected[tensor.name] = values
+        data = values.reshape(-1).view(torch.uint8).numpy().tobytes()
         assert len(data) == tensor.byte_count
         content[tensor.offset : tensor.offset + len(data)] = data
     file = tmp_path / shard.file_name
@@ -263,12 +266,12 @@ def test_a_laid_out_shard_is_a_file_that_the_library_reads(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_tensor_is_aligned_to_its_own_width(seed):
-    for tensor in lay_out_shard("model.safetensors", random_jobs(seed)).tensors:
+    for tensor in lay_out_shard("model.safetensors", random_tensors(seed)).tensors:
         assert tensor.offset % DTYPES[tensor.dtype].itemsize == 0
 
 
 def test_one_width_keeps_its_order_in_a_shard():
-    tensors = [job_of("a", "BF16", 3), job_of("b", "F32", 3), job_of("c", "F16", 3), job_of("d", "F32", 1)]
+    tensors = [tensor_of("a", "BF16", 3), tensor_of("b", "F32", 3), tensor_of("c", "F16", 3), tensor_of("d", "F32", 1)]
     assert [tensor.name for tensor in lay_out_shard("x", tensors).tensors] == ["b", "d", "a", "c"]
 
 
@@ -279,7 +282,7 @@ def sparse_model(folder: Path, rows: int) -> Path:
     """A model of one tensor of rows x 1024 bfloat16 zeros that take no room on the disk."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG), encoding="utf-8")
-    shard = lay_out_shard("model.safetensors", [job_of("model.layers.0.mlp.weight", "BF16", rows, 1024)])
+    shard = lay_out_shard("model.safetensors", [tensor_of("model.layers.0.mlp.weight", "BF16", rows, 1024)])
     with open(folder / shard.file_name, "wb") as stream:
         stream.write(shard.header)
         stream.truncate(shard.byte_count)
@@ -322,7 +325,7 @@ def test_the_disk_need_covers_all_that_the_child_takes(tmp_path):
     (primary / "generation_config.json").write_text("{}")
     (primary / "modeling_own.py").write_text("#" * 100_000)
     plan = planned(tmp_path, max_shard_bytes=2000)
-    child = execute_merge(plan, lambda event: None).child
+    child = execute_merge(plan).child
     taken = sum(file.stat().st_size for file in child.rglob("*") if file.is_file())
     assert taken <= plan.disk_needed_bytes <= taken + 500_000
 
@@ -567,21 +570,11 @@ def test_the_plan_names_the_donor(tmp_path):
     add_tokenizer(secondary)
     plan = planned(tmp_path)
     assert plan.tokenizer_role == "secondary"
-    assert plan.parents[plan.tokenizer_role] == plan.parents.secondary
+    assert plan.parents.by_role[plan.tokenizer_role] == plan.parents.secondary
     assert planned(tmp_path, primary=secondary, secondary=primary).tokenizer_role == "primary"
 
 
 # ── A plan is only a plan ──
-
-
-def test_events_come_in_the_order_of_the_story(pair):
-    events = []
-    plan = prepare_merge(recipe_in(pair), events.append)
-    assert [type(event) for event in events] == [ParentOpened, ParentOpened, ParityChecked, PlanReady]
-    assert [event.role for event in events[:2]] == ["primary", "secondary"]
-    assert events[1].checkpoint == plan.parents.secondary
-    assert events[2].report == plan.parity
-    assert events[3].plan == plan
 
 
 def test_planning_writes_nothing(pair):
@@ -593,11 +586,11 @@ def test_planning_writes_nothing(pair):
 PLAN_AND_TELL = """
 import sys
 from pathlib import Path
-from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.story import prepare_merge
 
 folder = Path(sys.argv[1])
-plan = prepare_merge(MergeRecipe(folder / "primary", folder / "secondary", folder / "child"), lambda event: None)
+plan = prepare_merge(MergeRecipe(folder / "primary", folder / "secondary"), RunOptions(folder / "child"))
 print(len(list(plan.tensors)), sorted({"torch", "transformers", "rich", "questionary"} & set(sys.modules)))
 """
 

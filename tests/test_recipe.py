@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,17 +17,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from slerpkit.child.report import MergeReport
 from slerpkit.evaluation.models import verify_with_transformers
-from slerpkit.merge.events import MergeReport
 from slerpkit.merge.plan import MergePlan
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import LayerSlice, MergeRecipe
+from slerpkit.recipe import LayerSlice, RunOptions
 from slerpkit.recipe_file import read_recipe, recipe_text
 from slerpkit.schedule import Schedule, ScheduleRule
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     DEVICE,
     LLAMA_CONFIG,
+    assert_same_bits,
+    bits,
+    distance,
     edit_json,
     llama_tensors,
     load_tensors,
@@ -34,10 +38,11 @@ from tests.builders import (
     make_pair,
     make_real_model,
     merge,
+    plan_of,
     reference_slerp,
+    set_chunk_elements,
 )
 from tests.conftest import fingerprint
-from tests.test_merge import assert_same_bits, bits, distance
 
 GOLDEN = Path(__file__).with_name("golden") / "llama"
 GOLDEN_NAMES = sorted(path.stem for path in GOLDEN.glob("*.yaml"))
@@ -46,16 +51,12 @@ ATTENTION, MLP = (0.0, 0.5, 0.3, 0.7, 1.0), (1.0, 0.5, 0.7, 0.3, 0.0)
 WELL_KNOWN = Schedule((ScheduleRule(ATTENTION, "self_attn"), ScheduleRule(MLP, "mlp"), ScheduleRule((0.5,))))
 
 
-def quiet(event: Any) -> None:
-    """Sees what happens and says nothing."""
-
-
-def plan_of(recipe: Path, child: Path) -> MergePlan:
-    return prepare_merge(MergeRecipe(save_directory=child, device=DEVICE, **read_recipe(recipe)), quiet)
+def plan_of_file(recipe: Path, child: Path) -> MergePlan:
+    return prepare_merge(read_recipe(recipe), RunOptions(child, DEVICE))
 
 
 def merge_recipe(recipe: Path, child: Path) -> MergeReport:
-    return execute_merge(plan_of(recipe, child), quiet)
+    return execute_merge(plan_of_file(recipe, child))
 
 
 def write(path: Path, text: str) -> Path:
@@ -261,8 +262,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "slerp-norm": {"method": "slerp-norm"},
     "lerp": {"method": "lerp", "schedule": Schedule.constant(0.1)},
     "nuslerp": {"method": "nuslerp", "schedule": Schedule.constant(0.7)},
-    "nuslerp-row": {"method": "nuslerp", "granularity": "row", "schedule": GRADIENTS},
-    "nuslerp-column": {"method": "nuslerp", "granularity": "column", "schedule": GRADIENTS},
+    "nuslerp-row": {"method": "nuslerp", "vectors": "first_dim", "schedule": GRADIENTS},
+    "nuslerp-column": {"method": "nuslerp", "vectors": "last_dim", "schedule": GRADIENTS},
     "gradients": {"schedule": GRADIENTS},
     "slerp-norm-gradients": {"schedule": GRADIENTS, "method": "slerp-norm"},
     "dtype": {"dtype": "float32"},
@@ -273,7 +274,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "base-slerp": {"base": "base", "schedule": AWKWARD},
     "base-slerp-norm": {"base": "base", "method": "slerp-norm"},
     "base-lerp": {"base": "base", "method": "lerp", "schedule": AWKWARD},
-    "base-nuslerp-row": {"base": "base", "method": "nuslerp", "granularity": "row"},
+    "base-nuslerp-row": {"base": "base", "method": "nuslerp", "vectors": "first_dim"},
     "slices-slerp": {"slices": (LayerSlice(1, 0, 1, AWKWARD), LayerSlice(0, 1, 1, GRADIENTS))},
     "slices-slerp-norm": {"slices": (LayerSlice(0, 0, 2, AWKWARD),), "method": "slerp-norm"},
     "slices-lerp": {"slices": (LayerSlice(0, 0, 2, AWKWARD), LayerSlice(0, 0, 2, GRADIENTS)), "method": "lerp"},
@@ -315,14 +316,10 @@ def test_slices_keep_every_t_when_replayed(method: str, extrapolate: bool, tmp_p
     gradients = [tuple(chance.uniform(*ends) for _ in range(3)) for _ in range(100)]
     slices = tuple(LayerSlice(0, 0, 7, Schedule((ScheduleRule(gradient),))) for gradient in gradients)
     child = tmp_path / "child"
-    recipe = MergeRecipe(
-        primary, secondary, child, slices=slices, method=method, extrapolate=extrapolate, device=DEVICE, threads=1
-    )
-    plan = prepare_merge(recipe, quiet)
+    plan = plan_of(primary, secondary, child, slices=slices, method=method, extrapolate=extrapolate, threads=1)
     child.mkdir()
-    again = plan_of(
-        write(child / "merge_recipe.yaml", recipe_text(plan.recipe, plan.parents, child)), tmp_path / "again"
-    )
+    text = recipe_text(plan.recipe, plan.parents.by_role, child)
+    again = plan_of_file(write(child / "merge_recipe.yaml", text), tmp_path / "again")
     replayed = {tensor.name: tensor.t for tensor in again.tensors}
     assert [tensor.name for tensor in plan.tensors if replayed[tensor.name] != tensor.t] == []
 
@@ -343,8 +340,9 @@ def hollow_pair(folder: Path, tensors: Mapping[str, torch.Tensor], depth: int) -
 
 
 def planned_t(primary: Path, secondary: Path, **settings: Any) -> dict[str, float]:
-    recipe = MergeRecipe(primary, secondary, primary.parent / "child", device=DEVICE, **settings)
-    return {tensor.name: tensor.t for tensor in prepare_merge(recipe, quiet).tensors}
+    return {
+        tensor.name: tensor.t for tensor in plan_of(primary, secondary, primary.parent / "child", **settings).tensors
+    }
 
 
 def test_well_known_recipe_on_thirty_two_layers(tmp_path: Path) -> None:
@@ -433,7 +431,7 @@ def test_every_t_is_the_formulas(seed: int, tmp_path: Path) -> None:
     for name in outside:
         wanted[name] = scoped_value(cut_scopes[0 if "embed" in name else -1], name, 0.0)
     content = {**top, "modules": {"default": body}} if with_module else {**top, **body}
-    plan = plan_of(write(tmp_path / "recipe.yaml", yaml.safe_dump(content, sort_keys=False)), tmp_path / "child")
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", yaml.safe_dump(content, sort_keys=False)), tmp_path / "child")
     assert {tensor.name: tensor.t for tensor in plan.tensors} == pytest.approx(wanted, abs=1e-12)
 
 
@@ -612,23 +610,23 @@ def test_t_outside_its_range_needs_extrapolation(tmp_path: Path) -> None:
     make_pair(tmp_path)
     path = write(tmp_path / "recipe.yaml", GOOD.replace("0.5", "1.5"))
     with pytest.raises(SlerpMergeError, match=r"t = 1\.5") as refused:
-        plan_of(path, tmp_path / "child")
+        plan_of_file(path, tmp_path / "child")
     assert "--extrapolate" in refused.value.hint
-    plan = prepare_merge(MergeRecipe(save_directory=tmp_path / "child", extrapolate=True, **read_recipe(path)), quiet)
+    plan = prepare_merge(dataclasses.replace(read_recipe(path), extrapolate=True), RunOptions(tmp_path / "child"))
     assert {tensor.t for tensor in plan.tensors} == {1.5}
 
 
 def test_a_filter_that_matches_nothing_is_remarked_on(tmp_path: Path) -> None:
     make_pair(tmp_path)
     entries = "[{filter: self_atn, value: 0.1}, {filter: mlp, value: 0.2}, {value: 0.5}]"
-    plan = plan_of(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries)), tmp_path / "child")
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries)), tmp_path / "child")
     assert plan.remarks == ("The filter 'self_atn' matches no tensor.",)
 
 
 def test_a_null_filter_matches_every_tensor(tmp_path: Path) -> None:
     make_pair(tmp_path)
     entries = "[{filter: mlp, value: 0.2}, {filter: null, value: 0.7}]"
-    plan = plan_of(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries)), tmp_path / "child")
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries)), tmp_path / "child")
     assert {tensor.t for tensor in plan.tensors if "mlp" not in tensor.name} == {0.7}
 
 
@@ -637,7 +635,7 @@ def test_a_tensor_that_no_filter_matches_is_named(tmp_path: Path) -> None:
     entries = "[{filter: layers, value: 0.2}, {filter: norm, value: 0}]"
     path = write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries))
     with pytest.raises(SlerpMergeError, match=r"lm_head\.weight|model\.embed_tokens\.weight"):
-        plan_of(path, tmp_path / "child")
+        plan_of_file(path, tmp_path / "child")
 
 
 # ── Weights ──
@@ -657,7 +655,8 @@ def test_weights_as_gradients_of_each_model(tmp_path: Path) -> None:
     second = [{"filter": "lm_head", "value": 0.9}, {"value": [1.0, 0.5, 0.8]}]
     text = weighted("linear", [0.2, 1.0], second, normalize=False)
     tensors = {
-        tensor.name: tensor for tensor in plan_of(write(tmp_path / "recipe.yaml", text), tmp_path / "child").tensors
+        tensor.name: tensor
+        for tensor in plan_of_file(write(tmp_path / "recipe.yaml", text), tmp_path / "child").tensors
     }
     wanted = [(0.2, 1.0), (0.4, 0.75), (0.6, 0.5), (0.8, 0.65), (1.0, 0.8)]
     for layer, weights in enumerate(wanted):
@@ -665,7 +664,8 @@ def test_weights_as_gradients_of_each_model(tmp_path: Path) -> None:
     assert tensors["lm_head.weight"].weights == pytest.approx((0.2, 0.9))
     text = text.replace("normalize: false", "normalize: true")
     tensors = {
-        tensor.name: tensor for tensor in plan_of(write(tmp_path / "recipe.yaml", text), tmp_path / "child").tensors
+        tensor.name: tensor
+        for tensor in plan_of_file(write(tmp_path / "recipe.yaml", text), tmp_path / "child").tensors
     }
     for layer, (left, right) in enumerate(wanted):
         assert tensors[f"model.layers.{layer}.mlp.weight"].t == pytest.approx(right / (left + right))
@@ -684,14 +684,14 @@ def test_linear_without_normalising_adds_the_weighted_parents(tmp_path: Path) ->
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (0.3, -0.3), (1e-7, 2e-7)])
 def test_nuslerp_weights_that_vanish_meet_in_the_middle(weights: tuple[float, float], tmp_path: Path) -> None:
     make_pair(tmp_path)
-    plan = plan_of(write(tmp_path / "recipe.yaml", weighted("nuslerp", *weights)), tmp_path / "child")
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", weighted("nuslerp", *weights)), tmp_path / "child")
     assert {tensor.t for tensor in plan.tensors} == {0.5}
 
 
 def test_linear_weights_that_add_up_to_zero_are_refused(tmp_path: Path) -> None:
     make_pair(tmp_path)
     with pytest.raises(SlerpMergeError, match=r"weight.* add up to 0"):
-        plan_of(write(tmp_path / "recipe.yaml", weighted("linear", 1.0, -1.0)), tmp_path / "child")
+        plan_of_file(write(tmp_path / "recipe.yaml", weighted("linear", 1.0, -1.0)), tmp_path / "child")
 
 
 # ── Task vectors ──
@@ -710,19 +710,19 @@ def siblings(folder: Path) -> tuple[Path, Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("method", "granularity"),
-    [("slerp", "tensor"), ("slerp-norm", "tensor"), ("lerp", "tensor"), ("nuslerp", "tensor"), ("nuslerp", "row"),
-     ("nuslerp", "column")],
+    ("method", "taken_as_one"),
+    [("slerp", "tensor"), ("slerp-norm", "tensor"), ("lerp", "tensor"), ("nuslerp", "tensor"), ("nuslerp", "first_dim"),
+     ("nuslerp", "last_dim")],
 )  # fmt: skip
-def test_task_vectors_are_blended_and_added_to_the_base(method: str, granularity: str, tmp_path: Path) -> None:
+def test_task_vectors_are_blended_and_added_to_the_base(method: str, taken_as_one: str, tmp_path: Path) -> None:
     primary, secondary, base = siblings(tmp_path)
-    report = merge(primary, secondary, tmp_path / "child", 0.3, method=method, granularity=granularity, base=base)
+    report = merge(primary, secondary, tmp_path / "child", 0.3, method=method, vectors=taken_as_one, base=base)
     operands = [load_tensors(folder) for folder in (primary, secondary, base)]
     for name, found in load_tensors(report.child).items():
         parts = [tensors[name] for tensors in operands]
         v0, v1, base_tensor = (part.double() for part in parts)
         if method == "nuslerp":
-            axis = {"tensor": None, "row": 0, "column": -1}[granularity]
+            axis = {"tensor": None, "first_dim": 0, "last_dim": -1}[taken_as_one]
             exact = base_tensor + exact_nuslerp(v0 - base_tensor, v1 - base_tensor, 0.3, axis)
         else:
             exact = base_tensor + reference_slerp(v0 - base_tensor, v1 - base_tensor, 0.3, method)
@@ -747,24 +747,22 @@ def test_base_without_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
         merge(primary, secondary, tmp_path / "child", base=base)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
+@pytest.mark.parametrize("taken_as_one", ["tensor", "first_dim", "last_dim"])
 @pytest.mark.parametrize("with_base", [False, True], ids=["whole", "task"])
 def test_bits_do_not_depend_on_threads_or_chunks(
-    granularity: str, with_base: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taken_as_one: str, with_base: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     primary, secondary, base = siblings(tmp_path)
-    settings = {"method": "nuslerp", "granularity": granularity, "base": base if with_base else None}
+    settings = {"method": "nuslerp", "vectors": taken_as_one, "base": base if with_base else None}
     usual = load_tensors(merge(primary, secondary, tmp_path / "usual", 0.3, threads=1, **settings).child)
-    monkeypatch.setattr("slerpkit.merge.arithmetic.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.plan.CHUNK_ELEMENTS", 64)
-    monkeypatch.setattr("slerpkit.merge.workers.CHUNK_ELEMENTS", 64)
+    set_chunk_elements(monkeypatch, 64)
     children = [
         load_tensors(merge(primary, secondary, tmp_path / f"by-{threads}", 0.3, threads=threads, **settings).child)
         for threads in (1, 2, 5)
     ]
     for child in children[1:]:
         assert_same_bits(child, children[0])
-    if granularity == "column":  # its vectors are whole rows, which no chunk ever cuts
+    if taken_as_one == "last_dim":  # its vectors are whole rows, which no chunk ever cuts
         matrices = [name for name, tensor in usual.items() if tensor.ndim == 2]
         assert matrices
         assert [bits(children[0][name]) for name in matrices] == [bits(usual[name]) for name in matrices]
@@ -786,8 +784,8 @@ def test_a_base_with_a_range_of_another_length_is_refused(tmp_path: Path) -> Non
 def test_a_model_named_in_two_ways_is_one_model(tmp_path: Path) -> None:
     primary, secondary = make_pair(tmp_path)
     text = GOOD.replace("base_model: ./primary", f"base_model: {json.dumps(str(primary))}")
-    fields = read_recipe(write(tmp_path / "recipe.yaml", text))
-    assert (fields["primary"].resolve(), fields["secondary"].resolve()) == (primary.resolve(), secondary.resolve())
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", text))
+    assert (recipe.primary.resolve(), recipe.secondary.resolve()) == (primary.resolve(), secondary.resolve())
 
 
 def test_a_list_of_layer_numbers_is_no_list_of_one_entry_a_layer(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ from tests.builders import (
     make_pair,
     make_real_model,
     merge,
+    staging_beside,
 )
-from tests.test_merge import staging_beside
 
 QUERY = "model.layers.{}.self_attn.q_proj.weight"
 

@@ -70,7 +70,10 @@ class DifferenceMap:
                 for component, cell in zip(grid.components, cells)
             ],
             "outside": [{"name": name, **dataclasses.asdict(cell)} for name, cell in self.outside],
-            "tensors": [dataclasses.asdict(difference) for difference in self.tensors],
+            "tensors": [
+                {**dataclasses.asdict(difference), "norms": difference.norms and list(difference.norms)}
+                for difference in self.tensors
+            ],
         }
 
 

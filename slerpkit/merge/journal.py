@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
-from slerpkit.files import is_plain_file, read_bytes, replace_files
+from slerpkit.files import fresh_path, is_plain_file, is_plain_folder, read_bytes, replace_files
 from slerpkit.maths import TensorWeights
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.parents.checkpoint import stat_items
@@ -34,11 +35,12 @@ def merge_fingerprint(
     """All that the bits of the child's files depend on, as JSON can hold it."""
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     del values["chat_template"]  # it changes no weight
+    settings = {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
     return {
         "version": __version__,
         "recipe": {
             name: str(value.resolve()) if isinstance(value, Path) else repr(value)
-            for name, value in {**values, "device": options.device}.items()
+            for name, value in {**values, **settings}.items()
         },
         "parents": {
             role: {name: list(stat) for name, stat in parent.file_stats.items()}
@@ -54,7 +56,7 @@ def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) ->
         return f"slerpmerge {before['version']} began it"
     for name, value in now["recipe"].items():
         if before["recipe"].get(name) != value:
-            return f"its {name.replace('_', ' ')} was another"
+            return f"its {'granularity' if name == 'vectors' else name.replace('_', ' ')} was another"
     for role, file_stats in now["parents"].items():
         changed = [name for name, _ in stat_items(file_stats) ^ stat_items(before["parents"].get(role, {}))]
         if changed:
@@ -158,3 +160,11 @@ class Journal:
         except BaseException:
             del self.finished[file_name]
             raise
+
+    def remove(self) -> None:
+        """Removes the journal, whatever stands in its place, and what a run that was killed wrote for it."""
+        for path in (self.path, fresh_path(self.path)):
+            if is_plain_folder(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

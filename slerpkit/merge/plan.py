@@ -25,7 +25,7 @@ from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
 from slerpkit.parents.tensors import CHUNK_ELEMENTS, SAFETENSORS_NAMES, TensorReader, natural_order
 from slerpkit.parity.kinship import measure_kinship
-from slerpkit.recipe import MAX_THREADS, check_options, check_recipe, check_t
+from slerpkit.recipe import MAX_THREADS, check_t
 
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import ShardPlan
@@ -96,7 +96,7 @@ class MergePlan:
             "expected_seconds": self.expected_seconds,
             "t": {tensor.name: tensor.t for tensor in self.tensors},
             "kinship": self.kinship.as_dict(),
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *([] if self.leftover is None else [self.leftover.describe()])],
             "tokenizer_from": self.tokenizer_role,
             "chat_template_from": self.template_role,
             **self.parity.as_dict(),
@@ -213,8 +213,6 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
 
     Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
     """
-    check_recipe(recipe)
-    check_options(options)
     models = list(parents.by_role.values())
     check_save_directory(options.save_directory, [model.folder for model in models], options.overwrite)
     pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))

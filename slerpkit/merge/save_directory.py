@@ -6,6 +6,7 @@ Knows paths and locks; what is put into the hidden folder is the business of sta
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -20,6 +21,8 @@ from slerpkit.lazy import filelock
 from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.parents.checkpoint import public_name
 
+# Where locks cannot be had, as on some disks in networks, none is needed to go on.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -85,7 +88,8 @@ def staged_bytes(save_directory: Path) -> int:
 class WorkFolder:
     """A hidden folder beside the save directory in which a single living process works.
 
-    A lock in it tells; the system lets go of that when the process ends, however it ends.
+    A lock in it tells; the system lets go of that when the process ends, however it ends. A lock whose file was
+    removed meanwhile counts for nothing: filelock looks for that from 3.21 on, and removes no file itself from 3.29 on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +112,7 @@ class WorkFolder:
             if os.path.lexists(self._lock_path) and not is_plain_file(self._lock_path):
                 raise SlerpMergeError(f"{self._lock_path} is in the way; it is no file of this tool's.", "Remove it.")
             self._lock = filelock.FileLock(self._lock_path, timeout=0)
-            self._lock.acquire()
+            self._acquire()
         except BaseException as error:
             self._remove_made()
             if isinstance(error, filelock.Timeout):
@@ -120,13 +124,23 @@ class WorkFolder:
                 raise explain_os_error(error, self.path, "make the folder") from error
             raise
 
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+
     def leave(self) -> None:
         """Lets go, and removes the folder, and those above it that were made for it, where they are empty."""
-        with contextlib.suppress(OSError):  # Windows removes no open file
+        try:
             self._lock_path.unlink()  # while it is held, so that nobody gets hold of a file about to go
-        self._lock.release()
+            self._lock.release()
+        except OSError:  # Windows removes no open file
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink()
         with contextlib.suppress(OSError):  # the next run may be there already
-            self._lock_path.unlink(missing_ok=True)
             self.path.rmdir()
         self._remove_made()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from slerpkit import devices
 from slerpkit.files import is_plain_folder, sync_to_disk
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
-from slerpkit.merge.journal import Journal, Leftover
+from slerpkit.merge.journal import Journal
 from slerpkit.merge.save_directory import WorkFolder, check_replaceable, interruptions_held, staging_area
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
@@ -59,10 +59,10 @@ class BackgroundSync:
         """Waits for what was asked for until `seconds` are over or it is `enough`, then gives up the rest."""
         limit = time.monotonic() + seconds
         # A wait without end would be deaf to Ctrl-C on Windows.
-        while wait(self._tasks, timeout=0.1).not_done and time.monotonic() < limit and not enough():
+        while (waited := wait(self._tasks, timeout=0.1)).not_done and time.monotonic() < limit and not enough():
             pass
         self._given_up = True
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=not waited.not_done, cancel_futures=True)
 
 
 class StagedChild:
@@ -86,9 +86,9 @@ class StagedChild:
         self.area.enter()
         try:
             with interruptions_held():
-                leftover = self._take_over()
-            if leftover is not None and leftover.kept:
-                self.observe(Noted(f"Carrying on: {leftover.kept} of {leftover.total} files stand already."))
+                self._take_over()
+            if kept := len(self.journal.finished):
+                self.observe(Noted(f"Carrying on: {kept} of {len(self.plan.shards)} files stand already."))
             self._sync = BackgroundSync()
         except BaseException as error:  # nothing is removed that a later run could use
             self.area.leave()
@@ -97,7 +97,7 @@ class StagedChild:
             raise
         return self
 
-    def _take_over(self) -> Leftover | None:
+    def _take_over(self) -> None:
         """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
         for path in (self.folder, self.replaced):
             if os.path.lexists(path) and not is_plain_folder(path):
@@ -109,12 +109,10 @@ class StagedChild:
             self.replaced.rename(self.target)
         if self.target.is_dir() and any(self.target.iterdir()):
             check_replaceable(self.target, self.plan.options.overwrite)
-        something_stands = self.folder.is_dir() and any(self.folder.iterdir())
-        reason = "as asked" if self.plan.options.restart else self.journal.load(devices.is_available)
+        if not self.plan.options.restart:
+            self.journal.load(devices.is_available)
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
-        kept = len(self.journal.finished)
-        return Leftover(kept, len(self.plan.shards), reason) if something_stands else None
 
     def finish_file(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""
@@ -187,21 +185,15 @@ class StagedChild:
             elif path.name not in self.journal.finished:
                 path.unlink()
         if not self.journal.finished:
-            self._remove_journal()
+            self.journal.remove()
         if self.target.is_dir() and any(self.target.iterdir()):
             shutil.rmtree(self.replaced, ignore_errors=True)
-
-    def _remove_journal(self) -> None:
-        if is_plain_folder(self.journal.path):
-            shutil.rmtree(self.journal.path, ignore_errors=True)
-        else:
-            self.journal.path.unlink(missing_ok=True)
 
     def _remove_area(self) -> None:
         for folder in (self.folder, self.replaced):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
-            self._remove_journal()
+            self.journal.remove()
         self.area.leave()
 
 
