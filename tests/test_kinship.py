@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from slerpkit.parity.kinship import KINSHIP_ELEMENTS, Kinship, measure_kinship
-from slerpkit.recipe import MergeRecipe
-from slerpkit.screen.session import EXIT_DONE
+from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.story import prepare_merge
-from slerpmerge import main
+from slerpmerge import EXIT_DONE, main
 from tests.builders import llama_tensors, load_tensors, make_checkpoint, make_pair, merge
 
 
 def kinship_of(folder: Path, left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> Kinship:
     parents = make_checkpoint(folder / "primary", left), make_checkpoint(folder / "secondary", right)
-    return prepare_merge(MergeRecipe(*parents, folder / "child"), lambda event: None).kinship
+    return prepare_merge(MergeRecipe(*parents), RunOptions(folder / "child")).kinship
 
 
 def make_strangers(folder: Path) -> tuple[Path, Path]:
@@ -96,4 +95,6 @@ def test_siblings_are_called_so_and_not_warned_of(tmp_path, capsys):
     flags = ["--primary", primary, "--secondary", secondary, "--save-dir", tmp_path / "child", "--dry-run"]
     assert main([str(flag) for flag in flags]) == EXIT_DONE
     assert re.search(r"kinship +siblings: \d\d\.\d degrees apart", capsys.readouterr().out)
-    assert not any("strangers" in warning for warning in merge(primary, secondary, tmp_path / "child").warnings)
+    assert not any(
+        "strangers" in warning for warning in merge(primary, secondary, tmp_path / "child").verified.warnings
+    )

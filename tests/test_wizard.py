@@ -21,12 +21,11 @@ from slerpkit.files import clean_path
 from slerpkit.merge.save_directory import proposed_save_directory
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import find_model, open_checkpoint
-from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.recipe_file import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
 from slerpkit.screen.finder import ModelFinder
-from slerpkit.screen.flags import build_parser, equivalent_command
-from slerpkit.screen.session import CommandLine
+from slerpkit.screen.flags import answers_given, build_parser, equivalent_command
 from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from tests.builders import (
@@ -821,24 +820,25 @@ class TestSecondThoughts:
 
     @pytest.mark.parametrize("saved", [False, True])
     def test_the_command_says_all_that_is_not_the_default_or_the_recipes(self, tmp_path, monkeypatch, saved):
-        """Parsed again, it gives the recipe that it was made of."""
+        """Parsed again, it gives the recipe and the options that it was made of."""
         monkeypatch.chdir(tmp_path)
         rules = (ScheduleRule((-0.5, 1.25), "self_attn"), ScheduleRule((0.123456789,)))
         recipe = MergeRecipe(
-            *make_pair(tmp_path), Path("a child"), Schedule(rules), method="slerp-norm", extrapolate=True,
-            dtype="float16", max_shard_bytes=12345, device="cpu", threads=3, overwrite=True, epsilon=1e-5,
-        )  # fmt: skip
+            *make_pair(tmp_path), Schedule(rules), method="slerp-norm", extrapolate=True, dtype="float16", epsilon=1e-5
+        )
+        options = RunOptions(Path("a child"), max_shard_bytes=12345, device="cpu", threads=3, overwrite=True)
+        path = None
         if saved:
-            plan = prepare_merge(recipe, lambda event: None)
-            (tmp_path / "r.yaml").write_text(recipe_text(plan.recipe, plan.parents, tmp_path), encoding="utf-8")
-            recipe = dataclasses.replace(recipe, recipe_file=Path("r.yaml"), dtype="bfloat16")
-        words = shlex.split(equivalent_command(recipe))
-        arguments = build_parser().parse_args(words[2:])
-        again = MergeRecipe(**CommandLine(arguments).preset())
-        for field in dataclasses.fields(recipe):
-            left, right = getattr(recipe, field.name), getattr(again, field.name)
-            same = left.resolve() == right.resolve() if isinstance(left, Path) else left == right
-            assert same or (saved and field.name in ("weights", "cast_dtype")), field.name
+            parents = prepare_merge(recipe, options).parents.by_role
+            (tmp_path / "r.yaml").write_text(recipe_text(recipe, parents, tmp_path), encoding="utf-8")
+            path, recipe = Path("r.yaml"), dataclasses.replace(recipe, dtype="bfloat16")
+        words = shlex.split(equivalent_command(recipe, options, recipe_path=path))
+        again = answers_given(build_parser().parse_args(words[2:]))
+        for before, after in ((recipe, again.recipe), (options, again.options)):
+            for field in dataclasses.fields(before):
+                left, right = getattr(before, field.name), getattr(after, field.name)
+                same = left.resolve() == right.resolve() if isinstance(left, Path) else left == right
+                assert same or (saved and field.name in ("weights", "cast_dtype")), field.name
 
     def test_help_is_there_at_every_prompt(self, tmp_path):
         make_pair(tmp_path)
