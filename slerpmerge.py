@@ -53,14 +53,13 @@ if TYPE_CHECKING:
     from slerpkit.evaluation.sweep import Objective
     from slerpkit.merge import difference_map, save_directory
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.parents import checkpoint
     from slerpkit.screen import afterwards, console, figures, panels, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, story = map(LazyModule, ("slerpkit.demo", "slerpkit.recipe_file", "slerpkit.story"))
     sweep, difference_map = LazyModule("slerpkit.evaluation.sweep"), LazyModule("slerpkit.merge.difference_map")
-    save_directory, checkpoint = LazyModule("slerpkit.merge.save_directory"), LazyModule("slerpkit.parents.checkpoint")
+    save_directory = LazyModule("slerpkit.merge.save_directory")
     afterwards, console = LazyModule("slerpkit.screen.afterwards"), LazyModule("slerpkit.screen.console")
     figures, panels = LazyModule("slerpkit.screen.figures"), LazyModule("slerpkit.screen.panels")
     sessions, terminal = LazyModule("slerpkit.screen.session"), LazyModule("slerpkit.screen.terminal")
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = getattr(error, "number", None)  # of a signal that is not Ctrl-C
         by = f" by {signal.Signals(number).name}" if number is not None else ""
         with contextlib.suppress(OSError):  # the terminal may be what was lost
-            print(f"\nStopped{by}. {session.closing_note if session else 'Nothing was written.'}", file=sys.stderr)
+            print(f"\nStopped{by}. {session.closing_note if session else sessions.NOTHING_WRITTEN}", file=sys.stderr)
         return EXIT_INTERRUPTED if number is None else 128 + number
     except (OSError, MemoryError) as error:
         cause = str(error) or "out of memory"
@@ -101,18 +100,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(session: Session) -> None:
-    """Three questions, one plan, one yes, one child; then what it knows."""
+    """The story that the flags ask for."""
     arguments = session.arguments
     if arguments.forget:
         session.show("Forgotten." if session.history.forget() else "There was nothing to forget.")
-        return
-    if arguments.inspect or arguments.child is not None:
-        (inspect_parents if arguments.inspect else evaluate_standing_child)(session)
-        return
-    if arguments.demo:
-        given = make_demo_parents(session)
+    elif arguments.inspect:
+        inspect_parents(session)
+    elif arguments.child is not None:
+        evaluate_standing_child(session)
+    elif arguments.demo:
+        merge(session, make_demo_parents(session))
     else:
-        given = flags.settle(arguments, session.interactive, flags.answers_given(arguments))
+        merge(session, flags.settle(arguments, session.interactive, flags.answers_given(arguments)))
+
+
+def merge(session: Session, given: Answers) -> None:
+    """Three questions, one plan, one yes, one child; then what it knows."""
     answers, plan, decision = agree_on_plan(session, given)
     if decision != "start":
         carry_out(session, decision, plan, answers)
@@ -120,7 +123,7 @@ def run(session: Session) -> None:
     objective = answers.blend.objective
     if session.asks:
         session.show_command(plan, objective, answers.blend.recipe_file)
-    if session.interactive and not arguments.demo:
+    if session.interactive and not session.arguments.demo:
         session.history.remember(plan.recipe, plan.options, answers.blend.text)
     if objective is not None:
         plan = find_good_t(session, plan, objective)
@@ -167,12 +170,8 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
-    role = parity.offered_template
-    if (
-        role is not None
-        and not arguments.dry_run
-        and session.offers(f"The child has no chat template; take the {role}'s?")
-    ):
+    role = None if arguments.dry_run else parity.offered_template
+    if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
     plan = story.plan_merge(recipe, answers.options, parents, parity)
@@ -226,14 +225,12 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
 
 def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> MergePlan:
     """The plan for the t that a sweep finds best. What the sweep measured stays until the child stands."""
-    save_folder = plan.options.save_directory
     try:
         with session.view:
             found = sweep.find_t(plan, objective, session.observe)
     finally:
-        if sweep.sweep_area(save_folder).is_dir():
-            kept = "The child was not made. What the sweep measured is kept; the same command carries on."
-            session.closing_note = kept
+        if sweep.sweep_area(plan.options.save_directory).is_dir():
+            session.closing_note = sessions.SWEEP_KEPT
     session.findings["sweep"] = found
     session.show(figures.render_sweep(session.console, found))
     recipe = dataclasses.replace(plan.recipe, schedule=Schedule.constant(found["best_t"]))
@@ -290,8 +287,7 @@ def evaluate_standing_child(session: Session) -> None:
         what = f"{child} has no {path.name}, so its parents are not known."
         raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
     compared = afterwards.models_to_compare(recipe_file.read_recipe(path), child, session.arguments.device or "auto")
-    parents = [checkpoint.open_checkpoint(folder) for role, folder in compared.folders if role != "child"]
-    afterwards.check_evaluation(session, parents, None)
+    afterwards.check_evaluation(session, [compared.checkpoints[role] for role in ("primary", "secondary")], None)
     afterwards.evaluate_as_flags_ask(session, compared)
     session.print_json(session.findings)
 

@@ -50,7 +50,8 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a script
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print("loaded:", *sorted({"torch", "transformers", "numpy", "rich", "questionary"} & set(sys.modules)), file=sys.stderr)
+    slow = {"torch", "transformers", "numpy", "rich", "questionary"}
+    print("loaded:", *sorted(slow & set(sys.modules)), file=sys.stderr)
 """
 
 

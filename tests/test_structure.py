@@ -39,8 +39,9 @@ FLOORS = (
     "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
     " slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.console slerpkit.screen.terminal slerpkit.screen.panels slerpkit.screen.figures"
-    " slerpkit.screen.progress slerpkit.screen.finder slerpkit.screen.wizard slerpkit.screen.flags"
-    " slerpkit.screen.session",
+    " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
+    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.session"
+    " slerpkit.screen.afterwards",
     "slerpmerge",
 )
 ORDER = {module: place for place, module in enumerate(" ".join(FLOORS).split())}
@@ -118,6 +119,17 @@ def attributes_of(module: str) -> set[str]:
         f"{part.value.id}.{part.attr}"
         for part in ast.walk(TREES[module])
         if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)
+    }
+
+
+def modules_bound_by(tree: ast.AST) -> dict[str, str]:
+    """The project's modules that a module imports whole, by the name that it has there for them."""
+    return {
+        alias.asname or alias.name: f"{part.module}.{alias.name}"
+        for part in ast.walk(tree)
+        if isinstance(part, ast.ImportFrom)
+        for alias in part.names
+        if f"{part.module}.{alias.name}" in SOURCES
     }
 
 
@@ -230,6 +242,10 @@ def test_there_is_no_unused_module_level_name():
         for part in ast.walk(tree):
             if isinstance(part, ast.ImportFrom) and part.module in elsewhere:
                 elsewhere[part.module] |= {alias.name for alias in part.names}
+    for module, tree in TREES.items():  # names of modules that are imported whole
+        for bound, imported in modules_bound_by(tree).items():
+            used = {name.partition(".") for name in attributes_of(module)}
+            elsewhere[imported] |= {attribute for value, _, attribute in used if value == bound}
     unused = {
         f"{module}.{name}"
         for module in ORDER

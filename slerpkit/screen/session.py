@@ -42,6 +42,7 @@ else:  # a run without questions loads no wizard, and a refused one no view
 
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
+SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 
 
 class Session:
