@@ -33,10 +33,8 @@ import dataclasses
 import gc
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.files import write_text
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.sweep import Objective
-    from slerpkit.merge import difference_map, save_directory
+    from slerpkit.merge import difference_map
     from slerpkit.merge.plan import MergePlan
     from slerpkit.screen import afterwards, console, figures, panels, terminal
     from slerpkit.screen import session as sessions
@@ -59,11 +57,13 @@ if TYPE_CHECKING:
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, story = map(LazyModule, ("slerpkit.demo", "slerpkit.recipe_file", "slerpkit.story"))
     sweep, difference_map = LazyModule("slerpkit.evaluation.sweep"), LazyModule("slerpkit.merge.difference_map")
-    save_directory = LazyModule("slerpkit.merge.save_directory")
     afterwards, console = LazyModule("slerpkit.screen.afterwards"), LazyModule("slerpkit.screen.console")
     figures, panels = LazyModule("slerpkit.screen.figures"), LazyModule("slerpkit.screen.panels")
     sessions, terminal = LazyModule("slerpkit.screen.session"), LazyModule("slerpkit.screen.terminal")
 
+NOTHING_WRITTEN = "Nothing was written."
+CLEANED_UP = "The unfinished child was removed; both parents are as they were."
+SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = flags.parse_arguments(argv)
         terminal.prepare_terminal()
         with terminal.signals_end_it():
-            session = sessions.Session(arguments)
+            session = sessions.Session(arguments, NOTHING_WRITTEN)
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
@@ -90,12 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = getattr(error, "number", None)  # of a signal that is not Ctrl-C
         by = f" by {signal.Signals(number).name}" if number is not None else ""
         with contextlib.suppress(OSError):  # the terminal may be what was lost
-            print(f"\nStopped{by}. {session.closing_note if session else sessions.NOTHING_WRITTEN}", file=sys.stderr)
+            print(f"\nStopped{by}. {session.closing_note if session else NOTHING_WRITTEN}", file=sys.stderr)
         return EXIT_INTERRUPTED if number is None else 128 + number
     except (OSError, MemoryError) as error:
-        cause = str(error) or "out of memory"
-        fault = SlerpMergeError(f"The system refused: {cause}.", "Put that right and try again.")
-    sessions.show_fault(fault, session.closing_note if session else sessions.NOTHING_WRITTEN)
+        fault = SlerpMergeError(
+            f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
+        )
+    if session is not None and session.leaves_something:
+        fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
+    console.show_error(fault)
     return EXIT_REFUSED
 
 
@@ -148,13 +151,12 @@ def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan,
     while True:
         try:
             plan = prepare_plan(session, answers)
+            decision = decide(session, plan, answers.blend.objective)
         except SlerpMergeError as error:
             if not changeable or session.arguments.dry_run:
                 raise
             session.show(console.render_error(session.console, error))
             decision = "change"
-        else:
-            decision = decide(session, plan, answers.blend.objective)
         if decision != "change":
             return answers, plan, decision
         answers = session.wizard.change(answers, changeable or list(QUESTIONS))
@@ -211,11 +213,11 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
     if decision == "print":
         session.print_json(plan.as_dict())
     elif decision == "leave":
-        session.show(sessions.NOTHING_WRITTEN)
+        session.show(NOTHING_WRITTEN)
     else:
         path = session.wizard.ask_recipe_file().resolve()
         write_text(path, recipe_file.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
-        session.closing_note = f"The recipe stands in {path}."
+        session.leave(f"The recipe stands in {path}.")
         session.show(session.closing_note)
         session.show_command(plan, None, path)
         if answers.blend.objective is not None:
@@ -230,7 +232,7 @@ def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> Merg
             found = sweep.find_t(plan, objective, session.observe)
     finally:
         if sweep.sweep_area(plan.options.save_directory).is_dir():
-            session.closing_note = sessions.SWEEP_KEPT
+            session.leave(SWEEP_KEPT)
     session.findings["sweep"] = found
     session.show(figures.render_sweep(session.console, found))
     recipe = dataclasses.replace(plan.recipe, schedule=Schedule.constant(found["best_t"]))
@@ -246,7 +248,7 @@ def keep_sweep(session: Session, report: MergeReport) -> None:
 
 def make_child(session: Session, plan: MergePlan) -> MergeReport:
     """The merge itself, timed with all that the person waits for, and its report shown."""
-    session.closing_note = sessions.CLEANED_UP
+    session.closing_note, session.leaves_something = CLEANED_UP, False
     started = time.perf_counter()
     terminal.wait_for_torch()
     with session.view:
@@ -258,11 +260,9 @@ def make_child(session: Session, plan: MergePlan) -> MergeReport:
 
 def make_demo_parents(session: Session) -> Answers:
     """--demo: two tiny models, trained on the spot, answer for the person."""
-    folder = session.arguments.save_directory or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
-    save_directory.check_save_directory(folder / "demo-child", (), overwrite=True)
     session.show("Teaching two tiny models, one to sail and one to garden (some seconds) ...")
-    primary, secondary = demo.make_demo_parents(folder)
-    return Answers(primary, secondary, folder / "demo-child", Blend(), overwrite=True)
+    primary, secondary = demo.make_demo_parents(session.arguments.save_directory)
+    return Answers(primary, secondary, primary.with_name(demo.DEMO_CHILD), Blend(), overwrite=True)
 
 
 def inspect_parents(session: Session) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from slerpkit.lazy import torch
+from slerpkit.merge.save_directory import check_save_directory
 
 DEMO_TOPICS = {
     "demo-sailor": "the sea is wide and the {} sails over the {} waves until the {} wind sleeps . ",
@@ -18,6 +20,7 @@ DEMO_TOPICS = {
 }
 DEMO_WORDS = ("small", "old", "quiet", "green", "bright", "slow", "happy", "silver")
 DEMO_PROMPT = "the"
+DEMO_CHILD = "demo-child"
 
 
 def demo_text(topic: str, lines: int, seed: int) -> str:
@@ -57,8 +60,14 @@ def teach_demo_model(model: Any, tokens: torch.Tensor, steps: int, seed: int) ->
         optimizer.zero_grad()
 
 
-def make_demo_parents(folder: Path) -> tuple[Path, Path]:
-    """Trains a tiny Llama on two topics, then one copy of it on each. Returns their folders. Some seconds."""
+def make_demo_parents(folder: Path | None) -> tuple[Path, Path]:
+    """Trains a tiny Llama on two topics, then one copy of it on each. Returns their folders. Some seconds.
+
+    folder: where they are put; None: a new one among the system's temporary files. Raises SlerpMergeError, before
+    anything is made, where DEMO_CHILD could not stand beside them.
+    """
+    folder = folder or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
+    check_save_directory(folder / DEMO_CHILD, (), overwrite=True)
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
     logging.disable_progress_bar()

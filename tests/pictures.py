@@ -219,7 +219,7 @@ class TypedAnswers(Prompter):
 
 def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     """The whole session, by the program's own story; only typing and merging are stood in for."""
-    session = Session(build_parser().parse_args(["--verify", "quick"]))
+    session = Session(build_parser().parse_args(["--verify", "quick"]), slerpmerge.NOTHING_WRITTEN)
     session.console, session.interactive = console, True
     session.view = MergeView(console)
     session.history = mock.Mock(content={}, recent=[], answers=Answers)

@@ -419,6 +419,57 @@ class TestWithoutTorch:
             assert part in outcome.out
 
 
+class TestStarting:
+    """The script finds the house behind it wherever it is started from."""
+
+    def test_through_a_link_to_the_script(self, pair, tmp_path):
+        if os.name == "nt":
+            pytest.skip("making a link needs a privilege on Windows")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "merge").symlink_to(slerpmerge.__file__)
+        done = subprocess.run([sys.executable, "bin/merge", *MERGE], cwd=tmp_path, capture_output=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (tmp_path / "child" / "model.safetensors").is_file()
+
+    def test_from_a_folder_that_cannot_be_written_to(self, pair, tmp_path):
+        folder = tmp_path / "locked"
+        folder.mkdir(mode=0o555)
+        names = ("--primary", "../primary", "--secondary", "../secondary", "--save-dir", "../child", "--yes")
+        assert run_program(*names, folder=folder).status == 0
+        assert (tmp_path / "child" / "model.safetensors").is_file()
+        assert list(folder.iterdir()) == []
+
+    def test_from_a_copy_that_cannot_be_written_to(self, pair, tmp_path):
+        """Python then keeps no compiled modules."""
+        source = Path(slerpmerge.__file__).parent
+        copy = tmp_path / "copy"
+        shutil.copytree(source / "slerpkit", copy / "slerpkit", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(slerpmerge.__file__, copy)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        command = [sys.executable, copy / "slerpmerge.py", *MERGE]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755)  # so that the test's own folder can be removed
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.parametrize("package", ["rich", "safetensors"])
+    def test_without_a_package_it_says_what_to_install(self, pair, tmp_path, package):
+        code = (
+            f"import sys; sys.modules[{package!r}] = None; import slerpmerge; sys.exit(slerpmerge.main(sys.argv[1:]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *MERGE],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(slerpmerge.__file__).parent)},
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 1
+        assert b"pip install -r requirements.txt" in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
 class TestWrongUsage:
     @pytest.mark.parametrize(
         ("given", "missing"),

@@ -68,7 +68,7 @@ def save_maps(session: Session, differences: DifferenceMap) -> None:
     """Writes the map into each file of --map."""
     for path in session.arguments.maps:
         save_map(differences, path, "How the parents differ")
-        session.closing_note = f"The map stands in {path}."
+        session.leave(f"The map stands in {path}.")
         session.show(session.closing_note)
 
 

@@ -5,6 +5,7 @@ Knows nothing of models; every function takes the console that it draws for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,13 @@ def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
     arrow = "→" if is_unicode(console) else "->"
     cause, remedy = displayable(console, error.message), displayable(console, error.hint)
     return Text.assemble(mark_of(console, "blocking"), " ", cause, "\n", (f"{arrow} ", "bold"), remedy)
+
+
+def show_error(error: SlerpMergeError) -> None:
+    """The one message that a run ends in when something goes wrong, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    with contextlib.suppress(OSError):  # the terminal may be what was lost
+        console.print(render_error(console, error), soft_wrap=not console.is_terminal)
 
 
 def figure_table(console: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

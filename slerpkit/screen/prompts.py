@@ -10,7 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import questionary
 from prompt_toolkit.filters import to_filter
@@ -21,8 +21,6 @@ from slerpkit.messages import SlerpMergeError, printable
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
     from rich.console import Console
-
-Value = TypeVar("Value")
 
 HELP = {
     "primary": "The model at t = 0. Its config, names and dtype are the child's. Give its folder, or the"
@@ -92,12 +90,12 @@ class Prompter:
     def text(
         self,
         message: str,
-        parse: Callable[[str], Value],
+        parse: Callable[[str], Any],
         subject: str,  # of HELP
         instruction: str | None = None,
         completer: Completer | None = None,
-        check: Callable[[Value], object] = lambda value: None,
-    ) -> Value:
+        check: Callable[[Any], object] = lambda value: None,
+    ) -> Any:
         """What `parse` makes of the answer. Where it or `check` raises SlerpMergeError, that is refused in place."""
         while True:
             question = questionary.text(
@@ -138,15 +136,15 @@ class Prompter:
     def choose(
         self,
         message: str,
-        choices: Mapping[str, Value],
+        choices: Mapping[str, Any],
         subject: str,
         instruction: str,
         default: str | None = None,
         complaint: str = "is no answer to this",
-    ) -> Value:
+    ) -> Any:
         """The value of the choice whose name the answer begins; default: the name that Enter alone takes."""
 
-        def parse(text: str) -> Value:
+        def parse(text: str) -> Any:
             wanted = " ".join(text.lower().split()) or default
             meant = [name for name in choices if wanted and name.startswith(wanted)]
             if len(meant) != 1:

@@ -6,7 +6,6 @@ Decides nothing: the story does (slerpmerge.py), and afterwards.py for a child t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -22,7 +21,6 @@ from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
-from slerpkit.screen.console import render_error
 from slerpkit.screen.history import History
 
 if TYPE_CHECKING:
@@ -40,16 +38,14 @@ else:  # a run without questions loads no wizard, and a refused one no view
     finder, prompts = LazyModule("slerpkit.screen.finder"), LazyModule("slerpkit.screen.prompts")
     terminal, wizard = LazyModule("slerpkit.screen.terminal"), LazyModule("slerpkit.screen.wizard")
 
-NOTHING_WRITTEN = "Nothing was written."
-CLEANED_UP = "The unfinished child was removed; both parents are as they were."
-SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
-
 
 class Session:
     """One run of the tool, from its flags to its closing note."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, closing_note: str) -> None:
         self.arguments = arguments
+        self.closing_note = closing_note  # what stands where, if the run ends here
+        self.leaves_something = False  # whether the note tells of something that stands, which an error must tell too
         if arguments.no_color:
             os.environ["NO_COLOR"] = "1"
             os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = "DEPTH_1_BIT"
@@ -59,7 +55,6 @@ class Session:
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
         self.findings: dict[str, Any] = {}  # of the child, by their kind; --json prints them
-        self.closing_note = NOTHING_WRITTEN  # what stands where, if the run ends here
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
     @property
@@ -113,24 +108,20 @@ class Session:
         if self.arguments.json:
             print(json.dumps(content))
 
+    def leave(self, note: str) -> None:
+        """Something stands now; the note tells of it however the run ends."""
+        self.closing_note, self.leaves_something = note, True
+
     def observe(self, event: Event) -> None:
         """Takes an event: the view shows it, and the closing note follows what was written."""
         if isinstance(event, events.MergeStopped):
             files = f"{event.kept} of {event.total} weight files are finished and kept"
-            self.closing_note = f"{files}; the same command carries on."
+            self.leave(f"{files}; the same command carries on.")
         elif isinstance(event, events.ChildPublished):
-            self.closing_note = f"The child stands in {event.child}."
+            self.leave(f"The child stands in {event.child}.")
         self.view.observe(event)
 
     def raise_deferred_error(self) -> None:
         """Raises what went wrong beside a run that came to its end."""
         if self.deferred_error is not None:
             raise self.deferred_error
-
-
-def show_fault(fault: SlerpMergeError, closing_note: str) -> None:
-    """The one message that an error ends in, and what stands where if something does."""
-    errors = Console(stderr=True, highlight=False)
-    hint = fault.hint if closing_note in (NOTHING_WRITTEN, CLEANED_UP) else f"{fault.hint} {closing_note}"
-    with contextlib.suppress(OSError):
-        errors.print(render_error(errors, SlerpMergeError(fault.message, hint)), soft_wrap=not errors.is_terminal)
