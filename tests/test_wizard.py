@@ -891,6 +891,8 @@ class TestWhatAStrangerTried:
             terminal.answer("? Blend", "task")
             terminal.answer("? Base model", "odd")
             terminal.wait_for("It is no base of the primary: model_type: mistral, not llama.")
+            terminal.send("\x15secondary\r")
+            terminal.wait_for("secondary is a parent itself.")
             terminal.send("\x15base\r")
             terminal.answer("Start the merge?", "n")
             assert terminal.exit_status() == 0

@@ -174,9 +174,16 @@ class Wizard:
         return Blend(recipe.schedule, recipe=recipe, recipe_file=path, text=text)
 
     def ask_base(self, answers: Answers) -> Path:
-        """The model that both parents come from."""
-        primary = self.finder.primary = answers.primary
-        return self.ask_model("base", "Base model", lambda folder: check.check_fit_of_base(primary, folder), None)
+        """The model that both parents come from; neither of them, since nothing was learned from a model by itself."""
+        parents = (answers.primary.resolve(), answers.secondary.resolve())
+        self.finder.primary = answers.primary
+
+        def check_base(folder: Path) -> None:
+            if folder.resolve() in parents:
+                raise SlerpMergeError(f"{folder} is a parent itself.", "Give the model that both were fine-tuned from.")
+            check.check_fit_of_base(answers.primary, folder)
+
+        return self.ask_model("base", "Base model", check_base, None)
 
     def ask_texts(self) -> tuple[Path, ...]:
         """One text file to find a blend on, or two for its balance."""
