@@ -31,7 +31,7 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
-    make_real_model,
+    make_real_pair,
     reference_slerp,
     units_of_last_place,
 )
@@ -857,8 +857,7 @@ class TestOddNames:
 class TestFullVerification:
     @pytest.fixture
     def real_pair(self, tmp_path) -> None:
-        for seed, name in enumerate(("primary", "secondary")):
-            make_real_model(tmp_path / name, seed)
+        make_real_pair(tmp_path)
 
     def test_the_child_is_loaded_and_the_report_says_so(self, run, real_pair, tmp_path):
         outcome = run(*MERGE, "--json", "--verify", "full")

@@ -26,6 +26,7 @@ from slerpkit.screen.console import render_error
 from slerpkit.screen.panels import draw_curve, render_curves, render_parity, render_plan, render_report
 from slerpkit.screen.progress import MergeView
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
+from tests.terminal import words
 
 WIDTHS = (60, 100, 160)
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9\d|10[0-7])[;\dm]")
@@ -58,11 +59,6 @@ def screens(console: Console, scene: Scene) -> Iterator[str]:
         with console.capture() as capture:
             console.print(picture)
         yield capture.get()
-
-
-def words(text: str) -> str:
-    """The text without frames and line breaks, as one line."""
-    return " ".join(re.sub(r"[│|╭╮╰╯─]", " ", text).split())
 
 
 def shown(picture, width: int) -> str:

@@ -80,9 +80,11 @@ class Wizard:
             default = None
         shown = checkpoint.short_name(default) if default is not None else "Tab lists what is here, ? helps"
         completer = ModelCompleter(self.finder)
-        return self.prompt.path(
-            message, lambda text: checkpoint.find_model(text), question, shown, completer, check_folder, default
-        )
+
+        def find(text: str) -> Path:
+            return checkpoint.find_model(text)  # looked up late, so that the first prompt does not wait for it
+
+        return self.prompt.path(message, find, question, shown, completer, check_folder, default)
 
     def ask_primary(self, answers: Answers, before: Answers) -> Answers:
         """The model at t = 0."""
@@ -107,10 +109,8 @@ class Wizard:
     def ask_save_directory(self, answers: Answers, before: Answers) -> Answers:
         """The child's folder, and what is to happen to what stands there."""
         parents = answers.primary, answers.secondary
-        needed, free = (
-            checkpoint.open_checkpoint(parents[0]).byte_count,
-            shutil.disk_usage(existing_folder(Path())).free,
-        )
+        needed = checkpoint.open_checkpoint(answers.primary).byte_count
+        free = shutil.disk_usage(existing_folder(Path())).free
         self.prompt.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
         self.proposed = save_directory.proposed_save_directory(*parents, words_of_blend(answers))
         proposed = before.save_directory or self.proposed
