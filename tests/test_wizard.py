@@ -951,7 +951,7 @@ class TestWhatAStrangerTried:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0.25")
             terminal.answer("Start the merge?", "c")
-            terminal.answer("Change which answer?", "blend")
+            terminal.answer("Change which answer?  (blend)")  # the only one that no flag gave
             terminal.answer("? Blend  (0.25)")
             terminal.wait_for("t = 0.25")
             assert terminal.stop() == 130

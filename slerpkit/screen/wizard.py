@@ -251,7 +251,8 @@ class Wizard:
         """The question to be answered anew."""
         choices = {QUESTIONS[question]: question for question in questions}
         shown = ", ".join(choices)
-        return self.prompt.choose("Change which answer?", choices, "change", shown, complaint="is none of them")
+        only = shown if len(choices) == 1 else None  # Enter alone takes it, as it stands there like a default
+        return self.prompt.choose("Change which answer?", choices, "change", shown, only, "is none of them")
 
     def ask_recipe_file(self) -> Path:
         """Where to save a recipe: a new file."""
