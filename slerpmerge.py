@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING
 from slerpkit.files import write_text
 from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, format_names, printable
+from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
@@ -167,7 +168,9 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
 
     Raises SlerpMergeError where the merge, or what was asked for after it, cannot be.
     """
-    recipe, arguments = answers.recipe, session.arguments
+    recipe, options, arguments = answers.recipe, answers.options, session.arguments
+    check_recipe(recipe)
+    check_options(options)
     parents = story.open_parents(recipe)
     parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
@@ -176,12 +179,12 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
-    plan = story.plan_merge(recipe, answers.options, parents, parity)
+    plan = story.plan_merge(recipe, options, parents, parity)
     session.show(panels.render_plan(session.console, plan))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
         session.show(panels.render_curves(session.console, plan))
     if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
-        afterwards.check_maps(session, recipe, plan.options.save_directory)
+        afterwards.check_maps(session, recipe, options.save_directory)
         afterwards.check_evaluation(session, (parents.primary, parents.secondary), answers.blend.objective)
     return plan
 
