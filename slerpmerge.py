@@ -50,14 +50,13 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.sweep import Objective
-    from slerpkit.merge import difference_map
     from slerpkit.merge.plan import MergePlan
     from slerpkit.screen import afterwards, console, figures, panels, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, story = map(LazyModule, ("slerpkit.demo", "slerpkit.recipe_file", "slerpkit.story"))
-    sweep, difference_map = LazyModule("slerpkit.evaluation.sweep"), LazyModule("slerpkit.merge.difference_map")
+    sweep = LazyModule("slerpkit.evaluation.sweep")
     afterwards, console = LazyModule("slerpkit.screen.afterwards"), LazyModule("slerpkit.screen.console")
     figures, panels = LazyModule("slerpkit.screen.figures"), LazyModule("slerpkit.screen.panels")
     sessions, terminal = LazyModule("slerpkit.screen.session"), LazyModule("slerpkit.screen.terminal")
@@ -115,7 +114,7 @@ def run(session: Session) -> None:
     elif arguments.demo:
         merge(session, make_demo_parents(session))
     else:
-        merge(session, flags.settle(arguments, session.interactive, flags.answers_given(arguments)))
+        merge(session, flags.settle(arguments, session.interactive))
 
 
 def merge(session: Session, given: Answers) -> None:
@@ -134,7 +133,7 @@ def merge(session: Session, given: Answers) -> None:
     report = make_child(session, plan)
     if objective is not None:
         keep_sweep(session, report)
-    afterwards.save_maps(session, difference_map.map_of_merge(report.merged, plan.recipe.compared_vectors))
+    afterwards.save_maps_of_merge(session, report)
     report = afterwards.verify_fully(session, report)
     compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
     afterwards.evaluate_as_flags_ask(session, compared, objective)
@@ -270,8 +269,7 @@ def make_demo_parents(session: Session) -> Answers:
 
 def inspect_parents(session: Session) -> None:
     """--inspect: how the parents differ. Two questions, no child and no save directory."""
-    arguments = session.arguments
-    given = flags.settle(arguments, session.interactive, flags.answers_given(arguments))
+    given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
     afterwards.check_maps(session, answers.recipe)
     terminal.wait_for_torch()

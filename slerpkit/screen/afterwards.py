@@ -18,7 +18,7 @@ from slerpkit.evaluation.models import ComparedModels, check_generates_text, ver
 from slerpkit.evaluation.perplexity import compare_perplexity, read_judged_text
 from slerpkit.evaluation.taste import taste
 from slerpkit.files import is_inside
-from slerpkit.merge.difference_map import save_map
+from slerpkit.merge.difference_map import map_of_merge, save_map
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen.console import mark_of, render_error
 from slerpkit.screen.figures import render_perplexities, render_scores, render_tastes
@@ -70,6 +70,12 @@ def save_maps(session: Session, differences: DifferenceMap) -> None:
         save_map(differences, path, "How the parents differ")
         session.leave(f"The map stands in {path}.")
         session.show(session.closing_note)
+
+
+def save_maps_of_merge(session: Session, report: MergeReport) -> None:
+    """Writes what a merge measured on its way into each file of --map."""
+    if session.arguments.maps:
+        save_maps(session, map_of_merge(report.merged, report.plan.recipe.compared_vectors))
 
 
 def verify_fully(session: Session, report: MergeReport) -> MergeReport:

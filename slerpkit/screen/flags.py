@@ -261,11 +261,12 @@ def answers_of_recipe(path: Path, given: Answers) -> Answers:
     return dataclasses.replace(given, primary=recipe.primary, secondary=recipe.secondary, blend=blend)
 
 
-def settle(arguments: argparse.Namespace, interactive: bool, given: Answers) -> Answers:
+def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
     """What flags answer, with what --yes and --dry-run take without asking.
 
-    Raises MissingFlags where more must be known and nobody can be asked.
+    Raises MissingFlags where more must be known and nobody can be asked; SlerpMergeError as answers_given does.
     """
+    given = answers_given(arguments)
     if not interactive:
         check_nothing_is_missing(arguments, given)
     takes_defaults = arguments.yes or arguments.inspect or (arguments.dry_run and not interactive)
