@@ -17,57 +17,283 @@
 #   "pytest>=8.0",
 # ]
 # ///
-"""The wizard's story."""
+"""slerpmerge: two language models of one architecture become one, by spherical linear interpolation (SLERP).
+
+    python slerpmerge.py            asks for two models, a folder and a blend, and makes the child
+    python slerpmerge.py --demo     makes two tiny models, merges them and lets all three speak
+    python slerpmerge.py --help     every question as a flag, for scripts
+
+This file is the wizard's story: what is asked, shown, decided and done, in order. What a merge is stands in
+slerpkit/story.py; read that next. slerpkit/__init__.py draws the house.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
-import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from slerpkit.merge.save_directory import STOP_SIGNALS
-from slerpkit.messages import SlerpMergeError
-from slerpkit.screen.flags import build_parser
-from slerpkit.screen.session import EXIT_INTERRUPTED, EXIT_REFUSED, NOTHING_WRITTEN, CommandLine, show_fault
-from slerpkit.screen.terminal import Terminated, prepare_terminal, signals_end_it
+from slerpkit.files import write_text
+from slerpkit.lazy import LazyModule
+from slerpkit.messages import SlerpMergeError, format_names, printable
+from slerpkit.recipe import check_options, check_recipe
+from slerpkit.schedule import Schedule
+from slerpkit.screen import flags
+from slerpkit.screen.answers import QUESTIONS, Answers, Blend
+
+if TYPE_CHECKING:
+    from slerpkit import demo, recipe_file, story
+    from slerpkit.child.report import MergeReport
+    from slerpkit.evaluation import sweep
+    from slerpkit.evaluation.sweep import Objective
+    from slerpkit.merge.plan import MergePlan
+    from slerpkit.screen import afterwards, console, figures, panels, terminal
+    from slerpkit.screen import session as sessions
+    from slerpkit.screen.session import Session
+else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
+    demo, recipe_file, story = map(LazyModule, ("slerpkit.demo", "slerpkit.recipe_file", "slerpkit.story"))
+    sweep = LazyModule("slerpkit.evaluation.sweep")
+    afterwards, console = LazyModule("slerpkit.screen.afterwards"), LazyModule("slerpkit.screen.console")
+    figures, panels = LazyModule("slerpkit.screen.figures"), LazyModule("slerpkit.screen.panels")
+    sessions, terminal = LazyModule("slerpkit.screen.session"), LazyModule("slerpkit.screen.terminal")
+
+NOTHING_WRITTEN = "Nothing was written."
+CLEANED_UP = "The unfinished child was removed; both parents are as they were."
+SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
+EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status. Every fault of the world ends here, in one message."""
-    command_line: CommandLine | None = None
+    """Runs the tool and returns its exit status. All that goes wrong ends here, in one message."""
+    session: Session | None = None
     try:
-        prepare_terminal()
-        with signals_end_it():
-            command_line = CommandLine(build_parser().parse_args(argv))
-            return command_line.run()
+        arguments = flags.parse_arguments(argv)
+        terminal.prepare_terminal()
+        with terminal.signals_end_it():
+            session = sessions.Session(arguments, NOTHING_WRITTEN)
+            run(session)
+            session.raise_deferred_error()
+        return EXIT_DONE
+    except flags.MissingFlags as missing:
+        print(f"slerpmerge: {missing}", file=sys.stderr)
+        return EXIT_USAGE
+    except ImportError as error:  # perhaps of what messages are drawn with
+        print(f"A package cannot be loaded: {error}. pip install -r requirements.txt", file=sys.stderr)
+        return EXIT_REFUSED
     except SlerpMergeError as error:
         fault = error
     except (KeyboardInterrupt, EOFError) as error:
-        by = f" by {signal.Signals(error.number).name}" if isinstance(error, Terminated) else ""
+        number = getattr(error, "number", None)  # of a signal that is not Ctrl-C
+        by = f" by {signal.Signals(number).name}" if number is not None else ""
         with contextlib.suppress(OSError):  # the terminal may be what was lost
-            print(f"\nStopped{by}. {command_line.wrote if command_line else NOTHING_WRITTEN}", file=sys.stderr)
-        return 128 + error.number if isinstance(error, Terminated) else EXIT_INTERRUPTED
-    except ImportError as error:
-        fault = SlerpMergeError(f"A package cannot be loaded: {error}.", "pip install -r requirements.txt")
+            print(f"\nStopped{by}. {session.closing_note if session else NOTHING_WRITTEN}", file=sys.stderr)
+        return EXIT_INTERRUPTED if number is None else 128 + number
     except (OSError, MemoryError) as error:
-        cause = str(error) or "out of memory"
-        fault = SlerpMergeError(f"The system refused: {cause}.", "Put that right and try again.")
-    show_fault(fault, command_line.wrote if command_line else NOTHING_WRITTEN)
+        fault = SlerpMergeError(
+            f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
+        )
+    if session is not None and session.leaves_something:
+        fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
+    console.show_error(fault)
     return EXIT_REFUSED
+
+
+def run(session: Session) -> None:
+    """The story that the flags ask for."""
+    arguments = session.arguments
+    if arguments.forget:
+        session.show("Forgotten." if session.history.forget() else "There was nothing to forget.")
+    elif arguments.inspect:
+        inspect_parents(session)
+    elif arguments.child is not None:
+        evaluate_standing_child(session)
+    elif arguments.demo:
+        merge(session, make_demo_parents(session))
+    else:
+        merge(session, flags.settle(arguments, session.interactive))
+
+
+def merge(session: Session, given: Answers) -> None:
+    """Three questions, one plan, one yes, one child; then what it knows."""
+    answers, plan, decision = agree_on_plan(session, given)
+    if decision != "start":
+        carry_out(session, decision, plan, answers)
+        return
+    objective = answers.blend.objective
+    if session.asks:
+        session.show_command(plan, objective, answers.blend.recipe_file)
+    if session.interactive and not session.arguments.demo:
+        session.history.remember(plan.recipe, plan.options, answers.blend.text)
+    if objective is not None:
+        plan = find_good_t(session, plan, objective)
+    report = make_child(session, plan)
+    if objective is not None:
+        keep_sweep(session, report)
+    afterwards.save_maps_of_merge(session, report)
+    report = afterwards.verify_fully(session, report)
+    compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
+    afterwards.evaluate_as_flags_ask(session, compared, objective)
+    if session.asks and afterwards.may_generate_text(plan):
+        afterwards.evaluate_as_asked(session, compared)
+    session.print_json({**report.as_dict(), **session.findings})
+    session.show("Try it, convert it, share it:", style="bold")
+    for command in panels.next_commands(report):
+        session.show(printable(command), soft_wrap=True, markup=False)
+
+
+def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
+    """(answers, the plan that they make, what to do with it), once the person has no second thoughts."""
+    answers, changeable = session.ask(given), given.unanswered()
+    while True:
+        try:
+            plan = prepare_plan(session, answers)
+            decision = decide(session, plan, answers.blend.objective)
+        except SlerpMergeError as error:
+            if not changeable or session.arguments.dry_run:
+                raise
+            session.show(console.render_error(session.console, error))
+            decision = "change"
+        if decision != "change":
+            return answers, plan, decision
+        answers = session.wizard.change(answers, changeable or list(QUESTIONS))
+
+
+def prepare_plan(session: Session, answers: Answers) -> MergePlan:
+    """Parents, parity, plan: each is shown once it is known, before the next is begun. Writes nothing.
+
+    Raises SlerpMergeError where the merge, or what was asked for after it, cannot be.
+    """
+    recipe, options, arguments = answers.recipe, answers.options, session.arguments
+    check_recipe(recipe)
+    check_options(options)
+    parents = story.open_parents(recipe)
+    parity = story.check_parity(parents, recipe)
+    parity.raise_if_blocking()
+    session.show(panels.render_parity(session.console, parity))
+    role = None if arguments.dry_run else parity.offered_template
+    if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
+        recipe = dataclasses.replace(recipe, chat_template=role)
+        parity = story.check_parity(parents, recipe)
+    plan = story.plan_merge(recipe, options, parents, parity)
+    session.show(panels.render_plan(session.console, plan))
+    if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
+        session.show(panels.render_curves(session.console, plan))
+    if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
+        afterwards.check_maps(session, recipe, options.save_directory)
+        afterwards.check_evaluation(session, (parents.primary, parents.secondary), answers.blend.objective)
+    return plan
+
+
+def decide(session: Session, plan: MergePlan, objective: Objective | None) -> str:
+    """What to do with a plan: "start", "leave", "change" an answer, "save" a recipe, or "print" a dry run's plan."""
+    if session.arguments.dry_run:
+        return "print"
+    if objective is not None:
+        names = [path.name for path in objective.texts] or list(objective.tasks)
+        made = f"up to {sweep.MAX_TRIALS - 2} children are made one after the other, and the best again"
+        session.show(f"t will be found on {format_names(names)}: {made}.")
+    if plan.kinship.warning:
+        session.show(f"[yellow]{plan.kinship.warning}[/]")
+    if session.arguments.yes:
+        return "start"
+    is_lost = plan.leftover is not None and plan.leftover.reason != ""
+    if is_lost:
+        session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
+    while (decision := session.wizard.decide(plan.kinship.warning is None and not is_lost)) == "inspect":
+        with session.view:
+            found = story.measure_differences(plan.parity.pairs, plan.recipe, plan.options, session.observe)
+        session.show(figures.render_map(session.console, found))
+    return decision
+
+
+def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers) -> None:
+    """What is done with a plan instead of the merge: printed for --dry-run, saved as a recipe, or nothing."""
+    if decision == "print":
+        session.print_json(plan.as_dict())
+    elif decision == "leave":
+        session.show(NOTHING_WRITTEN)
+    else:
+        path = session.wizard.ask_recipe_file().resolve()
+        write_text(path, recipe_file.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
+        session.leave(f"The recipe stands in {path}.")
+        session.show(session.closing_note)
+        session.show_command(plan, None, path)
+        if answers.blend.objective is not None:
+            session.show("It has t = 0.5, where a search begins. The command that searches:")
+            session.show_command(plan, answers.blend.objective)
+
+
+def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> MergePlan:
+    """The plan for the t that a sweep finds best. What the sweep measured stays until the child stands."""
+    try:
+        with session.view:
+            found = sweep.find_t(plan, objective, session.observe)
+    finally:
+        if sweep.sweep_area(plan.options.save_directory).is_dir():
+            session.leave(SWEEP_KEPT)
+    session.findings["sweep"] = found
+    session.show(figures.render_sweep(session.console, found))
+    recipe = dataclasses.replace(plan.recipe, schedule=Schedule.constant(found["best_t"]))
+    return story.prepare_merge(recipe, plan.options)
+
+
+def keep_sweep(session: Session, report: MergeReport) -> None:
+    """A sweep's curve joins the report of the child that it found; its own notes are then of no more use."""
+    afterwards.add_to_report(session, report.child, {"sweep": session.findings["sweep"]})
+    if session.deferred_error is None:
+        sweep.forget_sweep(report.plan.options.save_directory)
+
+
+def make_child(session: Session, plan: MergePlan) -> MergeReport:
+    """The merge itself, timed with all that the person waits for, and its report shown."""
+    session.closing_note, session.leaves_something = CLEANED_UP, False
+    started = time.perf_counter()
+    terminal.wait_for_torch()
+    with session.view:
+        report = story.execute_merge(plan, session.observe)
+    report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
+    session.show(panels.render_report(session.console, report))
+    return report
+
+
+def make_demo_parents(session: Session) -> Answers:
+    """--demo: two tiny models, trained on the spot, answer for the person."""
+    session.show("Teaching two tiny models, one to sail and one to garden (some seconds) ...")
+    primary, secondary = demo.make_demo_parents(session.arguments.save_directory)
+    return Answers(primary, secondary, primary.with_name(demo.DEMO_CHILD), Blend(), overwrite=True)
+
+
+def inspect_parents(session: Session) -> None:
+    """--inspect: how the parents differ. Two questions, no child and no save directory."""
+    given = flags.settle(session.arguments, session.interactive)
+    answers = session.ask(given, ("primary", "secondary"))
+    afterwards.check_maps(session, answers.recipe)
+    terminal.wait_for_torch()
+    with session.view:
+        found = story.inspect_parents(answers.recipe, answers.options, session.observe)
+    session.show(figures.render_map(session.console, found))
+    afterwards.save_maps(session, found)
+    session.print_json(found.as_dict())
+
+
+def evaluate_standing_child(session: Session) -> None:
+    """--child: a child that stands already is held against the parents that its recipe names."""
+    child = session.arguments.child
+    path = child / recipe_file.RECIPE_NAME
+    if not path.is_file():
+        what = f"{child} has no {path.name}, so its parents are not known."
+        raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
+    compared = afterwards.models_to_compare(recipe_file.read_recipe(path), child, session.arguments.device or "auto")
+    afterwards.check_evaluation(session, [compared.checkpoints[role] for role in ("primary", "secondary")], None)
+    afterwards.evaluate_as_flags_ask(session, compared)
+    session.print_json(session.findings)
 
 
 if __name__ == "__main__":
     gc.disable()  # loading makes a million objects that stay; to look for garbage among them took 0.5 s
-    status = main()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
-    if threading.active_count() > 1:  # libraries still load in the background; nobody waits for them
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    terminal.leave(main())

@@ -1,11 +1,18 @@
-"""Two tiny parents, trained on the spot."""
+"""Two tiny parents, trained on the spot: something to merge where there is no model.
+
+Knows nothing of merging; the script merges them as it merges any two.
+"""
 
 from __future__ import annotations
 
+import copy
+import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from slerpkit.lazy import torch
+from slerpkit.merge.save_directory import check_save_directory
 
 DEMO_TOPICS = {
     "demo-sailor": "the sea is wide and the {} sails over the {} waves until the {} wind sleeps . ",
@@ -13,12 +20,11 @@ DEMO_TOPICS = {
 }
 DEMO_WORDS = ("small", "old", "quiet", "green", "bright", "slow", "happy", "silver")
 DEMO_PROMPT = "the"
+DEMO_CHILD = "demo-child"
 
 
 def demo_text(topic: str, lines: int, seed: int) -> str:
     """Sentences on one topic, the same for the same seed."""
-    import random
-
     chooser = random.Random(seed)
     return "".join(DEMO_TOPICS[topic].format(*chooser.choices(DEMO_WORDS, k=3)) for _ in range(lines))
 
@@ -54,10 +60,14 @@ def teach_demo_model(model: Any, tokens: torch.Tensor, steps: int, seed: int) ->
         optimizer.zero_grad()
 
 
-def make_demo_parents(folder: Path) -> tuple[Path, Path]:
-    """Trains a tiny Llama on two topics, then one copy of it on each. Returns their folders. Some seconds."""
-    import copy
+def make_demo_parents(folder: Path | None) -> tuple[Path, Path]:
+    """Trains a tiny Llama on two topics, then one copy of it on each. Returns their folders. Some seconds.
 
+    folder: where they are put; None: a new one among the system's temporary files. Raises SlerpMergeError, before
+    anything is made, where DEMO_CHILD could not stand beside them.
+    """
+    folder = folder or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
+    check_save_directory(folder / DEMO_CHILD, (), overwrite=True)
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
     logging.disable_progress_bar()
@@ -87,16 +97,3 @@ def make_demo_parents(folder: Path) -> tuple[Path, Path]:
         tokenizer.save_pretrained(folder / topic)
         folders.append(folder / topic)
     return folders[0], folders[1]
-
-
-def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
-    """What the model of a folder says after `prompt`, greedily, on the processor."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -212,6 +212,11 @@ def make_real_model(folder: Path, seed: int, **changes: Any) -> Path:
     return folder
 
 
+def make_real_pair(folder: Path) -> tuple[Path, Path]:
+    """Two such models that are siblings, `primary` and `secondary`, below a folder."""
+    return make_real_model(folder / "primary", 0), make_real_model(folder / "secondary", 1)
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Sets keys of a JSON file; a value of ... removes the key."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -12,31 +12,43 @@ import math
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import DummyInput
+from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 from rich.text import Text
 
+import slerpmerge
+from slerpkit.child.report import MergeReport
 from slerpkit.merge.difference_map import map_of_merge
-from slerpkit.merge.events import BytesMerged, Event, MergedTensor, MergeReport, MergeResult, PlanReady
-from slerpkit.merge.plan import MergePlan, TensorPlan, estimate_memory, plan_shards
-from slerpkit.parents.checkpoint import Checkpoint
-from slerpkit.recipe import MAX_SHARD_BYTES, MergeRecipe
+from slerpkit.merge.events import WorkAdvanced, WorkBegan
+from slerpkit.merge.plan import MergePlan, estimate_memory
+from slerpkit.merge.tensor_plan import MergedTensor, MergeResult, TensorPlan, plan_shards
+from slerpkit.parents.checkpoint import Checkpoint, Parents
+from slerpkit.recipe import MAX_SHARD_BYTES, MergeRecipe, RunOptions
+from slerpkit.screen import wizard
+from slerpkit.screen.answers import Answers
 from slerpkit.screen.figures import render_map
+from slerpkit.screen.finder import ModelFinder
 from slerpkit.screen.flags import build_parser
 from slerpkit.screen.panels import render_parity, render_plan, render_report
 from slerpkit.screen.progress import MergeView
-from slerpkit.screen.session import CommandLine
-from slerpkit.screen.wizard import Wizard
+from slerpkit.screen.prompts import Prompter
+from slerpkit.screen.session import Session
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, make_checkpoint
+
+if TYPE_CHECKING:
+    from slerpkit.merge.events import Event
 
 PICTURES = Path(__file__).parent / "pictures"
 LAYERS = 32
@@ -51,8 +63,7 @@ class Scene:
     """One merge of the invented pair: its plan, every event in order, its report."""
 
     plan: MergePlan
-    prepared: tuple[Event, ...]
-    executed: tuple[Event, ...]
+    events: tuple[Event, ...]
     report: MergeReport
 
 
@@ -102,15 +113,9 @@ def grow_plan(plan: MergePlan) -> MergePlan:
     shards = plan_shards(tensors, MAX_SHARD_BYTES)
     return dataclasses.replace(
         plan,
-        recipe=dataclasses.replace(
-            plan.recipe,
-            primary=Path("models", PRIMARY),
-            secondary=Path("models", SECONDARY),
-            save_directory=Path(CHILD),
-            threads=0,
-        ),
-        primary=grow_checkpoint(plan.primary),
-        secondary=grow_checkpoint(plan.secondary),
+        recipe=MergeRecipe(Path("models", PRIMARY), Path("models", SECONDARY)),
+        options=RunOptions(Path(CHILD)),
+        parents=Parents(grow_checkpoint(plan.parents.primary), grow_checkpoint(plan.parents.secondary)),
         shards=shards,
         threads=8,
         peak_memory_bytes=estimate_memory(8),
@@ -122,33 +127,34 @@ def grow_plan(plan: MergePlan) -> MergePlan:
 
 
 def grow_event(event: Event, plan: MergePlan) -> Iterator[Event]:
+    """What would be told of the merge of the grown plan."""
     if isinstance(event, MergedTensor):
         merged = dataclasses.replace(event, tensor=grow(event.tensor))
-        yield BytesMerged(merged.tensor.byte_count)
+        yield WorkAdvanced(merged.tensor.byte_count)
         yield merged
-    elif isinstance(event, PlanReady):
-        yield PlanReady(plan)
-    elif not isinstance(event, BytesMerged):  # those come with their tensor, above
+    elif isinstance(event, WorkBegan):
+        yield dataclasses.replace(event, total=plan.child_bytes)
+    elif not isinstance(event, WorkAdvanced):  # those come with their tensor, above
         yield event
 
 
 def make_scene(folder: Path) -> Scene:
     """Merges the tiny pair below `folder` and tells of it as of a pair of real size."""
-    primary, secondary = make_parents(folder)
-    recipe = MergeRecipe(primary, secondary, folder / CHILD, threads=1)
-    prepared: list[Event] = []
-    executed: list[Event] = []
-    tiny_plan = prepare_merge(recipe, prepared.append)
-    with mock.patch("slerpkit.merge.arithmetic.accelerators", dict):  # the same device on every machine
-        report = execute_merge(tiny_plan, executed.append)
+    told: list[Event] = []
+    tiny_plan = prepare_merge(MergeRecipe(*make_parents(folder)), RunOptions(folder / CHILD, threads=1))
+    report = execute_merge(tiny_plan, told.append)
     plan = grow_plan(tiny_plan)
-    told = [[grown for event in events for grown in grow_event(event, plan)] for events in (prepared, executed)]
-    tensors = tuple(event for event in told[1] if isinstance(event, MergedTensor))
-    result = MergeResult(tensors, MERGE_SECONDS, "cpu")
+    events = tuple(grown for event in told for grown in grow_event(event, plan))
+    tensors = tuple(event for event in events if isinstance(event, MergedTensor))
     report = dataclasses.replace(
-        report, child=Path("/home/ada/models", CHILD), plan=plan, result=result, sync_seconds=1.9, total_seconds=15.2
+        report,
+        child=Path("/home/ada/models", CHILD),
+        plan=plan,
+        merged=MergeResult(tensors, MERGE_SECONDS, "cpu"),
+        sync_seconds=1.9,
+        total_seconds=15.2,
     )
-    return Scene(plan, tuple(told[0]), tuple(told[1]), report)
+    return Scene(plan, events, report)
 
 
 class Clock:
@@ -178,69 +184,67 @@ class RecordingConsole(Console):
 def draw_progress(view: MergeView, clock: Clock, scene: Scene, stop_at: float) -> None:
     """Feeds the view the merge; at `stop_at` of its bytes, the live picture is drawn once."""
     drawn = False
-    for event in scene.executed:
-        if isinstance(event, BytesMerged):
-            clock.now += MERGE_SECONDS * event.byte_count / scene.plan.child_bytes
+    for event in scene.events:
+        if isinstance(event, WorkAdvanced):
+            clock.now += MERGE_SECONDS * event.amount / scene.plan.child_bytes
         with mock.patch("rich.live.Live.start"):  # a picture needs no refreshing thread
             view.observe(event)
-        if not drawn and isinstance(event, MergedTensor) and view.merged_bytes >= stop_at * view.total_bytes:
+        if not drawn and isinstance(event, MergedTensor) and view.done >= stop_at * view.work.total:
             view.console.print(view.render())
             drawn = True
 
 
-class TypedAnswers(Wizard):
-    """A wizard whose prompts are answered at once, shown as they look once answered."""
+class TypedAnswers(Prompter):
+    """Prompts that are answered at once, shown as they look once answered."""
 
-    answers: Iterator[tuple[str, str, Any]]  # the prompt, the default beside it, what is typed
+    # (the prompt, the default beside it, what is typed)
+    answers = (
+        ("Primary model", " (Tab lists what is here, ? helps)", f"models/{PRIMARY}"),
+        ("Secondary model", " (Tab lists what is here, ? helps)", f"models/{SECONDARY}"),
+        ("Save directory", f" ({CHILD})", ""),
+        ("Blend", " (even)", ""),
+        ("Start the merge?", " (Y/n/c/i/s/?)", ""),
+        ("What now?", " (t taste, p perplexity, Enter leaves, ?)", ""),
+    )
 
-    def ask(self, question: Any) -> Any:
-        prompt, default, answer = next(self.answers)
-        shown = {True: "Yes", False: "No"}.get(answer, answer)
-        self.console.print(Text.assemble(("? ", "#5f819d"), (prompt, "bold"), default, (f" {shown}", "bold #ff9d00")))
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, lambda: None)
+        self.next_answer = iter(self.answers)
+
+    def ask(self, question: Any) -> str:
+        prompt, default, answer = next(self.next_answer)
+        self.console.print(Text.assemble(("? ", "#5f819d"), (prompt, "bold"), default, (f" {answer}", "bold #ff9d00")))
         return answer
 
 
 def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
-    """The whole session, by the program's own command line; only typing and merging are stood in for."""
-    from prompt_toolkit.application import create_app_session
-    from prompt_toolkit.input import DummyInput
-    from prompt_toolkit.output import DummyOutput
-
-    command_line = CommandLine(build_parser().parse_args(["--verify", "quick"]))
-    command_line.console, command_line.interactive = console, True
-    command_line.view = MergeView(console)
-    memory = command_line.memory = mock.Mock(content={}, places=[], folder=lambda name: None)
-    command_line.wizard = TypedAnswers(console, memory, lambda: None)
-    TypedAnswers.answers = iter(
-        [
-            ("Primary model", " (Tab lists what is here, ? helps)", f"models/{PRIMARY}"),
-            ("Secondary model", " (Tab lists what is here, ? helps)", f"models/{SECONDARY}"),
-            ("Save directory", f" ({CHILD})", ""),
-            ("Blend", " (even)", ""),
-            ("Start the merge?", " (Y/n/c/i/s/?)", ""),
-            ("What now?", " (t taste, p perplexity, Enter leaves, ?)", ""),
-        ]
-    )
-
-    def prepare(_: Any, observe: Callable[[Event], None]) -> MergePlan:
-        for event in scene.prepared:
-            observe(event)
-        return scene.plan
+    """The whole session, by the program's own story; only typing and merging are stood in for."""
+    session = Session(build_parser().parse_args(["--verify", "quick"]), slerpmerge.NOTHING_WRITTEN)
+    session.console, session.interactive = console, True
+    session.view = MergeView(console)
+    session.history = mock.Mock(content={}, recent=[], answers=Answers)
+    session.wizard = wizard.Wizard(TypedAnswers(console), ModelFinder([]))
 
     def execute(*_: Any) -> MergeReport:
-        draw_progress(command_line.view, clock, scene, stop_at=0.62)
+        draw_progress(session.view, clock, scene, stop_at=0.62)
         clock.now = scene.report.total_seconds
         return scene.report
 
     with (
-        mock.patch.multiple("slerpkit.screen.session", prepare_merge=prepare, execute_merge=execute),
-        mock.patch("slerpkit.screen.wizard.open_checkpoint", lambda folder: scene.plan.primary),
+        mock.patch.multiple(
+            slerpmerge.story,
+            open_parents=lambda *_: scene.plan.parents,
+            check_parity=lambda *_: scene.plan.parity,
+            plan_merge=lambda *_: scene.plan,
+            execute_merge=execute,
+        ),
+        mock.patch.object(wizard.checkpoint, "open_checkpoint", lambda folder: scene.plan.parents.primary),
         mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=scene.plan.disk_free_bytes)),
         mock.patch("sys.argv", ["slerpmerge.py"]),
         mock.patch("time.perf_counter", clock),
         create_app_session(input=DummyInput(), output=DummyOutput()),
     ):
-        command_line.run()
+        slerpmerge.run(session)
     console.print()  # room for the last line's underscores
 
 
@@ -254,14 +258,13 @@ def draw_pictures(scene: Scene) -> Iterator[tuple[str, Console]]:
     clock = Clock()
     console = RecordingConsole(get_time=clock)
     view = MergeView(console)
-    view.observe(PlanReady(scene.plan))
     draw_progress(view, clock, scene, stop_at=0.62)
     yield "progress", console
     console = RecordingConsole()
     console.print(render_report(console, scene.report))
     yield "summary", console
     console = RecordingConsole()
-    console.print(render_map(console, map_of_merge(scene.report.result, "weights")))
+    console.print(render_map(console, map_of_merge(scene.report.merged, "weights")))
     yield "map", console
     console = RecordingConsole(get_time=(clock := Clock()))
     draw_session(console, clock, scene)

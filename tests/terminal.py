@@ -40,6 +40,11 @@ TOKEN = re.compile(
 )
 
 
+def words(text: str) -> str:
+    """What is drawn, without frames and line breaks, as one line."""
+    return " ".join(re.sub(r"[│|╭╮╰╯─]", " ", text).split())
+
+
 class Screen:
     """What stands on a terminal after all it was sent, with the lines that have scrolled off above it."""
 
@@ -179,6 +184,16 @@ class Terminal:
         """Types an answer and Enter once the prompt stands there."""
         self.wait_for(prompt, timeout)
         self.send(text + "\r")
+
+    def answer_all(self, *dialogue: tuple[str, str]) -> None:
+        """Types an answer at each of the prompts, one after the other."""
+        for prompt, text in dialogue:
+            self.answer(prompt, text)
+
+    def stop(self) -> int:
+        """Ctrl-C; the exit status."""
+        self.interrupt()
+        return self.exit_status()
 
     def interrupt(self) -> None:
         """Ctrl-C."""

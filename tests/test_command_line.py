@@ -19,10 +19,9 @@ import torch
 
 import slerpmerge
 from slerpkit import __version__
-from slerpkit.merge.plan import MergePlan
+from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen.flags import parse_size
-from slerpkit.story import prepare_merge
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -32,7 +31,7 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
-    make_real_model,
+    make_real_pair,
     reference_slerp,
     units_of_last_place,
 )
@@ -45,12 +44,14 @@ REPORT_KEYS = {
 
 # Runs a script and tells on stderr which of the slow libraries it has loaded.
 SPY = """
-import runpy, sys
+import os, runpy, sys
 del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a script
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print("loaded:", *sorted({"torch", "transformers", "numpy"} & set(sys.modules)), file=sys.stderr)
+    slow = {"torch", "transformers", "numpy", "rich", "questionary"}
+    print("loaded:", *sorted(slow & set(sys.modules)), file=sys.stderr)
 """
 
 
@@ -388,15 +389,23 @@ class TestWithoutTorch:
     """What needs no arithmetic answers before torch could be loaded."""
 
     @pytest.mark.parametrize(
-        ("arguments", "status"),
-        [(("--version",), 0), (("--help",), 0), ((*MERGE, "--dry-run"), 0), ((*MERGE, "--primary", "nowhere"), 1)],
+        ("arguments", "status", "loaded"),
+        [
+            (("--version",), 0, set()),
+            (("--help",), 0, set()),
+            ((*MERGE, "--dry-run"), 0, {"numpy", "rich"}),
+            ((*MERGE, "--primary", "nowhere"), 1, {"numpy", "rich"}),
+        ],
         ids=["version", "help", "dry-run", "refusal"],
     )
-    def test_torch_is_not_loaded(self, pair, tmp_path, arguments, status):
+    def test_torch_is_not_loaded(self, pair, tmp_path, arguments, status, loaded):
+        """Neither torch nor transformers; questionary only where something is asked."""
         before = fingerprint(tmp_path)
         outcome = run_program(*arguments, folder=tmp_path, spy=True)
         assert outcome.status == status
-        assert outcome.err.splitlines()[-1] in ("loaded:", "loaded: numpy"), "neither torch nor transformers"
+        told = outcome.err.splitlines()[-1].split()
+        assert told[0] == "loaded:"
+        assert set(told[1:]) <= loaded
         assert fingerprint(tmp_path) == before
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
@@ -408,6 +417,57 @@ class TestWithoutTorch:
         assert outcome.status == 0
         for part in ("Plan", "LlamaForCausalLM", "child", "t = 0.5", "21 to slerp", "needed", "tokenizer"):
             assert part in outcome.out
+
+
+class TestStarting:
+    """The script finds the house behind it wherever it is started from."""
+
+    def test_through_a_link_to_the_script(self, pair, tmp_path):
+        if os.name == "nt":
+            pytest.skip("making a link needs a privilege on Windows")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "merge").symlink_to(slerpmerge.__file__)
+        done = subprocess.run([sys.executable, "bin/merge", *MERGE], cwd=tmp_path, capture_output=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (tmp_path / "child" / "model.safetensors").is_file()
+
+    def test_from_a_folder_that_cannot_be_written_to(self, pair, tmp_path):
+        folder = tmp_path / "locked"
+        folder.mkdir(mode=0o555)
+        names = ("--primary", "../primary", "--secondary", "../secondary", "--save-dir", "../child", "--yes")
+        assert run_program(*names, folder=folder).status == 0
+        assert (tmp_path / "child" / "model.safetensors").is_file()
+        assert list(folder.iterdir()) == []
+
+    def test_from_a_copy_that_cannot_be_written_to(self, pair, tmp_path):
+        """Python then keeps no compiled modules."""
+        source = Path(slerpmerge.__file__).parent
+        copy = tmp_path / "copy"
+        shutil.copytree(source / "slerpkit", copy / "slerpkit", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(slerpmerge.__file__, copy)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        command = [sys.executable, copy / "slerpmerge.py", *MERGE]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755)  # so that the test's own folder can be removed
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.parametrize("package", ["rich", "safetensors"])
+    def test_without_a_package_it_says_what_to_install(self, pair, tmp_path, package):
+        code = (
+            f"import sys; sys.modules[{package!r}] = None; import slerpmerge; sys.exit(slerpmerge.main(sys.argv[1:]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *MERGE],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(slerpmerge.__file__).parent)},
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 1
+        assert b"pip install -r requirements.txt" in done.stderr
+        assert b"Traceback" not in done.stderr
 
 
 class TestWrongUsage:
@@ -709,7 +769,7 @@ class TestBadInput:
         monkeypatch.setattr("slerpkit.story.copy_companions", fail)
         assert_refused(run(*MERGE), cause, "1 of 1 weight files are finished and kept; the same command carries on")
         assert not (tmp_path / "child").exists()
-        monkeypatch.setattr("slerpkit.merge.stream.write_index", fail)
+        monkeypatch.setattr("slerpkit.child.companions.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
         monkeypatch.setattr("slerpkit.merge.stream.choose_device", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "Put that right")
@@ -797,8 +857,7 @@ class TestOddNames:
 class TestFullVerification:
     @pytest.fixture
     def real_pair(self, tmp_path) -> None:
-        for seed, name in enumerate(("primary", "secondary")):
-            make_real_model(tmp_path / name, seed)
+        make_real_pair(tmp_path)
 
     def test_the_child_is_loaded_and_the_report_says_so(self, run, real_pair, tmp_path):
         outcome = run(*MERGE, "--json", "--verify", "full")
@@ -818,15 +877,14 @@ class TestFullVerification:
 def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypatch, parents):
     """The weights are cut short between the plan and the merge."""
     parents.prints.clear()
-    prepare = prepare_merge
 
-    def prepare_then_cut(*arguments: object) -> MergePlan:
-        plan = prepare(*arguments)
+    def plan_then_cut(*arguments: object) -> MergePlan:
+        plan = plan_merge(*arguments)
         weights = pair[1] / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-600])
         return plan
 
-    monkeypatch.setattr("slerpkit.screen.session.prepare_merge", prepare_then_cut)
+    monkeypatch.setattr(slerpmerge.story, "plan_merge", plan_then_cut)
     assert_refused(run(*MERGE), "it changed since it was opened", "download it again")
     assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
@@ -836,9 +894,12 @@ def test_the_demo_makes_three_models_that_speak(tmp_path):
     outcome = run_program("--demo", "--save-dir", "demo", folder=tmp_path, OMP_NUM_THREADS="1")
     assert outcome.status == 0
     assert "Traceback" not in outcome.err
-    for name in ("demo-sailor", "demo-gardener", "demo-child"):
-        sentence = next(line for line in outcome.out.splitlines() if line.startswith(f"{name}: "))
+    report = json.loads((tmp_path / "demo" / "demo-child" / "merge_report.json").read_text("utf-8"))
+    (answers,) = [taste["answers"] for taste in report["tastes"]]
+    assert answers.keys() == {"primary", "secondary", "child"}
+    for sentence in answers.values():
         assert len(set(sentence.split())) >= 6, "it says something"
+        assert sentence.split()[0] in outcome.out
     from transformers import AutoModelForCausalLM
 
     _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / "demo-child", output_loading_info=True)

@@ -12,9 +12,8 @@ import torch
 
 from slerpkit.parity.kinship import KINSHIP_ELEMENTS, Kinship, measure_kinship
 from slerpkit.recipe import MergeRecipe, RunOptions
-from slerpkit.screen.session import EXIT_DONE
 from slerpkit.story import prepare_merge
-from slerpmerge import main
+from slerpmerge import EXIT_DONE, main
 from tests.builders import llama_tensors, load_tensors, make_checkpoint, make_pair, merge
 
 

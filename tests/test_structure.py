@@ -39,8 +39,9 @@ FLOORS = (
     "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
     " slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.console slerpkit.screen.terminal slerpkit.screen.panels slerpkit.screen.figures"
-    " slerpkit.screen.progress slerpkit.screen.finder slerpkit.screen.wizard slerpkit.screen.flags"
-    " slerpkit.screen.session",
+    " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
+    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.session"
+    " slerpkit.screen.afterwards",
     "slerpmerge",
 )
 # The package's door hands out merge_models, which it imports when it is asked for.

@@ -13,9 +13,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from slerpkit.child.report import MergeReport
 from slerpkit.maths import TensorWeights
-from slerpkit.merge.events import BytesMerged, DeviceChosen, Event, MergedTensor, MergeReport, PlanReady
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan
 from slerpkit.merge.plan import MergePlan
+from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import layer_positions
 from slerpkit.parity.report import Mismatch, ParityReport
@@ -24,6 +26,7 @@ from slerpkit.screen.console import render_error
 from slerpkit.screen.panels import draw_curve, render_curves, render_parity, render_plan, render_report
 from slerpkit.screen.progress import MergeView
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
+from tests.terminal import words
 
 WIDTHS = (60, 100, 160)
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9\d|10[0-7])[;\dm]")
@@ -58,11 +61,6 @@ def screens(console: Console, scene: Scene) -> Iterator[str]:
         yield capture.get()
 
 
-def words(text: str) -> str:
-    """The text without frames and line breaks, as one line."""
-    return " ".join(re.sub(r"[│|╭╮╰╯─]", " ", text).split())
-
-
 def shown(picture, width: int) -> str:
     console = RecordingConsole(width)
     console.print(picture(console))
@@ -73,9 +71,14 @@ def parity_of(*mismatches: Mismatch) -> ParityReport:
     return ParityReport(mismatches, ())
 
 
+def merge_began(scene: Scene) -> WorkBegan:
+    """What the view is told of the merge first."""
+    return next(event for event in scene.events if isinstance(event, WorkBegan))
+
+
 def long_named(scene: Scene) -> MergedTensor:
     """A tensor whose name no terminal is wide enough for."""
-    merged = scene.report.result.tensors[0]
+    merged = scene.report.merged.tensors[0]
     return dataclasses.replace(
         merged, tensor=dataclasses.replace(merged.tensor, name="model.layers.0." + "expert." * 40)
     )
@@ -89,7 +92,7 @@ ROPE = Mismatch("blocking", "rope_theta", "10000", "500000", "Equal shapes hide 
 class TestPlainLines:
     def percents(self, scene: Scene, console: Console) -> list[int]:
         with MergeView(console) as view:
-            for event in (*scene.prepared, *scene.executed):
+            for event in scene.events:
                 view.observe(event)
         return [int(percent) for percent in re.findall(r"^ *(\d+) %", written(console), re.MULTILINE)]
 
@@ -107,8 +110,8 @@ class TestPlainLines:
     def test_one_large_tensor_gives_one_line(self, scene):
         console = plain_console()
         view = MergeView(console)
-        view.observe(PlanReady(scene.plan))
-        view.observe(BytesMerged(scene.plan.child_bytes))
+        view.observe(merge_began(scene))
+        view.observe(WorkAdvanced(scene.plan.child_bytes))
         assert written(console).split() == ["100", "%", "14.5", "GB", "of", "14.5", "GB"]
 
     def test_a_stream_that_is_no_terminal_gets_no_escape_code(self, scene):
@@ -119,7 +122,7 @@ class TestPlainLines:
     def test_a_quiet_view_says_nothing(self, scene):
         console = plain_console()
         with MergeView(console, quiet=True) as view:
-            for event in (*scene.prepared, *scene.executed):
+            for event in scene.events:
                 view.observe(event)
         assert written(console) == ""
 
@@ -134,7 +137,6 @@ class TestWidths:
     def test_nor_is_the_progress(self, scene, width):
         console = RecordingConsole(width, get_time=(clock := Clock()))
         view = MergeView(console)
-        view.observe(PlanReady(scene.plan))
         draw_progress(view, clock, scene, stop_at=0.5)
         text = console.export_text()
         assert max(cell_len(line) for line in text.splitlines()) <= width
@@ -147,8 +149,8 @@ class TestWidths:
     def test_a_long_tensor_name_stays_on_its_line(self, scene, width):
         console = RecordingConsole(width, get_time=Clock())
         view = MergeView(console)
-        view.observe(PlanReady(scene.plan))
-        view.observe(DeviceChosen("cpu", "as asked"))
+        view.observe(merge_began(scene))
+        view.observe(Noted("Merging on cpu: as asked."))
         view.observe(long_named(scene))
         view.stop()
         console.export_text()  # forgets what the live display drew
@@ -218,13 +220,14 @@ class TestPlanPanel:
 class TestReportPanel:
     def report_with(self, scene: Scene, *warnings: str) -> MergeReport:
         """The scene's report cut down to four tensors: two slerped, one lerped, one copied."""
-        slerped = [merged for merged in scene.report.result.tensors if merged.blend.rule == "slerp"][:2]
+        slerped = [merged for merged in scene.report.merged.tensors if merged.weights.operation == "slerp"][:2]
         lerped, copied = (
-            dataclasses.replace(slerped[0], blend=TensorWeights(0.5, 0.5, rule, reason, 1.0))
+            dataclasses.replace(slerped[0], weights=TensorWeights(0.5, 0.5, rule, reason, 1.0))
             for rule, reason in (("lerp", "parallel"), ("copy", "identical"))
         )
-        result = dataclasses.replace(scene.report.result, tensors=(*slerped, lerped, copied))
-        return dataclasses.replace(scene.report, result=result, warnings=warnings)
+        merged = dataclasses.replace(scene.report.merged, tensors=(*slerped, lerped, copied))
+        verified = dataclasses.replace(scene.report.verified, warnings=warnings)
+        return dataclasses.replace(scene.report, merged=merged, verified=verified)
 
     @pytest.mark.parametrize("width", WIDTHS)
     def test_counts_place_speed_and_checks_are_shown(self, scene, width):
@@ -265,15 +268,14 @@ class TestLesserTerminals:
     def test_so_does_its_progress(self, scene, width):
         console = plain_console(width, "ascii", force_terminal=True, get_time=(clock := Clock()))
         view = MergeView(console)
-        view.observe(PlanReady(scene.plan))
         draw_progress(view, clock, scene, stop_at=0.5)
         assert "50%" in written(console)
 
     def test_so_does_the_name_of_a_tensor_that_is_too_long(self, scene):
         console = plain_console(60, "ascii", force_terminal=True)
         with MergeView(console) as view:
-            view.observe(PlanReady(scene.plan))
-            view.observe(DeviceChosen("cpu", "as asked"))
+            view.observe(merge_began(scene))
+            view.observe(Noted("Merging on cpu: as asked."))
             view.observe(long_named(scene))
             console.print(view.render())
         assert "model.layers.0.expert." in written(console)
@@ -287,8 +289,8 @@ class TestLesserTerminals:
 
 
 class TestLiveDisplay:
-    def live_events(self, scene: Scene) -> list[Event]:
-        return [PlanReady(scene.plan), *scene.executed[:3]]
+    def live_events(self, scene: Scene) -> list[object]:
+        return [merge_began(scene), *scene.events[2:5]]
 
     def end_of(self, threads: set[threading.Thread]) -> bool:
         """Whether these threads end by themselves; one that was told to may need a moment."""
@@ -312,7 +314,7 @@ class TestLiveDisplay:
         console = plain_console(force_terminal=True)
         threads = set(threading.enumerate())
         view = MergeView(console)
-        for event in (*scene.prepared, *scene.executed):
+        for event in scene.events:
             view.observe(event)
         assert self.end_of(set(threading.enumerate()) - threads)
         assert written(console).count("\x1b[?25h") == 1, "the cursor is shown again"

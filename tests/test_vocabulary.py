@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slerpkit.child.report import MergeReport
-from slerpkit.demo import generate_text, make_demo_parents
+from slerpkit.demo import make_demo_parents
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_parents
 from slerpkit.parity.check import check_parity
@@ -622,6 +622,16 @@ def move_vocabulary(folder: Path, target: Path, at: int, count: int) -> Path:
     replace_tensors(target, tensors)
     edit_json(target / "config.json", vocab_size=len(tensors[EMBEDDING]))
     return target
+
+
+def generate_text(folder: Path, prompt: str, new_tokens: int = 24) -> str:
+    """What the model of a folder says after `prompt`, greedily, on the processor."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 def test_a_child_speaks_the_same_whatever_order_the_second_vocabulary_is_in(tmp_path, parents):

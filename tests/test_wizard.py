@@ -21,12 +21,11 @@ from slerpkit.files import clean_path
 from slerpkit.merge.save_directory import proposed_save_directory
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import find_model, open_checkpoint
-from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.recipe_file import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
 from slerpkit.screen.finder import ModelFinder
-from slerpkit.screen.flags import build_parser, equivalent_command
-from slerpkit.screen.session import CommandLine
+from slerpkit.screen.flags import answers_given, build_parser, equivalent_command
 from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from tests.builders import (
@@ -37,11 +36,11 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
-    make_real_model,
+    make_real_pair,
     reference_slerp,
     units_of_last_place,
 )
-from tests.terminal import Terminal, needs_terminal
+from tests.terminal import Terminal, needs_terminal, words
 from tests.test_crash import interrupted
 from tests.test_judgement import write_text
 
@@ -260,11 +259,6 @@ def names_below(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def words(text: str) -> str:
-    """The text without frames and line breaks, as one line."""
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
-
-
 FOLDERS = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "child")
 
 
@@ -307,11 +301,9 @@ class TestSession:
         assert names_below(tmp_path) == {"primary", "second model", "below"}
 
     def test_plain_enter_takes_every_default_that_is_shown(self, tmp_path):
-        for seed, name in enumerate(("primary", "secondary")):
-            make_real_model(tmp_path / name, seed)
+        make_real_pair(tmp_path)
         with Terminal.start(folder=tmp_path) as terminal:
-            terminal.answer("Primary model", "primary")
-            terminal.answer("Secondary model", "secondary")
+            terminal.answer_all(("Primary model", "primary"), ("Secondary model", "secondary"))
             terminal.answer("(primary-secondary-slerp)")
             terminal.answer("(even)")
             terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
@@ -486,16 +478,14 @@ class TestKnowing:
     def test_inspect_asks_for_two_models_and_no_more(self, tmp_path, parents):
         parents.watch(*make_pair(tmp_path))
         with Terminal.start(["--inspect"], folder=tmp_path) as terminal:
-            terminal.answer("Primary model", "primary")
-            terminal.answer("Secondary model", "secondary")
+            terminal.answer_all(("Primary model", "primary"), ("Secondary model", "secondary"))
             assert terminal.exit_status() == 0
             assert "Angle between the parents" in terminal.text
             assert "Save directory" not in terminal.text
         assert names_below(tmp_path) == {"primary", "secondary"}
 
     def test_a_child_is_tasted_and_measured_and_wrong_answers_are_refused_in_place(self, tmp_path):
-        for seed, name in enumerate(("primary", "secondary")):
-            make_real_model(tmp_path / name, seed)
+        make_real_pair(tmp_path)
         write_text(tmp_path / "my text.txt", 100)
         (tmp_path / "empty.txt").touch()
         with Terminal.start([*FOLDERS, "--t", "0.5", "--verify", "quick"], folder=tmp_path) as terminal:
@@ -517,8 +507,7 @@ class TestKnowing:
         assert [len(report[kind]) for kind in ("tastes", "perplexities")] == [1, 1]
 
     def test_a_good_blend_is_found_on_a_text(self, tmp_path):
-        for seed, name in enumerate(("primary", "secondary")):
-            make_real_model(tmp_path / name, seed)
+        make_real_pair(tmp_path)
         write_text(tmp_path / "text.txt", 100)
         with Terminal.start([*FOLDERS, "--verify", "quick"], folder=tmp_path) as terminal:
             terminal.answer("? Blend", "find")
@@ -536,14 +525,12 @@ class TestKnowing:
         assert names_below(tmp_path) == {"primary", "secondary", "child", "text.txt"}
 
     def test_ctrl_c_in_a_sweep_leaves_at_once_and_the_next_goes_on(self, tmp_path):
-        for seed, name in enumerate(("primary", "secondary")):
-            make_real_model(tmp_path / name, seed)
+        make_real_pair(tmp_path)
         write_text(tmp_path / "text.txt", 2000)
         arguments = [*FOLDERS, "--yes", "--sweep", "--perplexity", "text.txt"]
         with Terminal.start(arguments, folder=tmp_path) as terminal:
             terminal.wait_for("t = 0.3 ", timeout=120)
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
             assert "What the sweep measured is kept; the same command carries on." in words(terminal.text)
             assert "Traceback" not in terminal.text
         assert names_below(tmp_path) == {"primary", "secondary", "text.txt", ".child.slerpmerge-sweep"}
@@ -569,8 +556,7 @@ class TestLeaving:
         parents.watch(*make_pair(tmp_path))
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
             terminal.wait_for("Start the merge?")
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
             assert "Nothing was written." in terminal.text
         assert names_below(tmp_path) == {"primary", "secondary"}
 
@@ -584,8 +570,7 @@ class TestLeaving:
             terminal.wait_for(".weight  slerp, ")  # the line of the tensor at hand
             assert not save_directory.exists(), "the child appears whole or not at all"
             assert names_below(tmp_path / "new"), "it grows beside its place"
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
             assert "The unfinished child was removed; both parents are as they were." in terminal.text
             assert "Traceback" not in terminal.text
             assert "━" not in terminal.text, "the bar is gone"
@@ -765,8 +750,9 @@ class TestSecondThoughts:
         make_pair(tmp_path)
         make_checkpoint(tmp_path / "third", llama_tensors(3))
         with Terminal.start(columns=300, folder=tmp_path) as terminal:
-            for prompt, answer in (("Primary", "primary"), ("Secondary", "secondary"), ("Save", "one"), ("Blend", "")):
-                terminal.answer(f"? {prompt}", answer)
+            terminal.answer_all(
+                ("? Primary", "primary"), ("? Secondary", "secondary"), ("? Save", "one"), ("? Blend", "")
+            )
             for name, prompt, answer, shown in (
                 ("secondary", "Secondary model  (secondary)", "third", "third: Llama"),
                 ("save directory", "Save directory  (one)", "two", "child two"),
@@ -779,9 +765,7 @@ class TestSecondThoughts:
                 terminal.answer(prompt, answer)
                 terminal.wait_for(" ".join(shown.split()))
             start_and_leave(terminal)
-            assert "--primary secondary --secondary third --save-dir two --t=0.5 --yes" in " ".join(
-                terminal.text.split()
-            )
+            assert "--primary secondary --secondary third --save-dir two --t=0.5 --yes" in words(terminal.text)
         assert (tmp_path / "two" / "model.safetensors").exists()
 
     def test_a_merge_can_be_saved_as_a_recipe_that_makes_the_same_child(self, tmp_path, parents):
@@ -821,24 +805,25 @@ class TestSecondThoughts:
 
     @pytest.mark.parametrize("saved", [False, True])
     def test_the_command_says_all_that_is_not_the_default_or_the_recipes(self, tmp_path, monkeypatch, saved):
-        """Parsed again, it gives the recipe that it was made of."""
+        """Parsed again, it gives the recipe and the options that it was made of."""
         monkeypatch.chdir(tmp_path)
         rules = (ScheduleRule((-0.5, 1.25), "self_attn"), ScheduleRule((0.123456789,)))
         recipe = MergeRecipe(
-            *make_pair(tmp_path), Path("a child"), Schedule(rules), method="slerp-norm", extrapolate=True,
-            dtype="float16", max_shard_bytes=12345, device="cpu", threads=3, overwrite=True, epsilon=1e-5,
-        )  # fmt: skip
+            *make_pair(tmp_path), Schedule(rules), method="slerp-norm", extrapolate=True, dtype="float16", epsilon=1e-5
+        )
+        options = RunOptions(Path("a child"), max_shard_bytes=12345, device="cpu", threads=3, overwrite=True)
+        path = None
         if saved:
-            plan = prepare_merge(recipe, lambda event: None)
-            (tmp_path / "r.yaml").write_text(recipe_text(plan.recipe, plan.parents, tmp_path), encoding="utf-8")
-            recipe = dataclasses.replace(recipe, recipe_file=Path("r.yaml"), dtype="bfloat16")
-        words = shlex.split(equivalent_command(recipe))
-        arguments = build_parser().parse_args(words[2:])
-        again = MergeRecipe(**CommandLine(arguments).preset())
-        for field in dataclasses.fields(recipe):
-            left, right = getattr(recipe, field.name), getattr(again, field.name)
-            same = left.resolve() == right.resolve() if isinstance(left, Path) else left == right
-            assert same or (saved and field.name in ("weights", "cast_dtype")), field.name
+            parents = prepare_merge(recipe, options).parents.by_role
+            (tmp_path / "r.yaml").write_text(recipe_text(recipe, parents, tmp_path), encoding="utf-8")
+            path, recipe = Path("r.yaml"), dataclasses.replace(recipe, dtype="bfloat16")
+        words = shlex.split(equivalent_command(recipe, options, recipe_path=path))
+        again = answers_given(build_parser().parse_args(words[2:]))
+        for before, after in ((recipe, again.recipe), (options, again.options)):
+            for field in dataclasses.fields(before):
+                left, right = getattr(before, field.name), getattr(after, field.name)
+                same = left.resolve() == right.resolve() if isinstance(left, Path) else left == right
+                assert same or (saved and field.name in ("weights", "cast_dtype")), field.name
 
     def test_help_is_there_at_every_prompt(self, tmp_path):
         make_pair(tmp_path)
@@ -891,6 +876,8 @@ class TestWhatAStrangerTried:
             terminal.answer("? Blend", "task")
             terminal.answer("? Base model", "odd")
             terminal.wait_for("It is no base of the primary: model_type: mistral, not llama.")
+            terminal.send("\x15secondary\r")
+            terminal.wait_for("secondary is a parent itself.")
             terminal.send("\x15base\r")
             terminal.answer("Start the merge?", "n")
             assert terminal.exit_status() == 0
@@ -925,29 +912,22 @@ class TestWhatAStrangerTried:
                 if asked:
                     terminal.answer("? Save directory  (primary-third-slerp-0.5)")
                 terminal.wait_for("third: Llama")
-                terminal.interrupt()
-                assert terminal.exit_status() == 130
+                assert terminal.stop() == 130
 
     def test_an_interrupted_merge_is_carried_on_by_plain_enters(self, tmp_path):
         child = slow_pair(tmp_path)
         arguments = ("--max-shard-size", "8000")
         with Terminal.start(arguments, folder=tmp_path) as terminal:
-            for prompt, answer in (
-                ("Primary", "primary"),
-                ("Secondary", "secondary"),
-                ("Save", "child"),
-                ("Blend", "0.3"),
-            ):
-                terminal.answer(f"? {prompt}", answer)
+            terminal.answer_all(
+                ("? Primary", "primary"), ("? Secondary", "secondary"), ("? Save", "child"), ("? Blend", "0.3")
+            )
             terminal.answer("Start the merge?", "y")
             terminal.wait_for(".weight  slerp, ")
             time.sleep(1)
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
-            assert "files are finished and kept; the same command carries on" in " ".join(terminal.text.split())
+            assert terminal.stop() == 130
+            assert "files are finished and kept; the same command carries on" in words(terminal.text)
         with Terminal.start(arguments, folder=tmp_path) as terminal:
-            for prompt, answer in (("Primary", ""), ("Secondary", ""), ("Save", "child"), ("Carry on with it?", "")):
-                terminal.answer(prompt, answer)
+            terminal.answer_all(("Primary", ""), ("Secondary", ""), ("Save", "child"), ("Carry on with it?", ""))
             terminal.answer("? Blend  (0.3)")
             terminal.wait_for("files of an earlier run are kept")
             terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
@@ -971,11 +951,10 @@ class TestWhatAStrangerTried:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0.25")
             terminal.answer("Start the merge?", "c")
-            terminal.answer("Change which answer?", "blend")
+            terminal.answer("Change which answer?  (blend)")  # the only one that no flag gave
             terminal.answer("? Blend  (0.25)")
             terminal.wait_for("t = 0.25")
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
 
     def test_a_yes_or_no_has_help_too_and_takes_nothing_else(self, tmp_path):
         make_pair(tmp_path)
@@ -985,8 +964,7 @@ class TestWhatAStrangerTried:
             terminal.wait_for("Type y or n")
             terminal.send("maybe\r")
             terminal.wait_for("'maybe' is neither yes nor no.")
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
 
     def test_tab_behind_an_opened_quote_completes_what_is_then_found(self, tmp_path):
         make_checkpoint(tmp_path / "a model of mine", llama_tensors(1))
@@ -996,8 +974,7 @@ class TestWhatAStrangerTried:
             terminal.wait_for("a model of mine")
             terminal.send("\r")
             terminal.wait_for("? Secondary model")
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
 
     @cached_links
     def test_long_names_leave_room_for_the_reason_and_a_cached_model_goes_by_its_name(self, tmp_path, hub):
@@ -1026,8 +1003,7 @@ class TestMemory:
         assert "0.25" in kept.read_text()
         make_checkpoint(tmp_path / "elsewhere" / "here", llama_tensors(5))
         with Terminal.start(folder=tmp_path / "elsewhere") as terminal:
-            for prompt in ("? Primary model", "? Secondary model", "? Save directory", "? Blend  (0.25)"):
-                terminal.answer(prompt)
+            terminal.answer_all(("? Primary", ""), ("? Secondary", ""), ("? Save", ""), ("? Blend  (0.25)", ""))
             terminal.wait_for("t = 0.25")
             start_and_leave(terminal)
         assert names_below(tmp_path / "elsewhere") == {"here", "primary-secondary-slerp"}
@@ -1043,8 +1019,7 @@ class TestMemory:
             (folder / "settings.json").write_text(text)
             with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
                 terminal.wait_for("? Blend  (even)")
-                terminal.interrupt()
-                assert terminal.exit_status() == 130
+                assert terminal.stop() == 130
 
     def test_nothing_is_remembered_of_a_merge_without_a_person(self, tmp_path):
         make_pair(tmp_path)
@@ -1064,8 +1039,7 @@ class TestManners:
     def test_leaving_at_any_prompt(self, tmp_path, number, key):
         make_pair(tmp_path)
         with Terminal.start(folder=tmp_path) as terminal:
-            for prompt, answer in self.PROMPTS[:number]:
-                terminal.answer(prompt, answer)
+            terminal.answer_all(*self.PROMPTS[:number])
             terminal.wait_for(self.PROMPTS[number][0])
             started = time.monotonic()
             terminal.send(key)
@@ -1124,8 +1098,7 @@ class TestManners:
         with Terminal.start((*FOLDERS, "--yes"), folder=tmp_path) as terminal:
             terminal.wait_for(".weight  slerp, ")
             terminal.wait_for("layers  ██")
-            terminal.interrupt()
-            assert terminal.exit_status() == 130
+            assert terminal.stop() == 130
 
 
 def slow_pair(folder: Path) -> Path:

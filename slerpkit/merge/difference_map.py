@@ -101,22 +101,26 @@ class MapScale:
         )
 
 
+def angle_scale(angles: Sequence[float], subject: str = "parents") -> MapScale:
+    """The scale for angles, in degrees, from the least of them to the greatest."""
+    low, high = min(angles, default=0.0), max(angles, default=0.0)
+    return MapScale(
+        f"Angle between the {subject}, degrees",
+        lambda cell: cell.degrees,
+        lambda value: f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}",
+        lambda value: (value - low) / max(high - low, 1e-9),
+        ANGLE_RAMP,
+        f"{low:.2f} to {high:.2f}",
+    )
+
+
 def map_scales(found: DifferenceMap) -> tuple[MapScale, MapScale]:
     """Scales for the angles and for the norm ratios of a map, each from its own least to its greatest."""
-    angles = [cell.degrees for cell in found.cells if cell.degrees is not None] or [0.0]
+    angles = [cell.degrees for cell in found.cells if cell.degrees is not None]
     ratios = [cell.norm_ratio for cell in found.cells if cell.norm_ratio] or [1.0]
-    low, high = min(angles), max(angles)
     widest = max(max(abs(math.log(ratio)) for ratio in ratios), 1e-3)
-    subject = "parents" if found.vectors == "weights" else "task vectors"
     return (
-        MapScale(
-            f"Angle between the {subject}, degrees",
-            lambda cell: cell.degrees,
-            lambda value: f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}",
-            lambda value: (value - low) / max(high - low, 1e-9),
-            ANGLE_RAMP,
-            f"{low:.2f} to {high:.2f}",
-        ),
+        angle_scale(angles, "parents" if found.vectors == "weights" else "task vectors"),
         MapScale(
             "Norm of the secondary over the primary's",
             lambda cell: cell.norm_ratio,

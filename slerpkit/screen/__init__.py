@@ -1,0 +1,1 @@
+"""What a person sees and is asked: prompts, panels, progress, flags. Nothing below this package knows it."""

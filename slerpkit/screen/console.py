@@ -1,17 +1,22 @@
-"""What every drawing needs: marks, frames, tables, text a terminal can show."""
+"""What every drawing needs: marks, frames, tables, text a terminal can show.
+
+Knows nothing of models; every function takes the console that it draws for.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from slerpkit.messages import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
-    from rich.text import Text
-
     from slerpkit.messages import SlerpMergeError
 
 WIDEST_PANEL = 110  # longer lines are hard to read
@@ -21,7 +26,7 @@ MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "no
 
 def is_unicode(console: Console) -> bool:
     """Whether the terminal shows more than ASCII."""
-    return (console.encoding or "").lower().replace("-", "").startswith("utf")
+    return not console.options.ascii_only
 
 
 def displayable(console: Console, text: str) -> str:
@@ -35,27 +40,18 @@ def displayable(console: Console, text: str) -> str:
 
 def mark_of(console: Console, severity: str) -> Text:
     """The sign for a severity, in its colour."""
-    from rich.text import Text
-
     fancy, plain, colour = MARKS[severity]
     return Text(fancy if is_unicode(console) else plain, style=f"bold {colour}")
 
 
 def panel(console: Console, content: RenderableType, title: str) -> RenderableType:
     """A titled frame; plain ASCII where the terminal cannot show more."""
-    from rich import box
-    from rich.panel import Panel
-
-    frame = box.ROUNDED if is_unicode(console) else box.ASCII
     width = min(console.width, WIDEST_PANEL)
-    return Panel(content, title=title, title_align="left", box=frame, border_style="cyan", padding=(0, 1), width=width)
+    return Panel(content, title=title, title_align="left", border_style="cyan", padding=(0, 1), width=width)
 
 
 def fact_table(console: Console, facts: Iterable[tuple[str, str]]) -> Table:
     """Two columns: what, and its value."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -66,18 +62,20 @@ def fact_table(console: Console, facts: Iterable[tuple[str, str]]) -> Table:
 
 def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
     """Cause, then remedy. Comes last on the screen."""
-    from rich.text import Text
-
     arrow = "→" if is_unicode(console) else "->"
     cause, remedy = displayable(console, error.message), displayable(console, error.hint)
     return Text.assemble(mark_of(console, "blocking"), " ", cause, "\n", (f"{arrow} ", "bold"), remedy)
 
 
+def show_error(error: SlerpMergeError) -> None:
+    """The one message that a run ends in when something goes wrong, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    with contextlib.suppress(OSError):  # the terminal may be what was lost
+        console.print(render_error(console, error), soft_wrap=not console.is_terminal)
+
+
 def figure_table(console: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table of figures, right-aligned but for its first column."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for number, head in enumerate(heads):
         table.add_column(head, justify="right" if number else "left", overflow="fold")

@@ -44,7 +44,7 @@ def render_map(console: Console, found: DifferenceMap) -> RenderableType:
             lines.append(
                 Text.assemble(draw_cell(console, cell, scale, MAP_CELL_COLUMNS), " ", displayable(console, name))
             )
-        title = f"{scale.title}: {scale.ends}"
+        title = f"{scale.title}: {scale.range_text}"
         parts += [panel(console, Group(*lines), title)] if number or lines else []
     return Group(*parts)
 

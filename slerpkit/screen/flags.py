@@ -1,37 +1,55 @@
-"""Every question as a flag, and the command that says the same without questions."""
+"""Every question as a flag, what flags answer, and the command that says the same without questions.
+
+Functions of the arguments and of whether somebody can be asked; nothing here asks or shows. `--help` and `--version`
+end here, so that no library and as little of the house as can be is loaded. Read answers.py before this.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
 from slerpkit.files import clean_path
+from slerpkit.lazy import LazyModule
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
 from slerpkit.messages import SlerpMergeError, is_utf8, shortest_number
-from slerpkit.parents.checkpoint import find_model, short_name
 from slerpkit.recipe import (
     CHILD_DTYPES,
     DEVICES,
     MAX_THREADS,
     METHODS,
+    OPTION_FIELDS,
+    RECIPE_FIELDS,
     TEMPLATE_CHOICES,
     TOKENIZER_CHOICES,
     VECTORS,
     MergeRecipe,
     RunOptions,
     granularity_of,
-    recipe_and_options,
 )
-from slerpkit.recipe_file import read_recipe
-from slerpkit.schedule import parse_rule
+from slerpkit.schedule import order_rules, parse_rule
+from slerpkit.screen.answers import QUESTIONS, Answers, Blend
+
+if TYPE_CHECKING:
+    from slerpkit import demo, recipe_file
+    from slerpkit.evaluation import sweep
+    from slerpkit.parents import checkpoint
+else:  # what only some flags need
+    demo, recipe_file = LazyModule("slerpkit.demo"), LazyModule("slerpkit.recipe_file")
+    sweep, checkpoint = LazyModule("slerpkit.evaluation.sweep"), LazyModule("slerpkit.parents.checkpoint")
+
+
+class MissingFlags(Exception):
+    """Answers are missing, and nobody can be asked. Its text names the flags that would give them."""
 
 
 def parse_size(text: str) -> int:
@@ -80,6 +98,11 @@ def parse_prompt(text: str) -> str:
     return text
 
 
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """Names of tasks, separated by commas."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
 def parse_map_path(text: str) -> Path:
     """A file for a map. Raises SlerpMergeError where its ending names no format."""
     path = clean_path(text)
@@ -97,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
     )
     add = parser.add_argument
-    folder, model = usage_type(clean_path), usage_type(find_model)
+    folder, model = usage_type(clean_path), usage_type(lambda text: checkpoint.find_model(text))
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
@@ -108,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         "holds it (default 0.5)")  # fmt: skip
     add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
-    add("--granularity", choices=VECTORS, help="what nuslerp takes as one vector (default tensor)")
+    add("--granularity", dest="vectors", choices=VECTORS, help="what nuslerp takes as one vector (default tensor)")
     cosine = parse_within(float, sys.float_info.min, 1, "a cosine above 0, up to 1")
     norm = parse_within(float, 0, sys.float_info.max, "a norm from 0 on")
     add("--dot-threshold", type=cosine, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
@@ -127,7 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="let parents and child answer it side by side; may be given again")  # fmt: skip
     add("--perplexity", dest="texts", type=folder, action="append", default=[], metavar="FILE",
         help="compare how well parents and child predict a text; may be given again")  # fmt: skip
-    add("--score", dest="tasks", metavar="TASKS", help="evaluate all three on tasks of lm-eval, separated by commas")
+    add("--score", dest="tasks", type=parse_tasks, default=(), metavar="TASKS",
+        help="evaluate all three on tasks of lm-eval, separated by commas")  # fmt: skip
     add("--include-path", type=folder, metavar="FOLDER", help="where YAML tasks of your own for --score are")
     add("--sweep", action="store_true", help="find t by the --perplexity texts, or else the --score tasks, and make it")
     add("--child", type=folder, metavar="FOLDER", help="taste, measure or score a child that stands already")
@@ -145,36 +169,132 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def recipe_of(answers: Mapping[str, Any]) -> tuple[MergeRecipe, RunOptions]:
-    """The recipe that answers and flags make; what only a sweep asks for is left out."""
-    return recipe_and_options({k: v for k, v in answers.items() if k not in ("sweep_texts", "recipe_file")})
-
-
-JUDGEMENT_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
+EVALUATION_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
 CLASHING_FLAGS = {
     "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
     "child": {"demo", "sweep", "dry_run", "map"},
     "demo": {"sweep", "dry_run", "taste", "perplexity", "score", "map"},
     "dry_run": {"map"},
 }
-ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "schedule": "--t"}
+ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "blend": "--t"}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags, checked against each other; `--demo` answers more of them than it was given.
+
+    Raises SlerpMergeError where they ask for what cannot be had together. `--help`, `--version` and wrong usage end the
+    process, as argparse has it.
+    """
+    arguments = build_parser().parse_args(argv)
+    check_flags(arguments)
+    if arguments.demo:
+        answers = {"yes": True, "overwrite": True, "verify": "full", "prompts": [demo.DEMO_PROMPT]}
+        return argparse.Namespace(**{**vars(arguments), **answers})
+    return arguments
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raises SlerpMergeError where flags ask for what cannot be had together."""
+    given = {flag for flag in ("inspect", "child", "demo", "sweep", "dry_run") if getattr(arguments, flag)}
+    given |= {flag for flag, name in EVALUATION_FLAGS.items() if getattr(arguments, name)}
+    for flag, others in CLASHING_FLAGS.items():
+        if flag in given and (clashing := sorted(given & others)):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in clashing)
+            raise SlerpMergeError(f"--{flag.replace('_', '-')} does not go with {names}.", "Leave out one of them.")
+    for path in arguments.maps:
+        if not path.resolve().parent.is_dir():
+            raise SlerpMergeError(f"The folder of {path} is not there.", "Save the map into one that is.")
+        if path.exists() and not arguments.overwrite:
+            raise SlerpMergeError(f"{path} exists already.", "Give another name, or --overwrite.")
+    if arguments.sweep and (arguments.rules or arguments.recipe):
+        raise SlerpMergeError("A sweep finds t itself.", "Leave out --t and --recipe, or --sweep.")
+    if arguments.sweep and not (arguments.texts or arguments.tasks):
+        what = "A sweep needs something to measure children by."
+        raise SlerpMergeError(what, "Give --perplexity FILE, or --score TASK.")
+    if arguments.include_path and not arguments.tasks:
+        raise SlerpMergeError("--include-path goes with --score.", "Name the tasks too.")
+    if arguments.child is not None and not (arguments.prompts or arguments.texts or arguments.tasks):
+        raise SlerpMergeError("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
+
+
+def wants_evaluation(arguments: argparse.Namespace) -> bool:
+    """Whether flags ask for a map, or for something of the finished child that must be checked before it is made."""
+    return any(getattr(arguments, name) for name in EVALUATION_FLAGS.values())
+
+
+def answers_given(arguments: argparse.Namespace) -> Answers:
+    """What flags and a recipe file answer. A flag goes before the file.
+
+    Raises SlerpMergeError where the file cannot be read, or says what a flag says.
+    """
+    asked = {*QUESTIONS, "schedule", "overwrite", "restart"}
+    given = {name: getattr(arguments, name, None) for name in (*RECIPE_FIELDS, *OPTION_FIELDS) if name not in asked}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "vectors" in settings:
+        settings["vectors"] = VECTORS[settings["vectors"]]
+    blend = Blend(order_rules(arguments.rules)) if arguments.rules else None
+    if arguments.sweep:
+        texts = tuple(arguments.texts)
+        blend = Blend(objective=sweep.Objective(texts, () if texts else arguments.tasks, arguments.include_path))
+    answers = Answers(
+        arguments.primary,
+        arguments.secondary,
+        arguments.save_directory,
+        blend,
+        arguments.overwrite,
+        arguments.restart,
+        settings,
+    )
+    return answers if arguments.recipe is None else answers_of_recipe(arguments.recipe, answers)
+
+
+def answers_of_recipe(path: Path, given: Answers) -> Answers:
+    """A recipe file's answers, and those that flags give beside it. Raises SlerpMergeError where both say the same."""
+    decided = {"primary": given.primary, "secondary": given.secondary, "base": given.settings.get("base"),
+               "t": given.blend, "method": given.settings.get("method"),
+               "granularity": given.settings.get("vectors")}  # fmt: skip
+    if clashing := [f"--{flag}" for flag, value in decided.items() if value is not None]:
+        what = f"The recipe already says what {', '.join(clashing)} would."
+        raise SlerpMergeError(what, "Leave out the one or the other.")
+    recipe = recipe_file.read_recipe(path)
+    blend = Blend(recipe.schedule, recipe=recipe, recipe_file=path)
+    return dataclasses.replace(given, primary=recipe.primary, secondary=recipe.secondary, blend=blend)
+
+
+def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
+    """What flags answer, with what --yes and --dry-run take without asking.
+
+    Raises MissingFlags where more must be known and nobody can be asked; SlerpMergeError as answers_given does.
+    """
+    given = answers_given(arguments)
+    if not interactive:
+        check_nothing_is_missing(arguments, given)
+    takes_defaults = arguments.yes or arguments.inspect or (arguments.dry_run and not interactive)
+    return dataclasses.replace(given, blend=Blend()) if takes_defaults and given.blend is None else given
+
+
+def check_nothing_is_missing(arguments: argparse.Namespace, given: Answers) -> None:
+    """Raises MissingFlags where flags leave a question open, or whether to start."""
+    unneeded = {"save_directory"} if arguments.inspect else set()
+    takes_defaults = arguments.yes or arguments.dry_run or arguments.inspect
+    unneeded |= {"blend"} if takes_defaults else set()
+    missing = [ANSWER_FLAGS[name] for name in given.unanswered() if name not in unneeded]
+    missing += [] if takes_defaults else ["--yes"]
+    if missing:
+        text = f"no terminal to ask at; give {', '.join(missing)}"
+        raise MissingFlags(text + " (--yes takes every default that is left)." * ("--yes" in missing))
 
 
 def equivalent_command(
-    recipe: MergeRecipe, options: RunOptions, more: Sequence[str] = (), recipe_file: Path | None = None
+    recipe: MergeRecipe, options: RunOptions, more: Sequence[str] = (), recipe_path: Path | None = None
 ) -> str:
-    """The command line that does the same without asking, ready to paste."""
-    defaults = MergeRecipe(recipe.primary, recipe.secondary)
-    words = ["--save-dir", str(options.save_directory)]
-    if recipe_file is not None:
-        words += ["--recipe", str(recipe_file)]
-        defaults = read_recipe(recipe_file)
+    """The command line that does the same without asking, ready to paste. more: words for what else is asked for."""
+    if recipe_path is not None:
+        defaults = recipe_file.read_recipe(recipe_path)
+        words = ["--save-dir", str(options.save_directory), "--recipe", str(recipe_path)]
     else:
-        words = ["--primary", short_name(recipe.primary), "--secondary", short_name(recipe.secondary), *words]
-        for rule in () if "--sweep" in more else recipe.schedule.rules:
-            values = ",".join(map(shortest_number, rule.gradient))
-            words.append(f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}")
-        words += ["--base", short_name(recipe.base)] if recipe.base is not None else []
+        defaults = MergeRecipe(recipe.primary, recipe.secondary)
+        words = list(model_words(recipe, options, is_swept="--sweep" in more))
     if recipe.vectors != defaults.vectors:
         words += ["--granularity", granularity_of(recipe.vectors)]
     usual = {**vars(defaults), **vars(RunOptions(options.save_directory))}
@@ -189,3 +309,31 @@ def equivalent_command(
     words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
     return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])
+
+
+def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Iterator[str]:
+    """The flags for models and t, where no recipe file says them."""
+    yield from ("--primary", checkpoint.short_name(recipe.primary))
+    yield from ("--secondary", checkpoint.short_name(recipe.secondary))
+    yield from ("--save-dir", str(options.save_directory))
+    for rule in () if is_swept else recipe.schedule.rules:
+        values = ",".join(map(shortest_number, rule.gradient))
+        yield f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}"
+    if recipe.base is not None:
+        yield from ("--base", checkpoint.short_name(recipe.base))
+
+
+def evaluation_words(arguments: argparse.Namespace, objective: sweep.Objective | None) -> Iterator[str]:
+    """The flags for what follows a merge, or comes before it: a sweep, verification, tastes and figures."""
+    if arguments.verify:
+        yield from ("--verify", arguments.verify)
+    if objective is not None:
+        yield "--sweep"
+    for prompt in arguments.prompts:
+        yield from ("--taste", prompt)
+    for path in sorted({*arguments.texts, *(objective.texts if objective is not None else ())}):
+        yield from ("--perplexity", str(path))
+    if arguments.tasks:
+        yield from ("--score", ",".join(arguments.tasks))
+    if arguments.include_path:
+        yield from ("--include-path", str(arguments.include_path))

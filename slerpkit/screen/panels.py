@@ -1,4 +1,7 @@
-"""Parity, plan and report as panels; t as curves."""
+"""Parity, plan and report as panels; t as curves.
+
+Draws what it is given, and finds nothing out. What was measured is drawn by figures.py; read console.py before this.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from slerpkit.messages import format_bytes, format_count, format_names, format_seconds
 from slerpkit.parents.checkpoint import describe_checkpoint
 from slerpkit.parents.tensors import component_of, find_layer
 from slerpkit.screen.console import NARROW_COLUMNS, displayable, fact_table, is_unicode, mark_of, panel
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
     from slerpkit.child.report import MergeReport
     from slerpkit.merge.plan import MergePlan
     from slerpkit.parity.report import Mismatch, ParityReport
@@ -27,10 +32,6 @@ MAX_NOTICES = 12
 
 def render_parity(console: Console, report: ParityReport) -> RenderableType:
     """Every mismatch with its mark, both values, and what is done about it."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     if not report.mismatches:
         return panel(console, Text("The parents match in every respect that was checked."), "Parity")
     shown = [m for m in report.mismatches if m.severity != "notice"]
@@ -46,7 +47,7 @@ def render_parity(console: Console, report: ParityReport) -> RenderableType:
         for heading, ratio in (("primary", 2), ("secondary", 2), ("what follows", 4)):
             content.add_column(heading, ratio=ratio, overflow="fold")
         for m in shown:
-            cells = (Text(displayable(console, value)) for value in (m.subject, m.primary, m.secondary, m.consequence))
+            cells = (Text(displayable(console, text)) for text in (m.subject, m.primary, m.secondary, m.consequence))
             content.add_row(mark_of(console, m.severity), *cells)
     if len(notices) > MAX_NOTICES:
         content = Group(content, Text(more, style="dim"))
@@ -57,9 +58,6 @@ def render_parity(console: Console, report: ParityReport) -> RenderableType:
 
 def stacked_mismatches(console: Console, mismatches: Iterable[Mismatch]) -> RenderableType:
     """Mismatches one below the other, for narrow terminals."""
-    from rich.console import Group
-    from rich.text import Text
-
     lines: list[RenderableType] = []
     for m in mismatches:
         lines.append(Text.assemble(mark_of(console, m.severity), " ", (displayable(console, m.subject), "bold")))
@@ -121,9 +119,6 @@ def t_by_component(plan: MergePlan) -> list[tuple[str, str, list[float]]]:
 
 def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     """t over the layers, for each component of each stack, as it will be used; then the tensors outside layers."""
-    from rich.console import Group
-    from rich.text import Text
-
     lines: list[RenderableType] = []
     for stack, component, values in t_by_component(plan):
         name = displayable(console, f"{stack}  {component:<10}")
@@ -144,7 +139,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
     recipe = plan.recipe
     shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
     speed = format_bytes(plan.read_bytes_per_second)
-    donor = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
+    source = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
     facts = [
         ("primary", describe_checkpoint(plan.parents.primary)),
         ("secondary", describe_checkpoint(plan.parents.secondary)),
@@ -154,7 +149,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("kinship", plan.kinship.describe()),
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
-        ("tokenizer", donor + plan.parity.vocabulary.reason),
+        ("tokenizer", source + plan.parity.vocabulary.reason),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
         ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
@@ -179,9 +174,6 @@ def describe_outcome(report: MergeReport) -> str:
 
 def render_report(console: Console, report: MergeReport) -> RenderableType:
     """The closing summary: what stands where, how fast it was, what to know, what to do next."""
-    from rich.console import Group
-    from rich.text import Text
-
     plan, result = report.plan, report.merged
     parameters = format_count(sum(tensor.element_count for tensor in plan.tensors))
     speed = format_bytes(plan.child_bytes / max(result.seconds, 1e-9))

@@ -1,84 +1,94 @@
-"""Events become a live picture on a terminal, and plain lines elsewhere."""
+"""Events become a live picture on a terminal, and plain lines elsewhere.
+
+Knows events and a console; what is being done, and when it is over, is told to it. Read merge/events.py before this.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from slerpkit.merge.events import (
-    Noted,
-    WorkAdvanced,
-    WorkBegan,
-    WorkEnded,
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
 )
+from rich.text import Text
+
+from slerpkit.merge.difference_map import angle_scale
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import format_bytes
 from slerpkit.parents.tensors import find_layer
 from slerpkit.screen.console import displayable, is_unicode
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.text import Text
-
     from slerpkit.merge.events import Event
 
 REFRESHES_PER_SECOND = 8
 PLAIN_STEP_PERCENT = 5  # how often a line is printed where there is no terminal
-ANGLE_COLOURS = ((5, "blue"), (15, "cyan"), (30, "green"), (60, "yellow"), (91, "red"), (181, "magenta"))
 
 
 class LayerStrip:
-    """One cell for each layer of the language model, coloured by the angle between the parents there."""
+    """One cell for each layer of the language model, in the difference map's colour for the angle there."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        places = Counter(place for name in names if (place := find_layer(name)) is not None)
-        stacks = Counter(stack for stack, _ in places.elements())
+        found = Counter(layer for name in names if (layer := find_layer(name)) is not None)
+        stacks = Counter(stack for stack, _ in found.elements())
         self.stack = max(stacks, key=lambda stack: stacks[stack], default=None)
-        self.layers = sorted(layer for stack, layer in places if stack == self.stack)
-        self.angles: dict[int, list[float]] = {}
+        self.layers = sorted(layer for stack, layer in found if stack == self.stack)
+        self.angles: dict[int, list[float]] = {}  # degrees, by layer
 
-    def add(self, event: MergedTensor) -> None:
+    def add(self, merged: MergedTensor) -> None:
         """Takes a finished tensor's angle."""
-        place = find_layer(event.tensor.name)
-        if place is not None and place[0] == self.stack and event.weights.angle_degrees is not None:
-            self.angles.setdefault(place[1], []).append(event.weights.angle_degrees)
+        found = find_layer(merged.tensor.name)
+        if found is not None and found[0] == self.stack and merged.weights.angle_degrees is not None:
+            self.angles.setdefault(found[1], []).append(merged.weights.angle_degrees)
+
+    def cells(self, count: int) -> list[float | None]:
+        """The mean angle in each of `count` stretches of layers, in degrees; None where none is known yet."""
+        means: list[float | None] = []
+        for cell in range(count):
+            layers = self.layers[cell * len(self.layers) // count : (cell + 1) * len(self.layers) // count]
+            angles = [angle for layer in layers for angle in self.angles.get(layer, ())]
+            means.append(sum(angles) / len(angles) if angles else None)
+        return means
 
     def render(self, console: Console) -> Text:
         """The strip, in as many cells as there is room for; where there is no Unicode, an angle's tens."""
-        from rich.text import Text
-
-        count = min(len(self.layers), max(10, console.width - 12))
-        text = Text("layers  " if count else "", style="dim", no_wrap=True)
-        for cell in range(count):
-            part = self.layers[cell * len(self.layers) // count : (cell + 1) * len(self.layers) // count]
-            angles = [angle for layer in part for angle in self.angles.get(layer, ())]
-            if not angles:
-                text.append("·" if is_unicode(console) else ".")
-                continue
-            mean = sum(angles) / len(angles)
-            colour = next(colour for limit, colour in ANGLE_COLOURS if mean < limit)
-            text.append("█" if is_unicode(console) else str(min(int(mean / 10), 9)), style=f"not dim {colour}")
+        fancy = is_unicode(console)
+        cells = self.cells(min(len(self.layers), max(10, console.width - 12)))
+        text = Text("layers  " if cells else "", style="dim", no_wrap=True)
+        scale = angle_scale([angle for angle in cells if angle is not None])
+        for angle in cells:
+            if angle is None:
+                text.append("·" if fancy else ".")
+            else:
+                colour = ",".join(map(str, scale.colour(angle)))
+                text.append("█" if fancy else str(min(int(angle / 10), 9)), style=f"not dim rgb({colour})")
         return text
 
 
 class MergeView:
-    """Turns events into a live picture on a terminal, and into plain lines elsewhere."""
+    """Shows one stretch of work at a time: a bar on a terminal, with layers and tensors where it has them."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console = console
         self.quiet = quiet
-        self.live: Any = None
-        self.progress: Any = None
-        self.task: Any = None
-        self.total_bytes = 0
-        self.merged_bytes = 0
+        self.work = WorkBegan("", 0)
+        self.done = 0  # of work.total
         self.next_percent = PLAIN_STEP_PERCENT
-        self.line = ""
+        self.bar = self.bar_of(self.work)
+        self.live: Live | None = None
         self.strip = LayerStrip(())
-        self.work: Any = None  # the bar of work beside a merge
-        self.work_task: Any = None
+        self.line = ""  # the tensor at hand
 
     def __enter__(self) -> MergeView:
         return self
@@ -91,17 +101,9 @@ class MergeView:
         if self.quiet:
             return
         if isinstance(event, WorkBegan):
-            if event.in_bytes:
-                self.total_bytes = event.total
-                self.strip = LayerStrip(event.tensors)
-                self.start()
-            else:
-                self.begin_work(event)
+            self.begin(event)
         elif isinstance(event, WorkAdvanced):
-            if self.work is None:
-                self.advance(event.amount)
-            else:
-                self.advance_work(event.amount)
+            self.advance(event.amount)
         elif isinstance(event, MergedTensor):
             self.line = describe_tensor(event)
             self.strip.add(event)
@@ -110,86 +112,66 @@ class MergeView:
         elif isinstance(event, WorkEnded):
             self.stop()
 
-    def begin_work(self, event: WorkBegan) -> None:
-        """A bar for work beside a merge; a line where there is no terminal."""
+    def bar_of(self, work: WorkBegan) -> Progress:
+        """The bar of a stretch of work: named where it has a name, with its speed where it counts bytes."""
+        columns = [
+            *([TextColumn("{task.description}", markup=False)] if work.what else []),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            *([TransferSpeedColumn()] if work.in_bytes else []),
+            TimeRemainingColumn(compact=True),
+        ]
+        bar = Progress(*columns, console=self.console, expand=True)
+        bar.add_task(work.what, total=work.total)
+        return bar
+
+    def begin(self, work: WorkBegan) -> None:
+        """A picture for new work; a line where there is no terminal."""
         self.stop()
-        self.work = self.work_task = None
-        if not self.console.is_terminal:
-            self.console.print(f"{event.what} ...", highlight=False, markup=False)
+        self.work, self.done, self.next_percent = work, 0, PLAIN_STEP_PERCENT
+        self.bar, self.strip, self.line = self.bar_of(work), LayerStrip(work.tensors), ""
+        if self.console.is_terminal:
+            self.live = Live(
+                console=self.console,
+                get_renderable=self.render,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
+            )
+            self.live.start()
+        elif work.what:
+            self.console.print(f"{work.what} ...", highlight=False, markup=False)
+
+    def advance(self, amount: int) -> None:
+        """So much more of the work is done."""
+        self.done += amount
+        self.bar.update(self.bar.task_ids[0], completed=self.done)
+        if self.console.is_terminal or not self.work.in_bytes:
             return
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self.work = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            expand=True,
-            transient=True,
-            refresh_per_second=REFRESHES_PER_SECOND,
-        )
-        self.work_task = self.work.add_task(event.what, total=event.total)
-        self.live = self.work
-        self.work.start()
-
-    def advance_work(self, amount: int) -> None:
-        if self.work is not None:
-            self.work.advance(self.work_task, amount)
-
-    def start(self) -> None:
-        self.work = None
-        if not self.console.is_terminal:
-            return
-        from rich.live import Live
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            expand=True,
-        )
-        self.task = self.progress.add_task("", total=self.total_bytes, speed="")
-        self.live = Live(
-            console=self.console, get_renderable=self.render, refresh_per_second=REFRESHES_PER_SECOND, transient=True
-        )
-        self.live.start()
-
-    def advance(self, byte_count: int) -> None:
-        self.merged_bytes += byte_count
-        if self.progress is not None:
-            self.progress.update(self.task, completed=self.merged_bytes)
-            return
-        percent = 100 * self.merged_bytes // max(self.total_bytes, 1)
+        percent = 100 * self.done // max(self.work.total, 1)
         if percent >= self.next_percent:
             self.next_percent = percent - percent % PLAIN_STEP_PERCENT + PLAIN_STEP_PERCENT
-            text = f"{percent:3d} %  {format_bytes(self.merged_bytes)} of {format_bytes(self.total_bytes)}"
+            text = f"{percent:3d} %  {format_bytes(self.done)} of {format_bytes(self.work.total)}"
             self.console.print(text, highlight=False, markup=False)
 
     def render(self) -> RenderableType:
-        """The live picture: a bar over all bytes, and the tensor at hand."""
-        from rich.console import Group
-        from rich.text import Text
-
-        speed = self.progress.tasks[0].speed
-        self.progress.update(self.task, speed=f"{format_bytes(speed)}/s" if speed else "")
+        """The live picture: a bar, and of a merge the layers and the tensor at hand."""
+        if not self.work.tensors:
+            return self.bar.get_renderable()
         overflow = "ellipsis" if is_unicode(self.console) else "crop"
         line = Text(displayable(self.console, self.line), style="dim", no_wrap=True, overflow=overflow)
-        return Group(self.progress.get_renderable(), self.strip.render(self.console), line)
+        return Group(self.bar.get_renderable(), self.strip.render(self.console), line)
 
     def stop(self) -> None:
+        """Takes the live picture away."""
         if self.live is not None:
             with contextlib.suppress(OSError):  # a terminal that is gone needs no tidying
                 self.live.stop()
             self.live = None
 
 
-def describe_tensor(event: MergedTensor) -> str:
-    """One line for the tensor at hand: its name, rule and angle."""
-    weights = event.weights
+def describe_tensor(merged: MergedTensor) -> str:
+    """One line for the tensor at hand: its name, what was done with it, and the angle between the parents there."""
+    weights = merged.weights
     angle = f", {weights.angle_degrees:.2f}°" if weights.angle_degrees is not None else ""
     reason = f" ({weights.reason})" if weights.reason else ""
-    return f"{event.tensor.name}  {weights.operation}{reason}{angle}"
+    return f"{merged.tensor.name}  {weights.operation}{reason}{angle}"

@@ -1,4 +1,7 @@
-"""The process and its terminal: signals, encodings, torch loading behind the prompts."""
+"""The process and its terminal: signals, encodings, torch loading behind the prompts, and how the process ends.
+
+Knows nothing of merging. Loaded once the flags are read.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
+
+import colorama
 
 from slerpkit.merge.save_directory import STOP_SIGNALS
 
@@ -55,10 +61,20 @@ def signals_end_it() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process. Libraries that still load in the background are not waited for."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
+    if threading.active_count() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def prepare_terminal() -> None:
     """Makes old consoles understand colours, and names that a terminal cannot show stop nothing."""
-    import colorama
-
     colorama.just_fix_windows_console()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

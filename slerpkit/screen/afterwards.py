@@ -1,0 +1,143 @@
+"""What is asked of a finished child, by flags or at the prompt: a full verification, tastes, perplexities, scores.
+
+How a figure is found is evaluation's business, how it is drawn figures.py's. What is asked for is checked before the
+merge begins, so that nobody waits for a child and then learns that its text was not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.child.report import amend_report
+from slerpkit.evaluation.harness import find_tasks, score
+from slerpkit.evaluation.models import ComparedModels, check_generates_text, verify_with_transformers
+from slerpkit.evaluation.perplexity import compare_perplexity, read_judged_text
+from slerpkit.evaluation.taste import taste
+from slerpkit.files import is_inside
+from slerpkit.merge.difference_map import map_of_merge, save_map
+from slerpkit.messages import SlerpMergeError
+from slerpkit.screen.console import mark_of, render_error
+from slerpkit.screen.figures import render_perplexities, render_scores, render_tastes
+
+if TYPE_CHECKING:
+    from slerpkit.child.report import MergeReport
+    from slerpkit.evaluation.sweep import Objective
+    from slerpkit.merge.difference_map import DifferenceMap
+    from slerpkit.merge.events import Observer
+    from slerpkit.merge.plan import MergePlan
+    from slerpkit.parents.checkpoint import Checkpoint
+    from slerpkit.recipe import MergeRecipe
+    from slerpkit.screen.session import Session
+
+GENERATING_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def models_to_compare(recipe: MergeRecipe, child: Path, device: str) -> ComparedModels:
+    """A child and the parents that it was made of."""
+    return ComparedModels((("primary", recipe.primary), ("secondary", recipe.secondary), ("child", child)), device)
+
+
+def check_evaluation(session: Session, parents: Sequence[Checkpoint], objective: Objective | None) -> None:
+    """Raises SlerpMergeError, before anything is made, where what flags or a sweep ask for cannot be done."""
+    arguments = session.arguments
+    texts = [*arguments.texts, *(objective.texts if objective is not None else ())]
+    for path in texts:
+        read_judged_text(path)
+    if texts or arguments.prompts or arguments.tasks:
+        for parent in parents:
+            check_generates_text(parent, reads_on=bool(texts))
+        numbered = tuple((str(number), parent.folder) for number, parent in enumerate(parents))
+        ComparedModels(numbered).tokenizer_folder("0")
+    if arguments.tasks:
+        find_tasks(arguments.tasks, arguments.include_path)
+
+
+def check_maps(session: Session, recipe: MergeRecipe, save_directory: Path | None = None) -> None:
+    """Raises SlerpMergeError where --map would write among a model's files."""
+    models = (recipe.primary, recipe.secondary, recipe.base, save_directory)
+    for path in session.arguments.maps:
+        if any(is_inside(path.resolve(), folder.resolve()) for folder in models if folder is not None):
+            raise SlerpMergeError(f"{path} lies in a model's folder.", "Save the map somewhere else.")
+
+
+def save_maps(session: Session, differences: DifferenceMap) -> None:
+    """Writes the map into each file of --map."""
+    for path in session.arguments.maps:
+        save_map(differences, path, "How the parents differ")
+        session.leave(f"The map stands in {path}.")
+        session.show(session.closing_note)
+
+
+def save_maps_of_merge(session: Session, report: MergeReport) -> None:
+    """Writes what a merge measured on its way into each file of --map."""
+    if session.arguments.maps:
+        save_maps(session, map_of_merge(report.merged, report.plan.recipe.compared_vectors))
+
+
+def verify_fully(session: Session, report: MergeReport) -> MergeReport:
+    """--verify full, or what the person says to the offer of it: the report, with what was found right.
+
+    Raises SlerpMergeError where transformers does not load the child as it should.
+    """
+    asked = session.arguments.verify
+    if asked == "quick" or (asked is None and not session.offers("Load the child with transformers, to be sure?")):
+        return report
+    checks = verify_with_transformers(report.child)
+    for check in checks:
+        session.show(f"{mark_of(session.console, 'resolved')} {check}")
+    verified = dataclasses.replace(report.verified, checks=report.verified.checks + checks)
+    content = {**report.content, "checks": [*report.content["checks"], *checks]}
+    return dataclasses.replace(report, verified=verified, content=content)
+
+
+def evaluate_as_flags_ask(session: Session, models: ComparedModels, objective: Objective | None = None) -> None:
+    """--taste, --perplexity and --score. What a sweep has just measured children by is not measured once more."""
+    arguments = session.arguments
+    if arguments.prompts:
+        evaluate(session, models, "tastes", functools.partial(taste, models, arguments.prompts))
+    if arguments.texts and objective is None:
+        measured = functools.partial(compare_perplexity, models, arguments.texts)
+        evaluate(session, models, "perplexities", measured)
+    if arguments.tasks and (objective is None or objective.texts):
+        scored = functools.partial(score, models, arguments.tasks, arguments.include_path)
+        evaluate(session, models, "scores", scored)
+
+
+def evaluate_as_asked(session: Session, models: ComparedModels) -> None:
+    """Tastes and perplexities until the person has had enough. What goes wrong is told, and the child stands."""
+    while (wanted := session.wizard.ask_next()) != "leave":
+        try:
+            if wanted == "perplexity":
+                path = session.wizard.ask_text_file("Text file")
+                evaluate(session, models, "perplexities", functools.partial(compare_perplexity, models, [path]))
+            elif prompts := session.wizard.ask_prompts():
+                evaluate(session, models, "tastes", functools.partial(taste, models, prompts))
+        except SlerpMergeError as error:
+            session.show(render_error(session.console, error))
+
+
+def evaluate(session: Session, models: ComparedModels, kind: str, work: Callable[[Observer], list[Any]]) -> None:
+    """One kind of evaluation: done, shown, and added to the child's report."""
+    renderers = {"tastes": render_tastes, "perplexities": render_perplexities, "scores": render_scores}
+    with session.view:
+        findings = work(session.observe)
+    session.show(renderers[kind](session.console, findings))
+    add_to_report(session, dict(models.folders)["child"], {kind: findings})
+
+
+def add_to_report(session: Session, child: Path, findings: dict[str, Any]) -> None:
+    """Adds what was found to a child's report and to what --json prints. What goes wrong there is told at the end."""
+    session.findings |= findings
+    try:
+        amend_report(child, findings)
+    except SlerpMergeError as error:
+        session.deferred_error = error
+
+
+def may_generate_text(plan: MergePlan) -> bool:
+    """Whether a taste is worth offering, by what the config calls itself; transformers need not load for it."""
+    return plan.tokenizer_role is not None and plan.parents.primary.architecture.endswith(GENERATING_KINDS)

@@ -1,0 +1,71 @@
+"""What flags and the person have said: one field for each setting, whoever gives it.
+
+Knows neither how flags are spelt nor how prompts look, and opens no file. Read recipe.py before this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.recipe import OPTION_FIELDS, RECIPE_FIELDS, MergeRecipe, RunOptions
+from slerpkit.schedule import Schedule
+
+if TYPE_CHECKING:
+    from slerpkit.evaluation.sweep import Objective
+
+# The fields of Answers that are asked for, in their order, and the words that people have for them.
+QUESTIONS = {"primary": "primary", "secondary": "secondary", "save_directory": "save directory", "blend": "blend"}
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How the parents are blended: the answer to `Blend`, or what flags say in its place."""
+
+    schedule: Schedule = Schedule.constant(0.5)
+    base: Path | None = None  # where given, what each parent learned since this model is blended
+    objective: Objective | None = None  # where given, t is found by it, and the schedule is where that begins
+    recipe: MergeRecipe | None = None  # of a recipe file, which decides all this and more
+    recipe_file: Path | None = None
+    text: str | None = None  # as it was typed, to be offered again
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known so far. A field of QUESTIONS that is None is still to be asked."""
+
+    primary: Path | None = None
+    secondary: Path | None = None
+    save_directory: Path | None = None
+    blend: Blend | None = None
+    overwrite: bool | None = None  # a model that stands in the save directory; None: nobody has said
+    restart: bool | None = None  # what an earlier run left unfinished for it; None: nobody has said
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # other fields of MergeRecipe and RunOptions
+
+    def unanswered(self) -> list[str]:
+        """The questions that are still to be asked."""
+        return [name for name in QUESTIONS if getattr(self, name) is None]
+
+    def without(self, question: str) -> Answers:
+        """All but one answer, which is to be given anew."""
+        gone = ("save_directory", "overwrite", "restart") if question == "save_directory" else (question,)
+        return dataclasses.replace(self, **dict.fromkeys(gone))
+
+    @property
+    def recipe(self) -> MergeRecipe:
+        """What is to be made. Both parents must be known."""
+        blend = self.blend or Blend()
+        recipe = blend.recipe or MergeRecipe(self.primary, self.secondary, blend.schedule, base=blend.base)
+        chosen = {name: value for name, value in self.settings.items() if name in RECIPE_FIELDS}
+        return dataclasses.replace(recipe, primary=self.primary, secondary=self.secondary, **chosen)
+
+    @property
+    def options(self) -> RunOptions:
+        """How it is to be made. Where no save directory is known, nothing may be written by them."""
+        chosen = {name: value for name, value in self.settings.items() if name in OPTION_FIELDS}
+        return RunOptions(
+            self.save_directory or Path(), overwrite=bool(self.overwrite), restart=bool(self.restart), **chosen
+        )

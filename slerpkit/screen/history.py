@@ -1,0 +1,78 @@
+"""What is remembered of the last merge: its folders and its blend, to be offered again. Nothing else, nowhere else.
+
+Knows the file that it is kept in, and nothing of prompts; a torn file is no loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slerpkit.files import read_json_if_there, write_json
+from slerpkit.messages import SlerpMergeError
+from slerpkit.screen.answers import Answers, Blend
+
+if TYPE_CHECKING:
+    from slerpkit.recipe import MergeRecipe, RunOptions
+
+
+def settings_folder() -> Path:
+    """Where this person's programs keep their settings, as the system has it."""
+    if os.name == "nt":
+        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return base / "slerpmerge"
+
+
+class History:
+    """The folders and the blend of the last merge, to be offered again. Nothing else, and nowhere else."""
+
+    max_recent = 12  # models
+
+    def __init__(self) -> None:
+        self.path = settings_folder() / "settings.json"
+        try:
+            self.content = read_json_if_there(self.path)
+        except SlerpMergeError:  # a torn file is no loss
+            self.content = {}
+
+    def answers(self) -> Answers:
+        """The last models, where they are still there, and the last blend, in whatever words it was stored."""
+        folders = {name: self.content.get(name) for name in ("primary", "secondary")}
+        there = {name: Path(path) for name, path in folders.items() if isinstance(path, str) and Path(path).is_dir()}
+        blend = self.content.get("blend")
+        return Answers(**there, blend=Blend(text=blend) if isinstance(blend, str) else None)
+
+    @property
+    def recent(self) -> list[Path]:
+        """Models used of late, the last first; some may be gone."""
+        values = self.content.get("places")
+        return [Path(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
+
+    def remember(self, recipe: MergeRecipe, options: RunOptions, blend: str | None) -> None:
+        """Keeps what a merge was made of. A disk that does not take it is no reason to stop."""
+        used = [folder.resolve() for folder in (recipe.primary, recipe.secondary)]
+        recent = [*used, options.save_directory.resolve(), *(folder for folder in self.recent if folder not in used)]
+        content = {
+            "primary": str(used[0]),
+            "secondary": str(used[1]),
+            "blend": blend or self.content.get("blend"),
+            "places": list(dict.fromkeys(map(str, recent)))[: self.max_recent],
+        }
+        with contextlib.suppress(OSError, SlerpMergeError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, content)
+
+    def forget(self) -> bool:
+        """Removes what was remembered; whether there was anything."""
+        try:
+            self.path.unlink()
+        except FileNotFoundError:
+            return False
+        return True
