@@ -6,7 +6,6 @@ command, tries every twentieth for comparison, and holds the methods and the gra
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,17 +19,15 @@ from rich.console import Console
 from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
 from slerpkit.evaluation.sweep import Objective, find_t, forget_sweep
-from slerpkit.recipe import MergeRecipe
-from slerpkit.schedule import Schedule, parse_blend
+from slerpkit.merge.events import ignore
+from slerpkit.merge.plan import MergePlan
+from slerpkit.schedule import parse_blend
 from slerpkit.screen.figures import render_map, render_sweep
-from slerpkit.story import execute_merge, inspect_parents, prepare_merge
+from slerpkit.story import execute_merge, inspect_parents
+from tests.builders import plan_of
 from tests.specialists import Specialists, make_specialists
 
 GRADIENTS = ("attention and mlp", "primary at the ends", "secondary at the ends", "ramp")
-
-
-def quiet(event: object) -> None:
-    """Nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +51,28 @@ class Proof:
         self.made = made
         self.count = 0
 
-    def recipe(self, **settings: Any) -> MergeRecipe:
+    def plan(self, t: float = 0.5, **settings: Any) -> MergePlan:
+        """Of a new child, t as builders.plan_of takes it."""
         self.count += 1
         child = self.folder / f"child-{self.count}"
-        return MergeRecipe(self.made.primary, self.made.secondary, child, device="cpu", **settings)
+        return plan_of(self.made.primary, self.made.secondary, child, t, device="cpu", **settings)
 
     def measure(self, name: str, folder: Path) -> Row:
         """A model's bits per byte on both texts."""
         entries = compare_perplexity(
-            ComparedModels((("child", folder),), "cpu"), (self.made.arithmetic, self.made.reversal), quiet
+            ComparedModels((("child", folder),), "cpu"), (self.made.arithmetic, self.made.reversal), ignore
         )
         return Row(name, *(entry["models"][0]["bits_per_byte"] for entry in entries))
 
     def merged(self, name: str, **settings: Any) -> Row:
         """A child made for it."""
-        return self.measure(name, execute_merge(prepare_merge(self.recipe(**settings), quiet), quiet).child)
+        return self.measure(name, execute_merge(self.plan(**settings)).child)
 
     def sweep(self, **settings: Any) -> dict[str, Any]:
         """The entry of a sweep on both texts."""
-        plan = prepare_merge(self.recipe(**settings), quiet)
-        entry = find_t(plan, Objective((self.made.arithmetic, self.made.reversal)), quiet)
-        forget_sweep(plan.recipe.save_directory)
+        plan = self.plan(**settings)
+        entry = find_t(plan, Objective((self.made.arithmetic, self.made.reversal)), ignore)
+        forget_sweep(plan.options.save_directory)
         return entry
 
     def swept(self, name: str, **settings: Any) -> Row:
@@ -86,7 +84,7 @@ class Proof:
     def exhaustive(self, step: float = 0.05) -> list[tuple[float, Row]]:
         """Every t from one step to one before the end, with its child's costs."""
         ts = [round(number * step, 4) for number in range(1, round(1 / step))]
-        return [(t, self.merged(f"t = {t:g}", schedule=Schedule.constant(t))) for t in ts]
+        return [(t, self.merged(f"t = {t:g}", t=t)) for t in ts]
 
     def methods(self) -> list[Row]:
         """Both parents and the base, then each method at the t that a sweep finds for it, then the gradient blends."""
@@ -120,8 +118,8 @@ def main() -> None:
         )
         rows = proof.methods()
         print(table(rows))
-        found = inspect_parents(dataclasses.replace(proof.recipe(), save_directory=Path()), quiet)
-        console.print(render_map(console, found))
+        plan = proof.plan()
+        console.print(render_map(console, inspect_parents(plan.recipe, plan.options)))
 
 
 if __name__ == "__main__":

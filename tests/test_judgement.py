@@ -25,21 +25,15 @@ from slerpkit.evaluation.perplexity import (
     standard_error,
 )
 from slerpkit.evaluation.taste import taste
-from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded, ignore
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import MergeRecipe
 from slerpkit.screen.figures import render_perplexities, render_tastes
-from slerpkit.story import execute_merge, prepare_merge
-from tests.builders import VOCABULARY, add_tokenizer, edit_json, make_pair, make_real_model
+from tests.builders import VOCABULARY, add_tokenizer, edit_json, make_pair, make_real_model, merge
 from tests.conftest import fingerprint
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run  # noqa: F401  (a fixture)
 
 ALPHABET = [chr(0x4E00 + number) for number in range(1, VOCABULARY)]
-
-
-def quiet(event: object) -> None:
-    """Nobody watches."""
 
 
 def write_text(path: Path, characters: int, seed: int = 1) -> Path:
@@ -53,8 +47,7 @@ def family(tmp_path, parents) -> ComparedModels:
     """Two real tiny models and their child, which are asked on the processor."""
     primary, secondary = (make_real_model(tmp_path / name, seed) for seed, name in ((1, "primary"), (2, "secondary")))
     parents.watch(primary, secondary)
-    recipe = MergeRecipe(primary, secondary, tmp_path / "child", device="cpu")
-    child = execute_merge(prepare_merge(recipe, quiet), quiet).child
+    child = merge(primary, secondary, tmp_path / "child", device="cpu").child
     return ComparedModels((("primary", primary), ("secondary", secondary), ("child", child)), "cpu")
 
 
@@ -86,7 +79,7 @@ def direct_nats(folder: Path, text: str, window: int, stride: int) -> tuple[floa
 @pytest.mark.parametrize("characters", [2, 63, 64, 65, 200, 333])
 def test_perplexity_is_that_of_transformers(family, tmp_path, characters):
     path = write_text(tmp_path / "text.txt", characters)
-    (entry,) = compare_perplexity(family, [path], quiet)
+    (entry,) = compare_perplexity(family, [path], ignore)
     assert [model["role"] for model in entry["models"]] == ["primary", "secondary", "child"]
     for model, (_, folder) in zip(entry["models"], family.folders):
         nats, tokens = direct_nats(folder, path.read_text("utf-8"), window=64, stride=32)
@@ -137,7 +130,7 @@ def test_texts_cut_into_other_steps_are_not_paired():
 
 
 def test_a_text_shorter_than_a_window_is_measured_and_said_to_be(family, tmp_path):
-    (entry,) = compare_perplexity(family, [write_text(tmp_path / "text.txt", 20)], quiet)
+    (entry,) = compare_perplexity(family, [write_text(tmp_path / "text.txt", 20)], ignore)
     assert "shorter than a window" in entry["measured"]
     assert entry["child_against"]["primary"]["noise"] is None
     assert entry["models"][0]["noise"] is None
@@ -179,8 +172,8 @@ def test_answers_are_greedy_and_the_models_own(family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompt = "".join(ALPHABET[:5])
-    entries = taste(family, [prompt, ALPHABET[7]], quiet)
-    assert entries == taste(family, [prompt, ALPHABET[7]], quiet), "the same again"
+    entries = taste(family, [prompt, ALPHABET[7]], ignore)
+    assert entries == taste(family, [prompt, ALPHABET[7]], ignore), "the same again"
     assert list(entries[0]["answers"]) == ["primary", "secondary", "child"]
     for role, folder in family.folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -200,19 +193,19 @@ def test_a_chat_template_is_applied_where_there_is_one(family):
     mark = ALPHABET[20]
     (child / "chat_template.jinja").write_text(f"{mark}{{{{ messages[0]['content'] }}}}{mark}", encoding="utf-8")
     edit_json(child / "tokenizer_config.json", chat_template=f"{mark}{{{{ messages[0]['content'] }}}}{mark}")
-    (entry,) = taste(family, [ALPHABET[3]], quiet)
+    (entry,) = taste(family, [ALPHABET[3]], ignore)
     assert "the chat templates of child" in entry["measured"]
     plain = ComparedModels((("child", child),), "cpu")
     (child / "chat_template.jinja").unlink()
     edit_json(child / "tokenizer_config.json", chat_template=...)
-    (same,) = taste(plain, [mark + ALPHABET[3] + mark], quiet)
+    (same,) = taste(plain, [mark + ALPHABET[3] + mark], ignore)
     assert same["answers"]["child"] == entry["answers"]["child"]
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("  ", "empty"), ("".join(ALPHABET * 2), "94 tokens")])
 def test_a_prompt_that_cannot_be_answered_is_refused(family, prompt, words):
     with pytest.raises(SlerpMergeError, match=words):
-        taste(family, [prompt], quiet)
+        taste(family, [prompt], ignore)
 
 
 def test_one_model_is_in_memory_at_a_time(family, tmp_path, monkeypatch):
@@ -228,8 +221,8 @@ def test_one_model_is_in_memory_at_a_time(family, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", classmethod(counted))
-    compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
-    taste(family, [ALPHABET[1]], quiet)
+    compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], ignore)
+    taste(family, [ALPHABET[1]], ignore)
     assert most == [1] * 6
 
 
@@ -251,7 +244,7 @@ def test_a_parent_without_a_tokenizer_reads_with_anothers(family, tmp_path):
     bare = ComparedModels((family.folders[0], ("secondary", tmp_path / "bare"), family.folders[2]), "cpu")
     text = write_text(tmp_path / "text.txt", 100)
     assert (
-        compare_perplexity(bare, [text], quiet)[0]["models"] == compare_perplexity(family, [text], quiet)[0]["models"]
+        compare_perplexity(bare, [text], ignore)[0]["models"] == compare_perplexity(family, [text], ignore)[0]["models"]
     )
 
 
@@ -308,7 +301,7 @@ def test_a_device_that_runs_out_of_memory_is_named(family, tmp_path, monkeypatch
 
     monkeypatch.setattr("slerpkit.evaluation.perplexity.text_loss", fail)
     with pytest.raises(DeviceOutOfMemory, match="The device cpu ran out of memory with primary"):
-        compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
+        compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], ignore)
 
 
 def crowded(device: str, tried: list[str]) -> Sequence[str]:
@@ -320,9 +313,7 @@ def crowded(device: str, tried: list[str]) -> Sequence[str]:
 
 
 def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor(family, monkeypatch):
-    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True, "mps": False})
-    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: 1e12)
     events: list[object] = []
     chosen = ComparedModels(family.folders, "auto")
@@ -331,7 +322,7 @@ def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor
     (noted,) = (event.text for event in events if isinstance(event, Noted))
     assert "ran out of memory" in noted
     with pytest.raises(DeviceOutOfMemory):  # what the person asked for is not changed unasked
-        with_fallback_to_cpu(ComparedModels(family.folders, "cuda"), quiet, lambda device, _: crowded(device, []))
+        with_fallback_to_cpu(ComparedModels(family.folders, "cuda"), ignore, lambda device, _: crowded(device, []))
 
 
 @pytest.mark.parametrize(
@@ -339,9 +330,7 @@ def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor
     [(1e12, ("cuda", "bfloat16")), (1e5, ("cpu", "float32"))],
 )
 def test_the_device_is_the_one_that_fits(family, monkeypatch, memory, place):
-    monkeypatch.setattr("slerpkit.merge.arithmetic.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True, "mps": False})
-    monkeypatch.setattr("slerpkit.merge.journal.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: memory)
     assert choose_device_and_dtype(ComparedModels(family.folders, "auto")) == place
     assert choose_device_and_dtype(ComparedModels(family.folders, "cpu")) == ("cpu", "float32")
@@ -355,7 +344,7 @@ def test_a_model_of_nothing_but_nan_is_refused(family, tmp_path):
     nothing = {name: torch.full_like(v, torch.nan) for name, v in tensors.items()}
     save_file(nothing, child / "model.safetensors", {"format": "pt"})
     with pytest.raises(SlerpMergeError, match="a probability that is no number"):
-        compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], quiet)
+        compare_perplexity(family, [write_text(tmp_path / "text.txt", 100)], ignore)
 
 
 # ── What stays of it ──
@@ -385,7 +374,7 @@ def test_what_a_person_wrote_into_the_card_stays(family):
         + "\nMy own last words.\n"
     )
     card.write_text(own, encoding="utf-8")
-    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], quiet)})
+    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], ignore)})
     told = card.read_text("utf-8")
     assert "Made on a rainy Sunday." in told
     assert told.endswith("My own last words.\n")
@@ -395,7 +384,7 @@ def test_what_a_person_wrote_into_the_card_stays(family):
 def test_a_card_without_marks_keeps_all_it_has(family):
     child = family.folders[2][1]
     (child / "README.md").write_text("Mine alone.\n", encoding="utf-8")
-    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], quiet)})
+    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], ignore)})
     assert (child / "README.md").read_text("utf-8").startswith("Mine alone.\n\n<!--")
 
 
@@ -426,7 +415,7 @@ def test_a_model_that_lacks_weights_is_not_asked(family, tmp_path):
     save_file(tensors, child / "other.safetensors", {"format": "pt"})
     (child / "other.safetensors").replace(child / "model.safetensors")
     with pytest.raises(SlerpMergeError, match="lacks weights: model.layers.0.mlp"):
-        taste(family, [ALPHABET[1]], quiet)
+        taste(family, [ALPHABET[1]], ignore)
 
 
 @pytest.mark.parametrize(
@@ -504,9 +493,9 @@ def test_a_folder_that_is_no_child_is_refused(run, family):  # noqa: F811
 def test_the_screen_has_all_figures_within_its_width(family, tmp_path, width, encoding, monkeypatch):
     monkeypatch.setattr(RecordingConsole, "encoding", encoding)
     console = RecordingConsole(width)
-    entries = compare_perplexity(family, [write_text(tmp_path / "text.txt", 200)], quiet)
+    entries = compare_perplexity(family, [write_text(tmp_path / "text.txt", 200)], ignore)
     console.print(render_perplexities(console, entries))
-    console.print(render_tastes(console, taste(family, [ALPHABET[1]], quiet)))
+    console.print(render_tastes(console, taste(family, [ALPHABET[1]], ignore)))
     text = console.export_text()
     assert max(map(cell_len, text.splitlines())) <= width
     for model in entries[0]["models"]:
@@ -519,5 +508,4 @@ def test_plain_merges_ask_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr("slerpkit.evaluation.harness.load_harness", lambda: pytest.fail("loaded"))
     monkeypatch.setattr("slerpkit.evaluation.taste.loaded_model", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr("slerpkit.evaluation.perplexity.loaded_model", lambda *_: pytest.fail("loaded"))
-    recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child")
-    execute_merge(prepare_merge(recipe, quiet), quiet)
+    merge(*make_pair(tmp_path), tmp_path / "child")

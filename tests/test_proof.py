@@ -8,7 +8,8 @@ import pytest
 
 from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
-from tests.proof import GRADIENTS, Proof, Row, quiet, table
+from slerpkit.merge.events import ignore
+from tests.proof import GRADIENTS, Proof, Row, table
 from tests.specialists import make_specialists
 
 pytestmark = pytest.mark.slow
@@ -68,8 +69,8 @@ def test_methods_and_gradients_are_held_against_each_other(proof):
 def test_parents_lose_as_much_whatever_they_are_compared_with(proof):
     """The figures of a model do not depend on its lineup."""
     texts = (proof.made.arithmetic,)
-    alone = compare_perplexity(ComparedModels((("child", proof.made.primary),), "cpu"), texts, quiet)
+    alone = compare_perplexity(ComparedModels((("child", proof.made.primary),), "cpu"), texts, ignore)
     both = compare_perplexity(
-        ComparedModels((("primary", proof.made.secondary), ("child", proof.made.primary)), "cpu"), texts, quiet
+        ComparedModels((("primary", proof.made.secondary), ("child", proof.made.primary)), "cpu"), texts, ignore
     )
     assert alone[0]["models"][0] == both[0]["models"][1]

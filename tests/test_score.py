@@ -17,10 +17,10 @@ import slerpmerge
 from slerpkit.demo import make_demo_tokenizer
 from slerpkit.evaluation.harness import judged_metrics, score, sign_test, verdict_on
 from slerpkit.evaluation.models import ComparedModels
+from slerpkit.merge.events import ignore
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import MergeRecipe
 from slerpkit.screen.figures import render_scores
-from slerpkit.story import execute_merge, prepare_merge
+from tests.builders import merge
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run, run_program  # noqa: F401  (run is a fixture)
 
@@ -30,10 +30,6 @@ needs_harness = pytest.mark.skipif(
     not (importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate")),
     reason='the harness is not installed: pip install "lm-eval[hf]"',
 )
-
-
-def quiet(event: object) -> None:
-    """Nobody watches."""
 
 
 def make_reader(folder: Path, seed: int) -> Path:
@@ -59,7 +55,7 @@ def family(tmp_path_factory) -> Path:
     """A folder with primary, secondary and child."""
     folder = tmp_path_factory.mktemp("family")
     primary, secondary = (make_reader(folder / name, seed) for seed, name in ((1, "primary"), (2, "secondary")))
-    execute_merge(prepare_merge(MergeRecipe(primary, secondary, folder / "child", device="cpu"), quiet), quiet)
+    merge(primary, secondary, folder / "child", device="cpu")
     return folder
 
 
@@ -276,4 +272,4 @@ def test_a_harness_without_figures_for_items_is_refused(monkeypatch, place):
     roles = ("primary", "secondary", "child")
     lineup = ComparedModels(tuple((role, place / role) for role in roles), "cpu")
     with pytest.raises(SlerpMergeError, match="no figure that is a mean over their items"):
-        score(lineup, ["x"], None, quiet)
+        score(lineup, ["x"], None, ignore)

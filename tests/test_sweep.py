@@ -23,24 +23,20 @@ from slerpkit.evaluation.sweep import (
     remove_trial,
 )
 from slerpkit.files import is_inside
-from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, ignore
 from slerpkit.merge.plan import MergePlan
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import LayerSlice, MergeRecipe
+from slerpkit.recipe import LayerSlice
 from slerpkit.recipe_file import read_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen.figures import draw_plot, render_sweep
-from slerpkit.story import execute_merge, prepare_merge
-from tests.builders import load_tensors, make_pair, make_real_model
+from slerpkit.story import prepare_merge
+from tests.builders import load_tensors, make_pair, make_real_model, merge, plan_of
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run  # noqa: F401  (a fixture)
 from tests.test_judgement import write_text
 
 FLAGS = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "child", "--yes", "--sweep")
-
-
-def quiet(event: object) -> None:
-    """Nobody watches."""
 
 
 @pytest.fixture
@@ -51,7 +47,7 @@ def plan(tmp_path, parents, monkeypatch) -> MergePlan:
     parents.watch(primary, secondary)
     for number in (1, 2):
         write_text(tmp_path / f"text-{number}.txt", 200, number)
-    return prepare_merge(MergeRecipe(primary, secondary, tmp_path / "child", device="cpu"), quiet)
+    return plan_of(primary, secondary, tmp_path / "child", device="cpu")
 
 
 def weighed(*losses: float) -> tuple[tuple[float, float], ...]:
@@ -65,7 +61,7 @@ def bowl(best: float, tried: list[float] | None = None):
     def measure(sweep, role: str, folder: Path):
         recipe = folder / "merge_recipe.yaml"
         t = {"primary": 0.0, "secondary": 1.0}.get(role)
-        t = read_recipe(recipe)["schedule"].rules[0].gradient[0] if t is None else t
+        t = read_recipe(recipe).schedule.rules[0].gradient[0] if t is None else t
         if tried is not None:
             tried.append(t)
         loss = 1 + (t - best) ** 2
@@ -86,7 +82,7 @@ def left_over(folder: Path) -> list[str]:
 def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
     tried: list[float] = []
     monkeypatch.setattr(Sweep, "measure", bowl(best, tried))
-    entry = find_t(plan, Objective((Path("text-1.txt"),)), quiet)
+    entry = find_t(plan, Objective((Path("text-1.txt"),)), ignore)
     assert abs(entry["best_t"] - best) <= 0.0251
     assert len(tried) == len(set(tried)) <= MAX_TRIALS
     assert tried[:2] == [0.0, 1.0]
@@ -94,17 +90,14 @@ def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
 
 def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
     texts = (tmp_path / "text-1.txt", tmp_path / "text-2.txt")
-    entry = find_t(plan, Objective(texts), quiet)
+    entry = find_t(plan, Objective(texts), ignore)
     for trial in entry["trials"]:
         folder = tmp_path / trial["role"]
         if trial["role"] == "child":
-            recipe = MergeRecipe(
-                tmp_path / "primary", tmp_path / "secondary", tmp_path / f"at-{trial['t']}", device="cpu"
-            )
-            recipe = dataclasses.replace(recipe, schedule=Schedule.constant(trial["t"]))
-            folder = execute_merge(prepare_merge(recipe, quiet), quiet).child
+            parents = tmp_path / "primary", tmp_path / "secondary"
+            folder = merge(*parents, tmp_path / f"at-{trial['t']}", trial["t"], device="cpu").child
         lineup = ComparedModels((("child", folder),), "cpu")
-        found = [entry["models"][0]["bits_per_byte"] for entry in compare_perplexity(lineup, texts, quiet)]
+        found = [entry["models"][0]["bits_per_byte"] for entry in compare_perplexity(lineup, texts, ignore)]
         assert trial["values"] == pytest.approx(found, rel=1e-6)
         assert trial["loss"] == pytest.approx(sum(found) / 2, rel=1e-6)
     children = {trial["t"]: trial["loss"] for trial in entry["trials"] if trial["role"] == "child"}
@@ -186,11 +179,11 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
     assert len(tried) == stop_after
     assert left_over(tmp_path) == [".child.slerpmerge-sweep"]
     assert [path.name for path in (tmp_path / ".child.slerpmerge-sweep").iterdir()] == ["journal.json"]
-    entry = find_t(plan, yardstick, quiet)
+    entry = find_t(plan, yardstick, ignore)
     assert len(tried) == len(entry["trials"]), "none twice"
-    forget_sweep(plan.recipe.save_directory)
-    assert find_t(plan, yardstick, quiet) == entry
-    forget_sweep(plan.recipe.save_directory)
+    forget_sweep(plan.options.save_directory)
+    assert find_t(plan, yardstick, ignore) == entry
+    forget_sweep(plan.options.save_directory)
     assert left_over(tmp_path) == []
 
 
@@ -199,19 +192,19 @@ def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatc
     tried: list[float] = []
     monkeypatch.setattr(Sweep, "measure", bowl(0.3, tried))
     yardstick = Objective((tmp_path / "text-1.txt",))
-    whole = len(find_t(plan, yardstick, quiet)["trials"])
+    whole = len(find_t(plan, yardstick, ignore)["trials"])
     assert len(tried) == whole
-    recipe = plan.recipe
+    recipe, options = plan.recipe, plan.options
     if change == "text":
         write_text(tmp_path / "text-1.txt", 201)
     elif change == "method":
         recipe = dataclasses.replace(recipe, method="lerp")
     elif change == "restart":
-        recipe = dataclasses.replace(recipe, restart=True)
+        options = dataclasses.replace(options, restart=True)
     else:
         torn = "{}" if change == "torn" else ""
         (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text(torn, encoding="utf-8")
-    find_t(prepare_merge(recipe, quiet), yardstick, quiet)
+    find_t(prepare_merge(recipe, options), yardstick, ignore)
     assert len(tried) == 2 * whole
 
 
@@ -233,7 +226,7 @@ def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_pa
         return measure(sweep, role, folder)
 
     monkeypatch.setattr(Sweep, "measure", watched)
-    find_t(plan, Objective((tmp_path / "text-1.txt",)), quiet)
+    find_t(plan, Objective((tmp_path / "text-1.txt",)), ignore)
     assert max(seen) == 1
     assert list(tmp_path.rglob("merge_report.json")) == []
 
@@ -242,12 +235,12 @@ def test_a_trial_that_a_killed_sweep_left_is_removed_by_the_next(plan, tmp_path,
     monkeypatch.setattr(Sweep, "measure", bowl(0.3))
     monkeypatch.setattr("slerpkit.evaluation.sweep.remove_trial", lambda storage: None)  # as if it had never come to it
     yardstick = Objective((tmp_path / "text-1.txt",))
-    find_t(plan, yardstick, quiet)
+    find_t(plan, yardstick, ignore)
     storage = Path(json.loads((tmp_path / ".child.slerpmerge-sweep" / "journal.json").read_text("utf-8"))["storage"])
     assert (storage / "trial" / "model.safetensors").is_file()
     monkeypatch.undo()
     monkeypatch.setattr(Sweep, "measure", bowl(0.3))
-    find_t(plan, yardstick, quiet)
+    find_t(plan, yardstick, ignore)
     assert not storage.exists()
 
 
@@ -266,11 +259,11 @@ def test_two_sweeps_into_one_place_are_refused(plan, tmp_path, monkeypatch):
 
     def again(sweep, role, folder):
         with pytest.raises(SlerpMergeError, match="Another run"):
-            find_t(plan, yardstick, quiet)
+            find_t(plan, yardstick, ignore)
         return measure(sweep, role, folder)
 
     monkeypatch.setattr(Sweep, "measure", again)
-    find_t(plan, yardstick, quiet)
+    find_t(plan, yardstick, ignore)
 
 
 # ── What it refuses ──
@@ -295,9 +288,9 @@ def test_a_sweep_that_cannot_be_is_refused_before_it_begins(run, plan, tmp_path,
 
 def test_slices_have_no_single_t(tmp_path):
     cut = LayerSlice(0, 0, 1, Schedule.constant(0.5))
-    recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child", slices=(cut,))
+    plan = plan_of(*make_pair(tmp_path), tmp_path / "child", slices=(cut,))
     with pytest.raises(SlerpMergeError, match="one t of whole models"):
-        find_t(prepare_merge(recipe, quiet), Objective((write_text(tmp_path / "text.txt", 9),)), quiet)
+        find_t(plan, Objective((write_text(tmp_path / "text.txt", 9),)), ignore)
 
 
 # ── The curve ──
