@@ -48,6 +48,7 @@ from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file, story
+    from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.sweep import Objective
@@ -130,17 +131,17 @@ def merge(session: Session, given: Answers) -> None:
     if session.interactive and not session.arguments.demo:
         session.history.remember(plan.recipe, plan.options, answers.blend.text)
     if objective is not None:
-        plan = find_good_t(session, plan, objective)
+        plan, curve = find_good_t(session, plan, objective)
     report = make_child(session, plan)
     if objective is not None:
-        keep_sweep(session, report)
+        keep_sweep(session, report, curve)
     afterwards.save_maps_of_merge(session, report)
     report = afterwards.verify_fully(session, report)
     compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
     afterwards.evaluate_as_flags_ask(session, compared, objective)
     if session.asks and afterwards.may_generate_text(plan):
         afterwards.evaluate_as_asked(session, compared)
-    session.print_json({**report.as_dict(), **session.findings})
+    session.print_json({**report.as_dict(), "findings": session.findings})
     session.show("Try it, convert it, share it:", style="bold")
     for command in panels.next_commands(report):
         session.show(printable(command), soft_wrap=True, markup=False)
@@ -228,23 +229,22 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
             session.show_command(plan, answers.blend.objective)
 
 
-def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> MergePlan:
-    """The plan for the t that a sweep finds best. What the sweep measured stays until the child stands."""
+def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> tuple[MergePlan, Finding]:
+    """(the plan for the t that a sweep finds best, its curve). What was measured stays until the child stands."""
     try:
         with session.view:
-            found = sweep.find_t(plan, objective, session.observe)
+            curve = sweep.find_t(plan, objective, session.observe)
     finally:
         if sweep.sweep_area(plan.options.save_directory).is_dir():
             session.leave(SWEEP_KEPT)
-    session.findings["sweep"] = found
-    session.show(figures.render_sweep(session.console, found))
-    recipe = dataclasses.replace(plan.recipe, schedule=Schedule.constant(found["best_t"]))
-    return story.prepare_merge(recipe, plan.options)
+    session.show(figures.render_finding(session.console, curve))
+    recipe = dataclasses.replace(plan.recipe, schedule=Schedule.constant(curve["figures"]["best_t"]))
+    return story.prepare_merge(recipe, plan.options), curve
 
 
-def keep_sweep(session: Session, report: MergeReport) -> None:
+def keep_sweep(session: Session, report: MergeReport, curve: Finding) -> None:
     """A sweep's curve joins the report of the child that it found; its own notes are then of no more use."""
-    afterwards.add_to_report(session, report.child, {"sweep": session.findings["sweep"]})
+    afterwards.add_to_report(session, report.child, [curve])
     if session.deferred_error is None:
         sweep.forget_sweep(report.plan.options.save_directory)
 
@@ -291,7 +291,7 @@ def evaluate_standing_child(session: Session) -> None:
     compared = afterwards.models_to_compare(recipe_file.read_recipe(path), child, session.arguments.device or "auto")
     afterwards.check_evaluation(session, [compared.checkpoints[role] for role in ("primary", "secondary")], None)
     afterwards.evaluate_as_flags_ask(session, compared)
-    session.print_json(session.findings)
+    session.print_json({"findings": session.findings})
 
 
 if __name__ == "__main__":

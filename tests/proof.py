@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from slerpkit.child.findings import Finding
 from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
 from slerpkit.evaluation.sweep import Objective, find_t, forget_sweep
 from slerpkit.merge.events import ignore
 from slerpkit.merge.plan import MergePlan
 from slerpkit.schedule import parse_blend
-from slerpkit.screen.figures import render_map, render_sweep
+from slerpkit.screen.figures import render_finding, render_map
 from slerpkit.story import execute_merge, inspect_parents
 from tests.builders import plan_of
 from tests.specialists import Specialists, make_specialists
@@ -59,26 +60,26 @@ class Proof:
 
     def measure(self, name: str, folder: Path) -> Row:
         """A model's bits per byte on both texts."""
-        entries = compare_perplexity(
+        findings = compare_perplexity(
             ComparedModels((("child", folder),), "cpu"), (self.made.arithmetic, self.made.reversal), ignore
         )
-        return Row(name, *(entry["models"][0]["bits_per_byte"] for entry in entries))
+        return Row(name, *(finding["figures"]["models"][0]["bits_per_byte"] for finding in findings))
 
     def merged(self, name: str, **settings: Any) -> Row:
         """A child made for it."""
         return self.measure(name, execute_merge(self.plan(**settings)).child)
 
-    def sweep(self, **settings: Any) -> dict[str, Any]:
-        """The entry of a sweep on both texts."""
+    def sweep(self, **settings: Any) -> Finding:
+        """What a sweep on both texts finds."""
         plan = self.plan(**settings)
-        entry = find_t(plan, Objective((self.made.arithmetic, self.made.reversal)), ignore)
+        finding = find_t(plan, Objective((self.made.arithmetic, self.made.reversal)), ignore)
         forget_sweep(plan.options.save_directory)
-        return entry
+        return finding
 
     def swept(self, name: str, **settings: Any) -> Row:
         """The best child of a sweep."""
-        entry = self.sweep(**settings)
-        (best,) = (trial for trial in entry["trials"] if trial["role"] == "child" and trial["t"] == entry["best_t"])
+        sweep = self.sweep(**settings)["figures"]
+        (best,) = (trial for trial in sweep["trials"] if trial["role"] == "child" and trial["t"] == sweep["best_t"])
         return Row(f"{name}, t = {best['t']:g} (found)", *best["values"])
 
     def exhaustive(self, step: float = 0.05) -> list[tuple[float, Row]]:
@@ -108,14 +109,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
         proof = Proof(folder, make_specialists(folder))
-        entry = proof.sweep()
+        finding = proof.sweep()
         console = Console(width=100)
-        console.print(render_sweep(console, entry))
+        console.print(render_finding(console, finding))
         every = proof.exhaustive()
         best = min(every, key=lambda found: found[1].mean)
-        print(
-            f"Of every twentieth the best is t = {best[0]:g} ({best[1].mean:.4f}); the sweep took {entry['best_t']:g}."
-        )
+        taken = finding["figures"]["best_t"]
+        print(f"Of every twentieth the best is t = {best[0]:g} ({best[1].mean:.4f}); the sweep took {taken:g}.")
         rows = proof.methods()
         print(table(rows))
         plan = proof.plan()

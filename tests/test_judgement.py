@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 
-from slerpkit.child.report import CARD_MARKS, amend_report
+from slerpkit.child.report import CARD_MARKS, FINDINGS_MARK, amend_report
 from slerpkit.evaluation.models import ComparedModels, DeviceOutOfMemory, choose_device_and_dtype, with_fallback_to_cpu
 from slerpkit.evaluation.perplexity import (
     TextLoss,
@@ -24,10 +24,10 @@ from slerpkit.evaluation.perplexity import (
     sliding_windows,
     standard_error,
 )
-from slerpkit.evaluation.taste import taste
+from slerpkit.evaluation.taste import taste, taste_finding
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded, ignore
 from slerpkit.messages import SlerpMergeError
-from slerpkit.screen.figures import render_perplexities, render_tastes
+from slerpkit.screen.figures import render_finding
 from tests.builders import VOCABULARY, add_tokenizer, edit_json, make_pair, make_real_model, merge
 from tests.conftest import fingerprint
 from tests.pictures import RecordingConsole
@@ -79,9 +79,10 @@ def direct_nats(folder: Path, text: str, window: int, stride: int) -> tuple[floa
 @pytest.mark.parametrize("characters", [2, 63, 64, 65, 200, 333])
 def test_perplexity_is_that_of_transformers(family, tmp_path, characters):
     path = write_text(tmp_path / "text.txt", characters)
-    (entry,) = compare_perplexity(family, [path], ignore)
-    assert [model["role"] for model in entry["models"]] == ["primary", "secondary", "child"]
-    for model, (_, folder) in zip(entry["models"], family.folders):
+    (finding,) = compare_perplexity(family, [path], ignore)
+    models = finding["figures"]["models"]
+    assert [model["role"] for model in models] == ["primary", "secondary", "child"]
+    for model, (_, folder) in zip(models, family.folders):
         nats, tokens = direct_nats(folder, path.read_text("utf-8"), window=64, stride=32)
         assert model["tokens"] == tokens == characters - 1
         assert model["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
@@ -130,10 +131,11 @@ def test_texts_cut_into_other_steps_are_not_paired():
 
 
 def test_a_text_shorter_than_a_window_is_measured_and_said_to_be(family, tmp_path):
-    (entry,) = compare_perplexity(family, [write_text(tmp_path / "text.txt", 20)], ignore)
-    assert "shorter than a window" in entry["measured"]
-    assert entry["child_against"]["primary"]["noise"] is None
-    assert entry["models"][0]["noise"] is None
+    (finding,) = compare_perplexity(family, [write_text(tmp_path / "text.txt", 20)], ignore)
+    assert "shorter than a window" in finding["measured"]
+    assert finding["figures"]["child_against"]["primary"]["stderr"] is None
+    assert finding["figures"]["models"][0]["stderr"] is None
+    assert all(note.endswith("as far as so short a text tells") for note in finding["notes"])
 
 
 @pytest.mark.parametrize(
@@ -172,9 +174,10 @@ def test_answers_are_greedy_and_the_models_own(family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompt = "".join(ALPHABET[:5])
-    entries = taste(family, [prompt, ALPHABET[7]], ignore)
-    assert entries == taste(family, [prompt, ALPHABET[7]], ignore), "the same again"
-    assert list(entries[0]["answers"]) == ["primary", "secondary", "child"]
+    findings = taste(family, [prompt, ALPHABET[7]], ignore)
+    assert findings == taste(family, [prompt, ALPHABET[7]], ignore), "the same again"
+    answers = findings[0]["figures"]["answers"]
+    assert list(answers) == ["primary", "secondary", "child"]
     for role, folder in family.folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
@@ -185,7 +188,7 @@ def test_answers_are_greedy_and_the_models_own(family):
             ids = torch.cat([ids, torch.tensor([[following]])], dim=1)
             if following == 2:
                 break
-        assert entries[0]["answers"][role] == tokenizer.decode(ids[0, 5:], skip_special_tokens=True).strip()
+        assert answers[role] == tokenizer.decode(ids[0, 5:], skip_special_tokens=True).strip()
 
 
 def test_a_chat_template_is_applied_where_there_is_one(family):
@@ -193,13 +196,13 @@ def test_a_chat_template_is_applied_where_there_is_one(family):
     mark = ALPHABET[20]
     (child / "chat_template.jinja").write_text(f"{mark}{{{{ messages[0]['content'] }}}}{mark}", encoding="utf-8")
     edit_json(child / "tokenizer_config.json", chat_template=f"{mark}{{{{ messages[0]['content'] }}}}{mark}")
-    (entry,) = taste(family, [ALPHABET[3]], ignore)
-    assert "the chat templates of child" in entry["measured"]
+    (finding,) = taste(family, [ALPHABET[3]], ignore)
+    assert "the chat templates of child" in finding["measured"]
     plain = ComparedModels((("child", child),), "cpu")
     (child / "chat_template.jinja").unlink()
     edit_json(child / "tokenizer_config.json", chat_template=...)
     (same,) = taste(plain, [mark + ALPHABET[3] + mark], ignore)
-    assert same["answers"]["child"] == entry["answers"]["child"]
+    assert same["figures"]["answers"]["child"] == finding["figures"]["answers"]["child"]
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("  ", "empty"), ("".join(ALPHABET * 2), "94 tokens")])
@@ -243,9 +246,7 @@ def test_a_parent_without_a_tokenizer_reads_with_anothers(family, tmp_path):
         path.unlink()
     bare = ComparedModels((family.folders[0], ("secondary", tmp_path / "bare"), family.folders[2]), "cpu")
     text = write_text(tmp_path / "text.txt", 100)
-    assert (
-        compare_perplexity(bare, [text], ignore)[0]["models"] == compare_perplexity(family, [text], ignore)[0]["models"]
-    )
+    assert compare_perplexity(bare, [text], ignore) == compare_perplexity(family, [text], ignore)
 
 
 # ── Models and devices that cannot ──
@@ -355,15 +356,16 @@ def test_findings_join_the_report_and_the_card(run, family, tmp_path):  # noqa: 
     outcome = run("--child", "child", "--taste", ALPHABET[1], "--perplexity", "text.txt", "--json")
     assert outcome.status == 0, outcome.err
     report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
-    assert report["perplexities"] == outcome.report["perplexities"]
-    assert report["tastes"] == outcome.report["tastes"]
+    assert report["findings"] == outcome.report["findings"]
+    assert [finding["kind"] for finding in report["findings"]] == ["taste", "perplexity"]
     card = (tmp_path / "child" / "README.md").read_text("utf-8")
-    child = report["perplexities"][0]["models"][2]
+    child = report["findings"][1]["figures"]["models"][2]
     assert f"| child | 99 | {child['perplexity']:.4f} | {child['bits_per_byte']:.4f}" in card
     assert "Sliding window of 64 tokens, 32 of them new in each step; float32 on cpu." in card
     assert f"> {ALPHABET[1]}" in card
     assert run("--child", "child", "--taste", ALPHABET[2]).status == 0
-    assert len(json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))["tastes"]) == 2
+    report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
+    assert sum(finding["kind"] == "taste" for finding in report["findings"]) == 2
 
 
 def test_what_a_person_wrote_into_the_card_stays(family):
@@ -374,7 +376,7 @@ def test_what_a_person_wrote_into_the_card_stays(family):
         + "\nMy own last words.\n"
     )
     card.write_text(own, encoding="utf-8")
-    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], ignore)})
+    amend_report(child, taste(family, [ALPHABET[1]], ignore))
     told = card.read_text("utf-8")
     assert "Made on a rainy Sunday." in told
     assert told.endswith("My own last words.\n")
@@ -384,18 +386,18 @@ def test_what_a_person_wrote_into_the_card_stays(family):
 def test_a_card_without_marks_keeps_all_it_has(family):
     child = family.folders[2][1]
     (child / "README.md").write_text("Mine alone.\n", encoding="utf-8")
-    amend_report(child, {"tastes": taste(family, [ALPHABET[1]], ignore)})
+    amend_report(child, taste(family, [ALPHABET[1]], ignore))
     assert (child / "README.md").read_text("utf-8").startswith("Mine alone.\n\n<!--")
 
 
 def test_an_answer_cannot_break_out_of_the_card(family):
     child = family.folders[2][1]
     wild = f"| a | b\n# Heading\r\n{CARD_MARKS[1]}"
-    entry = {"prompt": wild, "measured": "x", "answers": {"child": wild}}
-    amend_report(child, {"tastes": [entry]})
-    amend_report(child, {"tastes": [entry]})
+    for _ in range(2):
+        amend_report(child, [taste_finding(wild, {"child": (wild, False)}, "cpu", "float32")])
     card = (child / "README.md").read_text("utf-8")
     assert card.count(CARD_MARKS[1]) == 1
+    assert card.count(FINDINGS_MARK) == 1
     assert "\n# Heading" not in card
 
 
@@ -404,7 +406,8 @@ def test_a_child_is_asked_with_a_merge_too(run, family, tmp_path):  # noqa: F811
     arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes", "--json")
     outcome = run(*arguments, "--taste", ALPHABET[1], "--perplexity", "text.txt")
     assert outcome.status == 0, outcome.err
-    assert {"child", "slerped", "tastes", "perplexities"} <= outcome.report.keys()
+    assert {"child", "slerped"} <= outcome.report.keys()
+    assert [finding["kind"] for finding in outcome.report["findings"]] == ["taste", "perplexity"]
 
 
 def test_a_model_that_lacks_weights_is_not_asked(family, tmp_path):
@@ -424,7 +427,7 @@ def test_a_model_that_lacks_weights_is_not_asked(family, tmp_path):
         lambda child: edit_json(child / "config.json", num_attention_heads="x"),
         lambda child: edit_json(child / "config.json", hidden_size=32),
         lambda child: (child / "tokenizer.json").write_text("{}"),
-        lambda child: (child / "merge_report.json").write_text('{"tastes": null}'),
+        lambda child: (child / "merge_report.json").write_text('{"findings": null}'),
         lambda child: (child / "merge_report.json").write_text('{"recipe": {"a": 1}}'),
         lambda child: (child / "merge_report.json").write_text("no JSON"),
         lambda child: edit_json(child / "config.json", attn_implementation="owner/kernel"),
@@ -445,14 +448,14 @@ def test_what_was_found_is_told_even_where_the_report_cannot_take_it(run, family
     (tmp_path / "child" / "merge_report.json").write_text("no JSON")
     outcome = run("--child", "child", "--taste", ALPHABET[1], "--json")
     assert outcome.status == 1
-    assert len(outcome.report["tastes"]) == 1
+    assert [finding["kind"] for finding in outcome.report["findings"]] == ["taste"]
 
 
 def test_a_link_in_the_way_of_a_new_card_is_not_followed(family, tmp_path):
     child = family.folders[2][1]
     (tmp_path / "precious.txt").write_text("precious")
     (child / ".README.md.new").symlink_to(tmp_path / "precious.txt")
-    amend_report(child, {"tastes": []})
+    amend_report(child, [])
     assert (tmp_path / "precious.txt").read_text() == "precious"
     assert not (child / "README.md").is_symlink()
 
@@ -461,7 +464,7 @@ def test_a_card_that_is_not_utf_8_keeps_its_bytes(family):
     card = family.folders[2][1] / "README.md"
     card.write_bytes(b"caf\xe9 <!-- until here -->\n" + card.read_bytes())
     for _ in range(2):
-        amend_report(card.parent, {"tastes": []})
+        amend_report(card.parent, [])
     assert card.read_bytes().startswith(b"caf\xe9 <!-- until here -->\n")
     assert card.read_bytes().count(CARD_MARKS[0].encode()) == 1
 
@@ -493,12 +496,12 @@ def test_a_folder_that_is_no_child_is_refused(run, family):  # noqa: F811
 def test_the_screen_has_all_figures_within_its_width(family, tmp_path, width, encoding, monkeypatch):
     monkeypatch.setattr(RecordingConsole, "encoding", encoding)
     console = RecordingConsole(width)
-    entries = compare_perplexity(family, [write_text(tmp_path / "text.txt", 200)], ignore)
-    console.print(render_perplexities(console, entries))
-    console.print(render_tastes(console, taste(family, [ALPHABET[1]], ignore)))
+    (measured,) = compare_perplexity(family, [write_text(tmp_path / "text.txt", 200)], ignore)
+    for finding in (measured, *taste(family, [ALPHABET[1]], ignore)):
+        console.print(render_finding(console, finding))
     text = console.export_text()
     assert max(map(cell_len, text.splitlines())) <= width
-    for model in entries[0]["models"]:
+    for model in measured["figures"]["models"]:
         assert f"{model['perplexity']:.4f}" in text
     assert encoding != "ascii" or text.isascii()
 

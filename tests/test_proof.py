@@ -39,13 +39,13 @@ def test_each_specialist_is_better_at_its_own_skill_and_has_lost_of_the_others(p
 
 
 def test_the_sweeps_t_is_an_exhaustive_grids_and_its_child_beats_both_parents_together(proof, every):
-    entry = proof.sweep()
+    sweep = proof.sweep()["figures"]
     best_t, _ = min(every, key=lambda found: found[1].mean)
-    assert abs(entry["best_t"] - best_t) <= 0.05 + 1e-9
-    by_role = {trial["role"]: trial for trial in entry["trials"] if trial["t"] in (0, 1, entry["best_t"])}
+    assert abs(sweep["best_t"] - best_t) <= 0.05 + 1e-9
+    by_role = {trial["role"]: trial for trial in sweep["trials"] if trial["t"] in (0, 1, sweep["best_t"])}
     for role in ("primary", "secondary"):
         parent = by_role[role]
-        assert parent["over_best"] > 2 * parent["noise"], f"the child loses less than the {role}, beyond noise"
+        assert parent["loss_above_best"] > 2 * parent["stderr"], f"the child loses less than the {role}, beyond noise"
 
 
 def test_the_curve_has_one_valley(every):
@@ -67,10 +67,10 @@ def test_methods_and_gradients_are_held_against_each_other(proof):
 
 
 def test_parents_lose_as_much_whatever_they_are_compared_with(proof):
-    """The figures of a model do not depend on its lineup."""
+    """The figures of a model do not depend on what it is compared with."""
     texts = (proof.made.arithmetic,)
     alone = compare_perplexity(ComparedModels((("child", proof.made.primary),), "cpu"), texts, ignore)
     both = compare_perplexity(
         ComparedModels((("primary", proof.made.secondary), ("child", proof.made.primary)), "cpu"), texts, ignore
     )
-    assert alone[0]["models"][0] == both[0]["models"][1]
+    assert alone[0]["figures"]["models"][0] == both[0]["figures"]["models"][1]

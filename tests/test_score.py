@@ -15,11 +15,11 @@ import torch
 
 import slerpmerge
 from slerpkit.demo import make_demo_tokenizer
-from slerpkit.evaluation.harness import judged_metrics, score, sign_test, verdict_on
+from slerpkit.evaluation.harness import judged_metrics, score, score_finding, sign_test, verdict_on
 from slerpkit.evaluation.models import ComparedModels
 from slerpkit.merge.events import ignore
 from slerpkit.messages import SlerpMergeError
-from slerpkit.screen.figures import render_scores
+from slerpkit.screen.figures import render_finding
 from tests.builders import merge
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run, run_program  # noqa: F401  (run is a fixture)
@@ -95,16 +95,17 @@ def test_figures_are_the_harnesss_own_digit_for_digit(run, place):  # noqa: F811
     outcome = run("--child", "child", "--score", TASK, "--include-path", TASKS, "--device", "cpu", "--json")
     assert outcome.status == 0, outcome.err
     assert outcome.err == ""
-    (entry,) = outcome.report["scores"]
-    assert [(row["task"], row["metric"], row["items"]) for row in entry["rows"]] == [
+    (finding,) = outcome.report["findings"]
+    scores = finding["figures"]["scores"]
+    assert [(each["task"], each["metric"], each["items"]) for each in scores] == [
         (TASK, "acc", 60),
         (TASK, "acc_norm", 60),
     ]
     for role in ("primary", "secondary", "child"):
         theirs = harness_alone(place / role, place / f"alone-{role}")
-        for row in entry["rows"]:
-            metric = row["metric"]
-            assert row["figures"][role] == [theirs[f"{metric},none"], theirs[f"{metric}_stderr,none"]]
+        for each in scores:
+            metric = each["metric"]
+            assert each["values"][role] == [theirs[f"{metric},none"], theirs[f"{metric}_stderr,none"]]
 
 
 @needs_harness
@@ -114,8 +115,7 @@ def test_scores_join_the_table_the_report_and_the_card(run, place):  # noqa: F81
     assert "acc_norm" in outcome.out
     assert "child against primary: " in outcome.out
     report = json.loads((place / "child" / "merge_report.json").read_text("utf-8"))
-    row = report["scores"][0]["rows"][0]
-    value, error = row["figures"]["child"]
+    value, error = report["findings"][0]["figures"]["scores"][0]["values"]["child"]
     assert f"{value:.4f} ± {error:.4f}" in outcome.out
     assert f"{value:.4f} ± {error:.4f}" in (place / "child" / "README.md").read_text("utf-8")
 
@@ -130,7 +130,7 @@ def test_a_task_of_plain_yaml_on_plain_json_needs_no_code(run, place):  # noqa: 
     lines = (TASKS / "blocks.jsonl").read_text("utf-8").splitlines(keepends=True)
     (place / "b.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
     outcome = run("--child", "child", "--score", "my_own_task", "--include-path", "own", "--json")
-    assert outcome.report["scores"][0]["rows"][0]["items"] == 8
+    assert outcome.report["findings"][0]["figures"]["scores"][0]["items"] == 8
 
 
 @needs_harness
@@ -171,12 +171,13 @@ def test_a_sweep_goes_by_a_task(run, place):  # noqa: F811
     arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes", "--json")
     outcome = run(*arguments, "--sweep", "--score", TASK, "--include-path", "own")
     assert outcome.status == 0, outcome.err
-    sweep = outcome.report["sweep"]
+    (finding,) = outcome.report["findings"]
+    assert finding["kind"] == "sweep", "and no scores beside it"
+    sweep = finding["figures"]
     assert sweep["names"] == [f"{TASK}: acc"]
     best = max(trial["values"][0] for trial in sweep["trials"] if trial["role"] == "child")
     (chosen,) = (trial for trial in sweep["trials"] if trial["role"] == "child" and trial["t"] == sweep["best_t"])
     assert chosen["values"] == [best], "more is better here"
-    assert "scores" not in outcome.report
 
 
 # ── Without it ──
@@ -237,18 +238,18 @@ def test_equal_accuracy_can_hide_unequal_items():
 
 @pytest.mark.parametrize("width", [60, 100, 160])
 def test_the_table_stays_within_its_width(width):
-    row = {
+    scored = {
         "task": "a_task_with_a_rather_long_name",
         "metric": "acc_norm",
         "items": 20,
-        "figures": {"primary": [0.5, 0.1], "secondary": [0.25, None], "child": [0.75, 0.05]},
-        "verdicts": [
-            "better (better on 9, worse on 1 of 20; p = 0.021)",
-            "noise (better on 1, worse on 0 of 20; p = 1)",
-        ],
+        "values": {"primary": [0.5, 0.1], "secondary": [0.25, None], "child": [0.75, 0.05]},
+        "verdicts": {
+            "primary": "better (better on 9, worse on 1 of 20; p = 0.021)",
+            "secondary": "noise (better on 1, worse on 0 of 20; p = 1)",
+        },
     }
     console = RecordingConsole(width)
-    console.print(render_scores(console, [{"rows": [row], "measured": "So and so."}]))
+    console.print(render_finding(console, score_finding(["a_task"], [scored], "So and so.")))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     joined = "".join(text.split())
@@ -270,6 +271,6 @@ def test_a_harness_without_figures_for_items_is_refused(monkeypatch, place):
         "slerpkit.evaluation.harness.harness_results", lambda *_: {"results": {"x": {"alias": "x"}}, "samples": {}}
     )
     roles = ("primary", "secondary", "child")
-    lineup = ComparedModels(tuple((role, place / role) for role in roles), "cpu")
+    models = ComparedModels(tuple((role, place / role) for role in roles), "cpu")
     with pytest.raises(SlerpMergeError, match="no figure that is a mean over their items"):
-        score(lineup, ["x"], None, ignore)
+        score(models, ["x"], None, ignore)

@@ -34,7 +34,7 @@ FLOORS = (
     "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.journal slerpkit.merge.plan"
     " slerpkit.merge.events slerpkit.merge.arithmetic slerpkit.merge.workers slerpkit.merge.staging"
     " slerpkit.merge.difference_map slerpkit.merge.stream",
-    "slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
+    "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
     "slerpkit.story",
     "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
     " slerpkit.evaluation.sweep slerpkit.demo",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from slerpkit.child.findings import Finding, make_finding
 from slerpkit.evaluation.models import ComparedModels
 from slerpkit.evaluation.perplexity import compare_perplexity
 from slerpkit.evaluation.sweep import (
@@ -29,7 +30,7 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import LayerSlice
 from slerpkit.recipe_file import read_recipe
 from slerpkit.schedule import Schedule
-from slerpkit.screen.figures import draw_plot, render_sweep
+from slerpkit.screen.figures import draw_plot, render_finding
 from slerpkit.story import prepare_merge
 from tests.builders import load_tensors, make_pair, make_real_model, merge, plan_of
 from tests.pictures import RecordingConsole
@@ -82,47 +83,47 @@ def left_over(folder: Path) -> list[str]:
 def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
     tried: list[float] = []
     monkeypatch.setattr(Sweep, "measure", bowl(best, tried))
-    entry = find_t(plan, Objective((Path("text-1.txt"),)), ignore)
-    assert abs(entry["best_t"] - best) <= 0.0251
+    sweep = find_t(plan, Objective((Path("text-1.txt"),)), ignore)["figures"]
+    assert abs(sweep["best_t"] - best) <= 0.0251
     assert len(tried) == len(set(tried)) <= MAX_TRIALS
     assert tried[:2] == [0.0, 1.0]
 
 
 def test_figures_are_those_of_children_made_one_by_one(plan, tmp_path):
     texts = (tmp_path / "text-1.txt", tmp_path / "text-2.txt")
-    entry = find_t(plan, Objective(texts), ignore)
-    for trial in entry["trials"]:
+    sweep = find_t(plan, Objective(texts), ignore)["figures"]
+    for trial in sweep["trials"]:
         folder = tmp_path / trial["role"]
         if trial["role"] == "child":
             parents = tmp_path / "primary", tmp_path / "secondary"
             folder = merge(*parents, tmp_path / f"at-{trial['t']}", trial["t"], device="cpu").child
-        lineup = ComparedModels((("child", folder),), "cpu")
-        found = [entry["models"][0]["bits_per_byte"] for entry in compare_perplexity(lineup, texts, ignore)]
-        assert trial["values"] == pytest.approx(found, rel=1e-6)
-        assert trial["loss"] == pytest.approx(sum(found) / 2, rel=1e-6)
-    children = {trial["t"]: trial["loss"] for trial in entry["trials"] if trial["role"] == "child"}
-    assert children[entry["best_t"]] == min(children.values())
-    assert [trial["t"] for trial in entry["trials"]] == sorted(trial["t"] for trial in entry["trials"])
+        findings = compare_perplexity(ComparedModels((("child", folder),), "cpu"), texts, ignore)
+        measured = [finding["figures"]["models"][0]["bits_per_byte"] for finding in findings]
+        assert trial["values"] == pytest.approx(measured, rel=1e-6)
+        assert trial["loss"] == pytest.approx(sum(measured) / 2, rel=1e-6)
+    children = {trial["t"]: trial["loss"] for trial in sweep["trials"] if trial["role"] == "child"}
+    assert children[sweep["best_t"]] == min(children.values())
+    assert [trial["t"] for trial in sweep["trials"]] == sorted(trial["t"] for trial in sweep["trials"])
 
 
 def test_progress_and_every_trial_are_told(plan, tmp_path):
     events: list[object] = []
-    entry = find_t(plan, Objective((tmp_path / "text-1.txt",)), events.append)
+    sweep = find_t(plan, Objective((tmp_path / "text-1.txt",)), events.append)["figures"]
     (began,) = (event for event in events if isinstance(event, WorkBegan))
     assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) <= began.total
     told = [event.text for event in events if isinstance(event, Noted)]
-    assert len(told) == len(entry["trials"])
+    assert len(told) == len(sweep["trials"])
     assert "text-1.txt" in told[0]
 
 
 def test_noise_is_of_the_difference_on_the_same_items():
     best = Trial("child", 0.5, (2.0,), (weighed(1.0, 2.0, 3.0),))
     other = Trial("child", 0.7, (2.1,), (weighed(1.1, 2.1, 3.1),))
-    assert other.noise_against(best) == pytest.approx(0.0, abs=1e-12)
+    assert other.stderr_against(best) == pytest.approx(0.0, abs=1e-12)
     two = Trial("child", 0.7, (2.1, 5.0), (weighed(1.0, 2.4, 3.0), weighed(5.0, 5.0, 5.3)))
     base = Trial("child", 0.5, (2.0, 5.0), (weighed(1.0, 2.0, 3.0), weighed(5.0, 5.0, 5.0)))
     expected = math.hypot(0.4 / 3, 0.3 / 3) / 2  # the deviation of one among three is its size over root three
-    assert two.noise_against(base) == pytest.approx(expected)
+    assert two.stderr_against(base) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +148,13 @@ def test_the_best_child_is_made_and_nothing_else_is_left(run, plan, tmp_path):  
     outcome = run(*FLAGS, "--perplexity", "text-1.txt", "--perplexity", "text-2.txt", "--json")
     assert outcome.status == 0, outcome.err
     assert left_over(tmp_path) == []
-    sweep = outcome.report["sweep"]
+    (finding,) = outcome.report["findings"]
+    sweep = finding["figures"]
     other = run(*FLAGS[:5], "other", "--yes", "--t", str(sweep["best_t"]))
     assert other.status == 0
     child, same = load_tensors(tmp_path / "child"), load_tensors(tmp_path / "other")
     assert all(child[name].equal(same[name]) for name in same)
-    assert json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))["sweep"] == sweep
+    assert json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))["findings"] == [finding]
     card = (tmp_path / "child" / "README.md").read_text("utf-8")
     assert f"| **{sweep['best_t']:g}** |" in card
     assert "## How t was found" in card
@@ -179,10 +181,10 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
     assert len(tried) == stop_after
     assert left_over(tmp_path) == [".child.slerpmerge-sweep"]
     assert [path.name for path in (tmp_path / ".child.slerpmerge-sweep").iterdir()] == ["journal.json"]
-    entry = find_t(plan, yardstick, ignore)
-    assert len(tried) == len(entry["trials"]), "none twice"
+    sweep = find_t(plan, yardstick, ignore)
+    assert len(tried) == len(sweep["figures"]["trials"]), "none twice"
     forget_sweep(plan.options.save_directory)
-    assert find_t(plan, yardstick, ignore) == entry
+    assert find_t(plan, yardstick, ignore) == sweep
     forget_sweep(plan.options.save_directory)
     assert left_over(tmp_path) == []
 
@@ -192,7 +194,7 @@ def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatc
     tried: list[float] = []
     monkeypatch.setattr(Sweep, "measure", bowl(0.3, tried))
     yardstick = Objective((tmp_path / "text-1.txt",))
-    whole = len(find_t(plan, yardstick, ignore)["trials"])
+    whole = len(find_t(plan, yardstick, ignore)["figures"]["trials"])
     assert len(tried) == whole
     recipe, options = plan.recipe, plan.options
     if change == "text":
@@ -296,8 +298,8 @@ def test_slices_have_no_single_t(tmp_path):
 # ── The curve ──
 
 
-def curve(texts: int = 1) -> dict[str, object]:
-    """A sweep's entry with its least loss at 0.45."""
+def curve(texts: int = 1) -> Finding:
+    """What a sweep finds that has its least loss at 0.45."""
     ts = [0, 0.1, 0.3, 0.4, 0.45, 0.5, 0.7, 0.9, 1]
     trials = [
         {
@@ -305,14 +307,15 @@ def curve(texts: int = 1) -> dict[str, object]:
             "t": t,
             "values": [1 + (t - 0.45) ** 2 + number for number in range(texts)],
             "loss": 1 + (t - 0.45) ** 2,
-            "over_best": (t - 0.45) ** 2,
-            "noise": None if t == 0.45 else 0.01,
+            "loss_above_best": (t - 0.45) ** 2,
+            "stderr": None if t == 0.45 else 0.01,
         }
         for t in ts
     ]
     names = [f"[red]text-{number}" for number in range(texts)]
-    rest = {"unit": "bits per byte", "less_is_better": True, "measured": "So and so.", "verdict": "The best child ..."}
-    return {"names": names, "best_t": 0.45, "trials": trials, **rest}
+    sweep = {"names": names, "unit": "bits per byte", "less_is_better": True, "best_t": 0.45, "trials": trials}
+    title = "A good t: 0.45"
+    return make_finding("sweep", "How t was found", title, ("t",), [], "So and so.", sweep, ["The best child ..."])
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])
@@ -321,10 +324,11 @@ def curve(texts: int = 1) -> dict[str, object]:
 def test_the_curve_is_drawn_within_the_width_with_both_parents_at_its_ends(width, encoding, texts, monkeypatch):
     monkeypatch.setattr(RecordingConsole, "encoding", encoding)
     console = RecordingConsole(width)
-    console.print(render_sweep(console, curve(texts)))
+    console.print(render_finding(console, curve(texts)))
     text = console.export_text()
     assert max(map(cell_len, text.splitlines())) <= width
     assert "[red]text-0" in text
+    assert "The best child ..." in text
     parent, best = ("■", "◆") if encoding == "utf-8" else ("@", "#")
     plots = 1 if texts == 1 else texts + 1
     assert text.count(best) == plots + 1, "once in each plot, once in the legend"

@@ -504,7 +504,7 @@ class TestKnowing:
             terminal.send("\r")
             assert terminal.exit_status() == 0
         report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
-        assert [len(report[kind]) for kind in ("tastes", "perplexities")] == [1, 1]
+        assert [finding["kind"] for finding in report["findings"]] == ["taste", "perplexity"]
 
     def test_a_good_blend_is_found_on_a_text(self, tmp_path):
         make_real_pair(tmp_path)
@@ -521,7 +521,7 @@ class TestKnowing:
             assert "--sweep --perplexity text.txt" in words(terminal.text)
             assert "A good t: " in terminal.text
         report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
-        assert report["recipe"]["blend"] == f"t = {report['sweep']['best_t']:g}"
+        assert report["recipe"]["blend"] == f"t = {report['findings'][0]['figures']['best_t']:g}"
         assert names_below(tmp_path) == {"primary", "secondary", "child", "text.txt"}
 
     def test_ctrl_c_in_a_sweep_leaves_at_once_and_the_next_goes_on(self, tmp_path):

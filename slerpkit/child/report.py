@@ -2,18 +2,19 @@
 
 Reports hold names and figures, never local paths, times or machines, so that the same merge makes the same report.
 Findings of later (a taste, a perplexity) join it as they are, each with its own table: what they mean is not known
-here.
+here. Read findings.py before this.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
+from slerpkit.child.findings import finding_lines, joined, markdown_table, table_cell
 from slerpkit.files import read_bytes, read_json_if_there, replace_files, write_json, write_text
 from slerpkit.merge.difference_map import MAP_NAME, map_of_merge, save_map
 from slerpkit.messages import SlerpMergeError, format_count
@@ -21,6 +22,7 @@ from slerpkit.parents.checkpoint import CARD_NAME
 from slerpkit.recipe import granularity_of
 
 if TYPE_CHECKING:
+    from slerpkit.child.findings import Finding
     from slerpkit.child.verify import Verification
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.staging import StagedChild
@@ -76,7 +78,7 @@ def write_report(plan: MergePlan, child: StagedChild, merged: MergeResult, verif
 def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification) -> dict[str, Any]:
     """merge_report.json without its map: how the child was made and what was found of it.
 
-    What is measured of the child afterwards joins it: "tastes", "perplexities", "scores", "sweep".
+    What is measured of the child afterwards joins its findings.
     """
     recipe, parents = plan.recipe, plan.parents
     dtypes = f"{', '.join(parents.primary.dtypes)} (the primary's)"
@@ -107,6 +109,7 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
         **plan.parity.as_dict(),
         "checks": list(verified.checks),
         "warnings": list(verified.warnings),
+        "findings": [],
     }
 
 
@@ -129,18 +132,19 @@ def rules_followed(result: MergeResult) -> list[dict[str, Any]]:
     return rules
 
 
-def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Adds what was found of a child to its report and card. Lists grow; of the card only the tool's own part changes.
+def amend_report(folder: Path, findings: Sequence[Finding]) -> None:
+    """Adds what was found of a child to its report and card. Of the card only the findings' own part changes.
 
-    Raises SlerpMergeError where the disk refuses; the files are then as before.
+    folder: the child's. What a report of 0.2.0 holds under other keys stays there, and its card keeps it as it was
+    drawn. Raises SlerpMergeError where report and card are not the tool's own, or where the disk refuses; the files
+    are then as before.
     """
     report, card = read_json_if_there(folder / REPORT_NAME), ""
     path = folder / CARD_NAME
     try:
-        for key, value in changes.items():
-            report[key] = [*report.get(key, []), *value] if isinstance(value, list) else value
-        block = card_block(report)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        report["findings"] = joined(report.get("findings", []), findings)
+        whole, told = card_block(report), findings_block(report)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"{folder / REPORT_NAME} is not as slerpmerge writes it."
         raise SlerpMergeError(what, "Move it away; a new one is then begun.") from error
     if path.exists():  # bytes that are not UTF-8 stay what they are
@@ -148,9 +152,11 @@ def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
     begin = card.find(CARD_MARKS[0])
     end = card.find(CARD_MARKS[1], begin)
     if 0 <= begin < end:
-        card = card[:begin] + block.rstrip("\n") + card[end + len(CARD_MARKS[1]) :]
+        earlier = card.find(FINDINGS_MARK, begin, end)
+        before = card[: end if earlier < 0 else earlier].rstrip("\n")
+        card = f"{before}\n\n{told}{card[end:]}"
     else:
-        card = card.rstrip("\n") + "\n\n" * bool(card) + block
+        card = card.rstrip("\n") + "\n\n" * bool(card) + whole
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     replace_files(
         {folder / REPORT_NAME: text.encode("utf-8", "backslashreplace"), path: card.encode("utf-8", "surrogateescape")}
@@ -158,6 +164,7 @@ def amend_report(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until here -->")
+FINDINGS_MARK = "<!-- what was found of the child -->"  # stands between those two, where there are findings
 
 
 def card_front(report: Mapping[str, Any]) -> str:
@@ -177,10 +184,16 @@ def card_front(report: Mapping[str, Any]) -> str:
 def card_block(report: Mapping[str, Any]) -> str:
     """The part of a card that tells what the report tells, between two marks."""
     parts = [CARD_MARKS[0], ""]
-    for section in (card_recipe, card_rules, card_resolved, card_sweep, card_perplexities, card_scores, card_tastes):
+    for section in (card_recipe, card_rules, card_resolved):
         lines = section(report)
         parts += [*lines, ""] if lines else []
-    return "\n".join([*parts, CARD_MARKS[1], ""])
+    return "\n".join([*parts, findings_block(report) + CARD_MARKS[1], ""])
+
+
+def findings_block(report: Mapping[str, Any]) -> str:
+    """The last part of that: what was found of the child since; empty where there is nothing."""
+    findings = report.get("findings", [])
+    return "\n".join([FINDINGS_MARK, "", *finding_lines(findings), ""]) if findings else ""
 
 
 def card_recipe(report: Mapping[str, Any]) -> list[str]:
@@ -224,79 +237,3 @@ def card_resolved(report: Mapping[str, Any]) -> list[str]:
     resolved = report.get("resolved", [])
     lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in resolved]
     return ["## What was resolved", "", *lines] if lines else []
-
-
-def card_sweep(report: Mapping[str, Any]) -> list[str]:
-    """The curve by which t was found."""
-    sweep = report.get("sweep")
-    if not sweep:
-        return []
-    names = sweep["names"]
-    rows = []
-    for trial in sweep["trials"]:
-        noise = "" if trial["noise"] is None else f" ± {trial['noise']:.4f}"
-        figures = [f"{value:.4f}" for value in trial["values"]]
-        label = f"{trial['t']:g}" + (f" ({trial['role']})" if trial["role"] != "child" else "")
-        label = f"**{label}**" if trial["t"] == sweep["best_t"] and trial["role"] == "child" else label
-        rows.append((label, *figures, f"{trial['over_best']:+.4f}{noise}"))
-    heads = ("t", *(f"{name} ({sweep['unit']})" for name in names), "mean loss over the best's")
-    return ["## How t was found", "", sweep["measured"], "", *markdown_table(heads, rows), "", sweep["verdict"]]
-
-
-def card_perplexities(report: Mapping[str, Any]) -> list[str]:
-    """Parents and child on the same texts."""
-    lines: list[str] = []
-    for entry in report.get("perplexities", []):
-        rows = [
-            (
-                model["role"],
-                str(model["tokens"]),
-                f"{model['perplexity']:.4f}",
-                f"{model['bits_per_byte']:.4f}" + (f" ± {model['noise']:.4f}" if model["noise"] is not None else ""),
-            )
-            for model in entry["models"]
-        ]
-        table = markdown_table(("model", "tokens", "perplexity", "bits per byte"), rows)
-        lines += ["", f"On {table_cell(entry['text'])}. {entry['measured']}", "", *table]
-    return ["## Perplexity", *lines] if lines else []
-
-
-def card_scores(report: Mapping[str, Any]) -> list[str]:
-    """Parents and child on the harness's tasks."""
-    lines: list[str] = []
-    for entry in report.get("scores", []):
-        rows = [
-            (
-                row["task"],
-                row["metric"],
-                *(f"{value:.4f} ± {error:.4f}" if error is not None else f"{value:.4f}" for value, error in figures),
-                *(row["verdicts"]),
-            )
-            for row in entry["rows"]
-            for figures in [[row["figures"][role] for role in ("primary", "secondary", "child")]]
-        ]
-        heads = ("task", "metric", "primary", "secondary", "child", "child against primary", "child against secondary")
-        lines += ["", entry["measured"], "", *markdown_table(heads, rows)]
-    return ["## Scores", *lines] if lines else []
-
-
-def card_tastes(report: Mapping[str, Any]) -> list[str]:
-    """What parents and child answered to the same prompts."""
-    lines: list[str] = []
-    for entry in report.get("tastes", []):
-        rows = [(role, answer) for role, answer in entry["answers"].items()]
-        lines += ["", f"> {table_cell(entry['prompt'])}", "", *markdown_table(("model", "answer"), rows)]
-        lines += ["", entry["measured"]]
-    return ["## Tastes", *lines] if lines else []
-
-
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = ["| " + " | ".join(map(table_cell, heads)) + " |", "|---" * len(heads) + "|"]
-    return lines + ["| " + " | ".join(map(table_cell, row)) + " |" for row in rows]
-
-
-def table_cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table's cell, nor be taken for a mark of the card."""
-    text = text.replace("\\", "\\\\").replace("|", "\\|").replace("<!--", "&lt;!--")
-    return text.replace("\r", "").replace("\n", "<br>")

@@ -1,4 +1,8 @@
-"""lm-eval's tasks and figures, and what their differences are worth."""
+"""lm-eval's tasks and figures, and what their differences are worth.
+
+All figures of models are the harness's own; differences are judged here, item by item. The harness is no requirement:
+it is loaded when it is asked for. How figures are shown is not known here. Read models.py before this.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import difflib
 import functools
 import importlib
 import io
+import logging
 import math
 import os
 import re
@@ -14,12 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.child.findings import make_finding, with_stderr
 from slerpkit.evaluation.models import check_generates_text, choose_device_and_dtype, out_of_memory_named
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parity.vocabulary import has_tokenizer
 
 if TYPE_CHECKING:
+    from slerpkit.child.findings import Finding
     from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
 
@@ -36,8 +43,6 @@ def load_harness() -> Any:
     except ImportError as error:
         what = f"Scores need the evaluation harness, which is not installed ({error})."
         raise SlerpMergeError(what, 'pip install "lm-eval[hf]"') from error
-    import logging
-
     for name in ("lm_eval", "datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return harness
@@ -90,21 +95,26 @@ def silenced() -> Iterator[None]:
 
 
 def harness_results(
-    lineup: ComparedModels, role: str, tasks: Sequence[str], manager: Any, device: str
+    models: ComparedModels, role: str, tasks: Sequence[str], manager: Any, device: str
 ) -> dict[str, Any]:
     """The harness's own result for one model, with its samples; all settings are its defaults.
 
     Raises SlerpMergeError for whatever goes wrong in it.
     """
     harness = load_harness()
-    folder, name, tokenizer = dict(lineup.folders)[role], lineup.checkpoints[role].name, lineup.tokenizer_folder(role)
-    model = {"pretrained": str(folder), "trust_remote_code": False}
+    folder, name = dict(models.folders)[role], models.checkpoints[role].name
+    model_arguments = {"pretrained": str(folder), "trust_remote_code": False}
     if not has_tokenizer(folder):
-        model["tokenizer"] = str(tokenizer)
+        model_arguments["tokenizer"] = str(models.tokenizer_folder(role))
     try:
         with silenced(), out_of_memory_named(name, device):
             result = harness.simple_evaluate(
-                model="hf", model_args=model, tasks=list(tasks), task_manager=manager, device=device, log_samples=True
+                model="hf",
+                model_args=model_arguments,
+                tasks=list(tasks),
+                task_manager=manager,
+                device=device,
+                log_samples=True,
             )
     except SlerpMergeError:
         raise
@@ -127,8 +137,8 @@ def judged_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         samples = result["samples"].get(task, ())
         for key in figures:
             metric, comma, filtered = key.partition(",")
-            known = [sample for sample in samples if sample.get("filter", "none") == filtered]
-            if comma and not metric.endswith("_stderr") and known and is_number(known[0].get(metric)):
+            judged = [sample for sample in samples if sample.get("filter", "none") == filtered]
+            if comma and not metric.endswith("_stderr") and judged and is_number(judged[0].get(metric)):
                 items = items_of(result, task, metric, filtered)
                 if math.isclose(math.fsum(items) / len(items), figures[key], rel_tol=1e-6, abs_tol=1e-9):
                     yield task, metric, filtered
@@ -169,47 +179,65 @@ def verdict_on(child: Sequence[float], parent: Sequence[float], higher_is_better
     return f"{word} (better on {better}, worse on {worse} of {len(gains)}; p = {p:.2g})", p
 
 
-def score(
-    lineup: ComparedModels, tasks: Sequence[str], include_path: Path | None, observe: Observer
-) -> list[dict[str, Any]]:
-    """Parents and child on the harness's tasks, with its own figures: one entry.
+def score(models: ComparedModels, tasks: Sequence[str], include_path: Path | None, observe: Observer) -> list[Finding]:
+    """Parents and child on the harness's tasks, with its own figures: one finding.
 
-    Raises SlerpMergeError where the harness, a task or a model does not let them be had.
+    include_path: a folder of tasks beside the harness's own. Raises SlerpMergeError where the harness, a task or a
+    model does not let them be had.
     """
     names, manager = find_tasks(tasks, include_path)
-    for checkpoint in lineup.checkpoints.values():
+    for checkpoint in models.checkpoints.values():
         check_generates_text(checkpoint, reads_on=False)
-    device = choose_device_and_dtype(lineup)[0]
+    device = choose_device_and_dtype(models)[0]
     results = {}
-    observe(WorkBegan("Scoring with the harness", len(lineup.folders)))
-    for role, _ in lineup.folders:
-        results[role] = harness_results(lineup, role, names, manager, device)
+    observe(WorkBegan("Scoring with the harness", len(models.folders)))
+    for role, _ in models.folders:
+        results[role] = harness_results(models, role, names, manager, device)
         observe(WorkAdvanced(1))
     observe(WorkEnded())
-    rows = [score_row(results, task, metric, filtered) for task, metric, filtered in judged_metrics(results["child"])]
-    if not rows:
+    scores = [score_of(results, task, metric, filtered) for task, metric, filtered in judged_metrics(results["child"])]
+    if not scores:
         raise SlerpMergeError(NO_FIGURES, "Choose others, such as tasks of multiple choice.")
     version = getattr(load_harness(), "__version__", results["child"].get("lm_eval_version", ""))
     measured = f"lm-eval {version}, its defaults, on {device}; child against parent: exact sign test on the same items."
-    return [{"tasks": names, "measured": measured, "rows": rows}]
+    return [score_finding(names, scores, measured)]
 
 
-def score_row(results: Mapping[str, Mapping[str, Any]], task: str, metric: str, filtered: str) -> dict[str, Any]:
+def score_of(results: Mapping[str, Mapping[str, Any]], task: str, metric: str, filtered: str) -> dict[str, Any]:
     """One figure of all the models, the harness's own, and the child's differences from each parent."""
     key, error_key = f"{metric},{filtered}", f"{metric}_stderr,{filtered}"
-    figures, items = {}, {}
+    values, items = {}, {}
     for role, result in results.items():
         error = result["results"][task].get(error_key)
-        figures[role] = [float(result["results"][task][key]), float(error) if is_number(error) else None]
+        values[role] = [float(result["results"][task][key]), float(error) if is_number(error) else None]
         items[role] = items_of(result, task, metric, filtered)
     higher = is_higher_better(results["child"], task, metric)
     parents = [role for role in results if role != "child"]
-    judged = [verdict_on(items["child"], items[parent], higher) for parent in parents]
+    judged = {parent: verdict_on(items["child"], items[parent], higher) for parent in parents}
     return {
         "task": task,
         "metric": metric if filtered == "none" else f"{metric} ({filtered})",
         "items": len(items["child"]),
-        "figures": figures,
-        "verdicts": [words for words, _ in judged],
-        "p": dict(zip(parents, (p for _, p in judged))),
+        "values": values,  # (the figure, its standard error) of each role
+        "verdicts": {parent: words for parent, (words, _) in judged.items()},
+        "p": {parent: p for parent, (_, p) in judged.items()},
     }
+
+
+def score_finding(tasks: Sequence[str], scores: Sequence[Mapping[str, Any]], measured: str) -> Finding:
+    """The scores of one run, each as score_of has it, with what the child's differences are worth."""
+    roles = list(scores[0]["values"])
+    return make_finding(
+        "score",
+        "Scores",
+        f"Scores on {format_names(tasks)}",
+        ("task", "metric", *roles),
+        [(each["task"], each["metric"], *(with_stderr(*each["values"][role]) for role in roles)) for each in scores],
+        measured,
+        {"tasks": list(tasks), "scores": list(scores)},
+        [
+            f"child against {parent}: {each['metric']} of {each['task']}: {verdict}"
+            for each in scores
+            for parent, verdict in each["verdicts"].items()
+        ],
+    )

@@ -1,13 +1,19 @@
-"""How well each model predicts a text, with standard errors."""
+"""How well each model predicts a text, with standard errors.
+
+The window, the losses of its steps, and what chance makes of their sums: all statistics of texts stand here, and the
+sweep uses them too. How figures are shown is not known here. Read models.py before this.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.child.findings import make_finding, with_stderr
 from slerpkit.evaluation.models import check_generates_text, loaded_model, with_fallback_to_cpu
 from slerpkit.files import file_size, read_bytes
 from slerpkit.lazy import torch
@@ -16,10 +22,14 @@ from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parity.configs import context_limit
 
 if TYPE_CHECKING:
+    from slerpkit.child.findings import Finding
     from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
 
 MAX_TEXT_BYTES = 100_000_000  # of a text that models are measured on
+WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
+LOGIT_ROWS = 256  # turned into float32 at once
+MAX_NATS = 700  # a token, beyond which a perplexity is no number any more
 
 
 def read_judged_text(path: Path) -> str:
@@ -40,11 +50,6 @@ def read_judged_text(path: Path) -> str:
     return text
 
 
-WINDOW_TOKENS = 1024  # of context at most; half of them are new in each step
-LOGIT_ROWS = 256  # turned into float32 at once
-MAX_NATS = 700  # a token, beyond which a perplexity is no number any more
-
-
 @dataclass(frozen=True)
 class TextLoss:
     """How well one model predicts one text, by a window that slides over it."""
@@ -55,14 +60,17 @@ class TextLoss:
 
     @property
     def tokens(self) -> int:
+        """That were predicted: all but the first."""
         return sum(self.steps)
 
     @property
     def perplexity(self) -> float:
+        """e to the mean loss of a token in nats."""
         return math.exp(math.fsum(self.nats) / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
+        """Of the text in UTF-8, so that models of different tokenizers can be compared."""
         return math.fsum(self.nats) / math.log(2) / self.byte_count
 
     @property
@@ -99,9 +107,9 @@ def error_of_difference(left: Sequence[Sequence[float]], right: Sequence[Sequenc
     return None if None in errors else math.hypot(*errors)
 
 
-def window_of(lineup: ComparedModels) -> int:
-    """Tokens of context for all of a lineup: what each of them can look back on."""
-    limits = [limit for checkpoint in lineup.checkpoints.values() if (limit := context_limit(checkpoint))]
+def window_of(models: ComparedModels) -> int:
+    """Tokens of context for all models alike: what each of them can look back on."""
+    limits = [limit for checkpoint in models.checkpoints.values() if (limit := context_limit(checkpoint))]
     return min(WINDOW_TOKENS, *limits) if limits else WINDOW_TOKENS
 
 
@@ -150,43 +158,43 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
 
 
 def lose_on_texts(
-    lineup: ComparedModels,
+    models: ComparedModels,
     role: str,
     texts: Sequence[str],
-    place: tuple[str, str],
+    device_and_dtype: tuple[str, str],
     window: int,
-    advance: Callable[[int], Any],
+    advance: Callable[[int], object],
 ) -> list[TextLoss]:
-    """One model's losses on several texts; `advance` as in text_loss."""
-    with loaded_model(lineup, role, *place) as (model, tokenizer):
+    """One model's losses on several texts; window in tokens, `advance` as in text_loss."""
+    with loaded_model(models, role, *device_and_dtype) as (model, tokenizer):
         return [text_loss(model, tokenizer, text, window, advance) for text in texts]
 
 
-def compare_perplexity(lineup: ComparedModels, paths: Sequence[Path], observe: Observer) -> list[dict[str, Any]]:
-    """How well each model predicts each text: an entry for each. One model is in memory at a time.
+def compare_perplexity(models: ComparedModels, paths: Sequence[Path], observe: Observer) -> list[Finding]:
+    """How well each model predicts each text: a finding for each text. One model is in memory at a time.
 
     Raises SlerpMergeError where a text is empty, or a model cannot be loaded or does not predict texts.
     """
     texts = [read_judged_text(path) for path in paths]
-    for checkpoint in lineup.checkpoints.values():
+    for checkpoint in models.checkpoints.values():
         check_generates_text(checkpoint, reads_on=True)
-    window = window_of(lineup)
+    window = window_of(models)
 
-    def work(device: str, dtype: str) -> list[dict[str, Any]]:
-        total = len(lineup.folders) * sum(len(text.encode()) for text in texts)
+    def work(device: str, dtype: str) -> list[Finding]:
+        total = len(models.folders) * sum(len(text.encode()) for text in texts)
         observe(WorkBegan("Reading the text" + "s" * (len(texts) > 1), total))
-        found = {
-            role: lose_on_texts(lineup, role, texts, (device, dtype), window, lambda n: observe(WorkAdvanced(n)))
-            for role, _ in lineup.folders
+        losses = {
+            role: lose_on_texts(models, role, texts, (device, dtype), window, lambda n: observe(WorkAdvanced(n)))
+            for role, _ in models.folders
         }
         observe(WorkEnded())
-        how = describe_window(window, dtype, device)
+        measured = describe_window(window, dtype, device)
         return [
-            perplexity_entry(path, text, how, {role: losses[number] for role, losses in found.items()})
+            perplexity_finding(path.name, text, measured, {role: losses[role][number] for role in losses})
             for number, (path, text) in enumerate(zip(paths, texts))
         ]
 
-    return with_fallback_to_cpu(lineup, observe, work)
+    return with_fallback_to_cpu(models, observe, work)
 
 
 def describe_window(window: int, dtype: str, device: str) -> str:
@@ -194,34 +202,60 @@ def describe_window(window: int, dtype: str, device: str) -> str:
     return f"Sliding window of {window} tokens, {max(1, window // 2)} of them new in each step; {dtype} on {device}."
 
 
-def perplexity_entry(path: Path, text: str, how: str, losses: Mapping[str, TextLoss]) -> dict[str, Any]:
-    """What merge_report.json holds of one text."""
-    import hashlib
-
+def perplexity_finding(name: str, text: str, measured: str, losses: Mapping[str, TextLoss]) -> Finding:
+    """What one text told of each model, and of the child against each of the others. losses: by role."""
     if any(len(loss.nats) < 2 for loss in losses.values()):
-        how += " The text is shorter than a window and a half, so how far chance goes in it is not known."
+        measured += " The text is shorter than a window and a half, so how far chance goes in it is not known."
+    models = [
+        {
+            "role": role,
+            "tokens": loss.tokens,
+            "perplexity": loss.perplexity,
+            "bits_per_byte": loss.bits_per_byte,
+            "stderr": standard_error(loss.items),
+        }
+        for role, loss in losses.items()
+    ]
     child = losses["child"]
-    return {
-        "text": path.name,
-        "bytes": len(text.encode()),
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "measured": how,
-        "models": [
-            {
-                "role": role,
-                "tokens": loss.tokens,
-                "perplexity": loss.perplexity,
-                "bits_per_byte": loss.bits_per_byte,
-                "noise": standard_error(loss.items),
-            }
-            for role, loss in losses.items()
-        ],
-        "child_against": {
-            role: {
-                "bits_per_byte": child.bits_per_byte - loss.bits_per_byte,
-                "noise": error_of_difference(child.items, loss.items),
-            }
-            for role, loss in losses.items()
-            if role != "child"
-        },
+    differences = {
+        role: {
+            "bits_per_byte": child.bits_per_byte - loss.bits_per_byte,
+            "stderr": error_of_difference(child.items, loss.items),
+        }
+        for role, loss in losses.items()
+        if role != "child"
     }
+    return make_finding(
+        "perplexity",
+        "Perplexity",
+        f"Perplexity on {name}",
+        ("model", "tokens", "perplexity", "bits per byte"),
+        [
+            (
+                model["role"],
+                f"{model['tokens']:,}",
+                f"{model['perplexity']:.4f}",
+                with_stderr(model["bits_per_byte"], model["stderr"]),
+            )
+            for model in models
+        ],
+        measured,
+        {
+            "text": name,
+            "bytes": len(text.encode()),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "models": models,
+            "child_against": differences,
+        },
+        [describe_difference(role, **difference) for role, difference in differences.items()],
+    )
+
+
+def describe_difference(role: str, bits_per_byte: float, stderr: float | None) -> str:
+    """The child's bits per byte less another model's, and what that is worth: within two standard errors, nothing."""
+    verdict = "better" if bits_per_byte < 0 else "worse"
+    if stderr is None:
+        verdict += ", as far as so short a text tells"
+    elif abs(bits_per_byte) <= 2 * stderr:
+        verdict = "not to be told apart"
+    return f"child against {role}: {with_stderr(bits_per_byte, stderr, '+.4f')} bits per byte: {verdict}"

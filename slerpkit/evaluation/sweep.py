@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.child.findings import make_finding, with_stderr
 from slerpkit.devices import free_memory
 from slerpkit.evaluation.harness import (
     NO_FIGURES,
@@ -51,6 +52,7 @@ from slerpkit.schedule import Schedule
 from slerpkit.story import execute_merge, prepare_merge
 
 if TYPE_CHECKING:
+    from slerpkit.child.findings import Finding
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
 
@@ -84,10 +86,21 @@ class Trial:
         """The mean over texts or tasks, each counting the same."""
         return math.fsum(map(ratio_of, self.items)) / len(self.items)
 
-    def noise_against(self, other: Trial) -> float | None:
-        """Standard error of the difference of two losses."""
+    def stderr_against(self, other: Trial) -> float | None:
+        """Standard error of the difference of two losses; None where there are too few items to tell."""
         errors = [error_of_difference(a, b) for a, b in zip(self.items, other.items)]
         return None if None in errors else math.hypot(*errors) / len(errors)
+
+    def as_dict(self, best: Trial) -> dict[str, Any]:
+        """What a finding holds of it."""
+        return {
+            "role": self.role,
+            "t": self.t,
+            "values": list(self.values),
+            "loss": self.loss,
+            "loss_above_best": self.loss - best.loss,
+            "stderr": None if self is best else self.stderr_against(best),
+        }
 
 
 def sweep_area(save_directory: Path) -> Path:
@@ -181,7 +194,7 @@ def remove_trial(storage: Any) -> None:
 
 
 class Sweep:
-    """One search for t. `run` returns what merge_report.json holds of it."""
+    """One search for t. `run` returns what was found."""
 
     def __init__(self, plan: MergePlan, yardstick: Objective, observe: Observer) -> None:
         self.plan = plan
@@ -197,10 +210,10 @@ class Sweep:
         if not self.texts:
             self.tasks = find_tasks(yardstick.tasks, yardstick.include_path)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Finding:
         return with_fallback_to_cpu(self.lineup, self.observe, self.run_on)
 
-    def run_on(self, device: str, dtype: str) -> dict[str, Any]:
+    def run_on(self, device: str, dtype: str) -> Finding:
         self.place = device, dtype
         per_model = sum(len(text.encode()) for text in self.texts) or 1
         with SweepJournal(self.plan, self.identity()) as self.journal:
@@ -219,7 +232,7 @@ class Sweep:
                     if 0 < t < 1:
                         self.try_model("child", t)
             self.observe(WorkEnded())
-            return self.entry(self.journal.trials)
+            return self.finding(self.journal.trials)
 
     def identity(self) -> dict[str, Any]:
         """All that the figures depend on."""
@@ -287,32 +300,39 @@ class Sweep:
             items.append(tuple((-value if higher else value, 1.0) for value in found))
         return tuple(values), tuple(items)
 
-    def entry(self, trials: Sequence[Trial]) -> dict[str, Any]:
-        """What merge_report.json holds of a sweep."""
-        best = self.best()
+    def finding(self, trials: Sequence[Trial]) -> Finding:
+        """The curve of a sweep, its trials in the order of t."""
+        best, trials = self.best(), sorted(trials, key=lambda trial: trial.t)
         device, dtype = self.place
         how = describe_window(self.window, dtype, device) if self.texts else f"The harness's tasks, on {device}."
         steps = f"A grid of t from {SWEEP_GRID[0]} to {SWEEP_GRID[-1]}, then narrowed to steps of {SWEEP_STEPS[-1]}."
-        return {
-            "names": self.journal.names,
-            "unit": "bits per byte" if self.texts else "the harness's figure",
-            "less_is_better": bool(self.texts),
-            "measured": f"{steps} {how} Noise is the standard error of the difference from the best child, "
-            "which was picked on these very items, so that its gain is a little flattered.",
-            "best_t": best.t,
-            "trials": [
-                {
-                    "role": trial.role,
-                    "t": trial.t,
-                    "values": list(trial.values),
-                    "loss": trial.loss,
-                    "over_best": trial.loss - best.loss,
-                    "noise": None if trial is best else trial.noise_against(best),
-                }
-                for trial in sorted(trials, key=lambda trial: trial.t)
+        names, unit = self.journal.names, "bits per byte" if self.texts else "the harness's figure"
+        told = [trial.as_dict(best) for trial in trials]
+        return make_finding(
+            "sweep",
+            "How t was found",
+            f"A good t: {best.t:g}",
+            ("t", *(f"{name} ({unit})" for name in names), "mean loss over the best's"),
+            [
+                (
+                    f"{trial.t:g}" + (f" ({trial.role})" if trial.role != "child" else ""),
+                    *(f"{value:.4f}" for value in trial.values),
+                    with_stderr(figures["loss_above_best"], figures["stderr"], "+.4f"),
+                )
+                for trial, figures in zip(trials, told)
             ],
-            "verdict": self.verdict(trials, best),
-        }
+            f"{steps} {how} Noise is the standard error of the difference from the best child, "
+            "which was picked on these very items, so that its gain is a little flattered.",
+            {
+                "names": names,
+                "unit": unit,
+                "less_is_better": bool(self.texts),
+                "best_t": best.t,
+                "trials": told,
+            },
+            [self.verdict(trials, best)],
+            highlighted_row=trials.index(best),
+        )
 
     @staticmethod
     def verdict(trials: Sequence[Trial], best: Trial) -> str:
@@ -320,23 +340,23 @@ class Sweep:
         words = []
         for trial in trials:
             if trial.role != "child":
-                gain, noise = trial.loss - best.loss, trial.noise_against(best)
-                doubt = ", which is noise" if noise is not None and abs(gain) <= 2 * noise else ""
-                doubt = ", on too short a text to tell that from noise" if noise is None else doubt
+                gain, stderr = trial.loss - best.loss, trial.stderr_against(best)
+                doubt = ", which is noise" if stderr is not None and abs(gain) <= 2 * stderr else ""
+                doubt = ", on too short a text to tell that from noise" if stderr is None else doubt
                 words.append(f"{abs(gain):.4f} {'less' if gain > 0 else 'more'} than the {trial.role}{doubt}")
         near = [
             f"{trial.t:g}"
             for trial in sorted(trials, key=lambda trial: trial.t)
             if trial.role == "child"
             and trial is not best
-            and (noise := trial.noise_against(best)) is not None
-            and trial.loss - best.loss <= 2 * noise
+            and (stderr := trial.stderr_against(best)) is not None
+            and trial.loss - best.loss <= 2 * stderr
         ]
         alike = f" Not to be told from it: t = {', '.join(near)}." if near else ""
         return f"The best child, at t = {best.t:g}, loses {' and '.join(words)}.{alike}"
 
 
-def find_t(plan: MergePlan, yardstick: Objective, observe: Observer) -> dict[str, Any]:
+def find_t(plan: MergePlan, yardstick: Objective, observe: Observer) -> Finding:
     """The t at which a child of the plan's parents loses least on texts or tasks, and the curve that shows it.
 
     Follows the plan's recipe in all but its schedule. Raises SlerpMergeError where the texts, tasks or models do not

@@ -1,16 +1,22 @@
-"""The same prompts, answered side by side."""
+"""The same prompts, answered by parents and child side by side.
+
+Answers are greedy, so that they can be had again. How they are shown or kept is not known here: a finding carries its
+own table. Read models.py before this, and child/findings.py for what a finding is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.child.findings import make_finding
 from slerpkit.evaluation.models import check_generates_text, loaded_model, with_fallback_to_cpu
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parity.configs import context_limit, is_encoder_decoder
 
 if TYPE_CHECKING:
+    from slerpkit.child.findings import Finding
     from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
     from slerpkit.parents.checkpoint import Checkpoint
@@ -18,51 +24,65 @@ if TYPE_CHECKING:
 TASTE_TOKENS = 120  # of an answer, at most
 
 
-def taste(lineup: ComparedModels, prompts: Sequence[str], observe: Observer) -> list[dict[str, Any]]:
-    """What each model answers to each prompt, greedily, so that it can be repeated: an entry for each prompt.
+def taste(models: ComparedModels, prompts: Sequence[str], observe: Observer) -> list[Finding]:
+    """What each model answers to each prompt, greedily: a finding for each prompt.
 
     Raises SlerpMergeError where a model cannot be loaded or cannot generate, or where a prompt is empty or too long.
     """
     if not all(prompt.strip() for prompt in prompts):
         raise SlerpMergeError("A prompt is empty.", "Give a question, or the beginning of a sentence.")
-    for checkpoint in lineup.checkpoints.values():
+    for checkpoint in models.checkpoints.values():
         check_generates_text(checkpoint, reads_on=False)
 
-    def work(device: str, dtype: str) -> list[dict[str, Any]]:
+    def work(device: str, dtype: str) -> list[Finding]:
         answers: dict[str, list[tuple[str, bool]]] = {}
-        observe(WorkBegan("Tasting", len(lineup.folders) * len(prompts)))
-        for role, _ in lineup.folders:
-            answers[role] = answers_of(lineup, role, prompts, (device, dtype), observe)
+        observe(WorkBegan("Tasting", len(models.folders) * len(prompts)))
+        for role, _ in models.folders:
+            answers[role] = answers_of(models, role, prompts, (device, dtype), observe)
         observe(WorkEnded())
-        entries = []
-        for number, prompt in enumerate(prompts):
-            talked = [role for role in answers if answers[role][number][1]]
-            through = f"through the chat templates of {', '.join(talked)}" if talked else "without a chat template"
-            measured = f"Greedy, at most {TASTE_TOKENS} tokens, {through}, {dtype} on {device}."
-            found = {role: answers[role][number][0] for role in answers}
-            entries.append({"prompt": prompt, "measured": measured, "answers": found})
-        return entries
+        return [
+            taste_finding(prompt, {role: answers[role][number] for role in answers}, device, dtype)
+            for number, prompt in enumerate(prompts)
+        ]
 
-    return with_fallback_to_cpu(lineup, observe, work)
+    return with_fallback_to_cpu(models, observe, work)
+
+
+def taste_finding(prompt: str, answers: Mapping[str, tuple[str, bool]], device: str, dtype: str) -> Finding:
+    """What was answered to one prompt. answers: by role, each as answer_to has it."""
+    templated = [role for role, (_, by_template) in answers.items() if by_template]
+    through = f"through the chat templates of {', '.join(templated)}" if templated else "without a chat template"
+    return make_finding(
+        "taste",
+        "Tastes",
+        prompt,
+        ("model", "answer"),
+        [(role, answer or "(nothing)") for role, (answer, _) in answers.items()],
+        measured=f"Greedy, at most {TASTE_TOKENS} tokens, {through}, {dtype} on {device}.",
+        figures={"prompt": prompt, "answers": {role: answer for role, (answer, _) in answers.items()}},
+    )
 
 
 def answers_of(
-    lineup: ComparedModels, role: str, prompts: Sequence[str], place: tuple[str, str], observe: Observer
+    models: ComparedModels, role: str, prompts: Sequence[str], device_and_dtype: tuple[str, str], observe: Observer
 ) -> list[tuple[str, bool]]:
     """One model's answers. A function of its own, so that no name holds on to the model when the next one loads."""
-    with loaded_model(lineup, role, *place) as (model, tokenizer):
-        found = []
+    answers = []
+    with loaded_model(models, role, *device_and_dtype) as (model, tokenizer):
         for prompt in prompts:
-            found.append(answer_to(prompt, model, tokenizer, lineup.checkpoints[role]))
+            answers.append(answer_to(prompt, model, tokenizer, models.checkpoints[role]))
             observe(WorkAdvanced(1))
-        return found
+    return answers
 
 
 def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -> tuple[str, bool]:
-    """(a model's greedy answer, whether its chat template was applied)."""
-    talks = bool(getattr(tokenizer, "chat_template", None))
+    """(a model's greedy answer, whether its chat template was applied).
+
+    Raises SlerpMergeError where the template or the model's context cannot take the prompt.
+    """
+    by_template = bool(getattr(tokenizer, "chat_template", None))
     text = prompt
-    if talks:
+    if by_template:
         try:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
@@ -70,7 +90,7 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
         except Exception as error:  # a program of a stranger's, run in a sandbox, fails in its own ways
             what = f"The chat template of {checkpoint.name} cannot take the prompt: {shorten(str(error), 200)}"
             raise SlerpMergeError(what, "Give another prompt, or correct the template in its folder.") from error
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not talks, return_token_type_ids=False)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not by_template, return_token_type_ids=False)
     count = inputs["input_ids"].shape[1]
     limit = context_limit(checkpoint)
     room = TASTE_TOKENS if limit is None else min(TASTE_TOKENS, limit - count)
@@ -84,4 +104,4 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
         **inputs.to(model.device), max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding
     )
     start = 0 if is_encoder_decoder(checkpoint) else count
-    return tokenizer.decode(output[0][start:], skip_special_tokens=True).strip(), talks
+    return tokenizer.decode(output[0][start:], skip_special_tokens=True).strip(), by_template

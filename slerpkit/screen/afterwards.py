@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slerpkit.child.report import amend_report
 from slerpkit.evaluation.harness import find_tasks, score
@@ -21,9 +21,10 @@ from slerpkit.files import is_inside
 from slerpkit.merge.difference_map import map_of_merge, save_map
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen.console import mark_of, render_error
-from slerpkit.screen.figures import render_perplexities, render_scores, render_tastes
+from slerpkit.screen.figures import render_finding
 
 if TYPE_CHECKING:
+    from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation.sweep import Objective
     from slerpkit.merge.difference_map import DifferenceMap
@@ -98,13 +99,13 @@ def evaluate_as_flags_ask(session: Session, models: ComparedModels, objective: O
     """--taste, --perplexity and --score. What a sweep has just measured children by is not measured once more."""
     arguments = session.arguments
     if arguments.prompts:
-        evaluate(session, models, "tastes", functools.partial(taste, models, arguments.prompts))
+        evaluate(session, models, functools.partial(taste, models, arguments.prompts))
     if arguments.texts and objective is None:
         measured = functools.partial(compare_perplexity, models, arguments.texts)
-        evaluate(session, models, "perplexities", measured)
+        evaluate(session, models, measured)
     if arguments.tasks and (objective is None or objective.texts):
         scored = functools.partial(score, models, arguments.tasks, arguments.include_path)
-        evaluate(session, models, "scores", scored)
+        evaluate(session, models, scored)
 
 
 def evaluate_as_asked(session: Session, models: ComparedModels) -> None:
@@ -113,25 +114,25 @@ def evaluate_as_asked(session: Session, models: ComparedModels) -> None:
         try:
             if wanted == "perplexity":
                 path = session.wizard.ask_text_file("Text file")
-                evaluate(session, models, "perplexities", functools.partial(compare_perplexity, models, [path]))
+                evaluate(session, models, functools.partial(compare_perplexity, models, [path]))
             elif prompts := session.wizard.ask_prompts():
-                evaluate(session, models, "tastes", functools.partial(taste, models, prompts))
+                evaluate(session, models, functools.partial(taste, models, prompts))
         except SlerpMergeError as error:
             session.show(render_error(session.console, error))
 
 
-def evaluate(session: Session, models: ComparedModels, kind: str, work: Callable[[Observer], list[Any]]) -> None:
+def evaluate(session: Session, models: ComparedModels, work: Callable[[Observer], list[Finding]]) -> None:
     """One kind of evaluation: done, shown, and added to the child's report."""
-    renderers = {"tastes": render_tastes, "perplexities": render_perplexities, "scores": render_scores}
     with session.view:
         findings = work(session.observe)
-    session.show(renderers[kind](session.console, findings))
-    add_to_report(session, dict(models.folders)["child"], {kind: findings})
+    for finding in findings:
+        session.show(render_finding(session.console, finding))
+    add_to_report(session, dict(models.folders)["child"], findings)
 
 
-def add_to_report(session: Session, child: Path, findings: dict[str, Any]) -> None:
+def add_to_report(session: Session, child: Path, findings: Sequence[Finding]) -> None:
     """Adds what was found to a child's report and to what --json prints. What goes wrong there is told at the end."""
-    session.findings |= findings
+    session.findings += findings
     try:
         amend_report(child, findings)
     except SlerpMergeError as error:

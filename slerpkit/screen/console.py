@@ -6,7 +6,7 @@ Knows nothing of models; every function takes the console that it draws for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -34,7 +34,7 @@ def displayable(console: Console, text: str) -> str:
     encoding = console.encoding or "ascii"
     text = printable(text, keep="\n")
     if not is_unicode(console):
-        text = text.replace("°", " degrees").replace("…", "...")
+        text = text.replace("°", " degrees").replace("…", "...").replace("±", "+-")
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -72,19 +72,3 @@ def show_error(error: SlerpMergeError) -> None:
     console = Console(stderr=True, highlight=False)
     with contextlib.suppress(OSError):  # the terminal may be what was lost
         console.print(render_error(console, error), soft_wrap=not console.is_terminal)
-
-
-def figure_table(console: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of figures, right-aligned but for its first column."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(displayable(console, cell)) for cell in row))
-    return table
-
-
-def with_noise(console: Console, value: float, noise: float | None, form: str = ".4f") -> str:
-    """A figure with its standard error, where that is known."""
-    sign = "±" if is_unicode(console) else "+-"
-    return f"{value:{form}}" if noise is None else f"{value:{form}} {sign} {noise:.4f}"

@@ -26,6 +26,7 @@ from slerpkit.screen.history import History
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from slerpkit.child.findings import Finding
     from slerpkit.evaluation.sweep import Objective
     from slerpkit.merge import events
     from slerpkit.merge.events import Event
@@ -54,7 +55,7 @@ class Session:
         self.console = Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
-        self.findings: dict[str, Any] = {}  # of the child, by their kind; --json prints them
+        self.findings: list[Finding] = []  # of the child; --json prints them
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
     @property
