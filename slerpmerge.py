@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
-    from slerpkit.evaluation.sweep import Objective
+    from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge.plan import MergePlan
     from slerpkit.screen import afterwards, console, figures, panels, terminal
     from slerpkit.screen import session as sessions

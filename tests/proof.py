@@ -18,8 +18,9 @@ from rich.console import Console
 
 from slerpkit.child.findings import Finding
 from slerpkit.evaluation.models import ComparedModels
+from slerpkit.evaluation.objectives import Objective
 from slerpkit.evaluation.perplexity import compare_perplexity
-from slerpkit.evaluation.sweep import Objective, find_t, forget_sweep
+from slerpkit.evaluation.sweep import find_t, forget_sweep
 from slerpkit.merge.events import ignore
 from slerpkit.merge.plan import MergePlan
 from slerpkit.schedule import parse_blend

@@ -37,7 +37,7 @@ FLOORS = (
     "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
     "slerpkit.story",
     "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
-    " slerpkit.evaluation.sweep slerpkit.demo",
+    " slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.console slerpkit.screen.terminal slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
     " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.session"

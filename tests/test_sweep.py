@@ -12,13 +12,13 @@ from rich.cells import cell_len
 
 from slerpkit.child.findings import Finding, make_finding
 from slerpkit.evaluation.models import ComparedModels
+from slerpkit.evaluation.objectives import Measurement, Objective, TextLosses
 from slerpkit.evaluation.perplexity import compare_perplexity
 from slerpkit.evaluation.sweep import (
     MAX_TRIALS,
     TRIAL_PREFIX,
-    Objective,
-    Sweep,
     Trial,
+    describe_best,
     find_t,
     forget_sweep,
     remove_trial,
@@ -59,15 +59,14 @@ def weighed(*losses: float) -> tuple[tuple[float, float], ...]:
 def bowl(best: float, tried: list[float] | None = None):
     """A stand-in for measuring: the loss is least at `best`, over three items that differ from each other."""
 
-    def measure(sweep, role: str, folder: Path):
+    def measure(losses: TextLosses, role: str, folder: Path) -> Measurement:
         recipe = folder / "merge_recipe.yaml"
         t = {"primary": 0.0, "secondary": 1.0}.get(role)
         t = read_recipe(recipe).schedule.rules[0].gradient[0] if t is None else t
         if tried is not None:
             tried.append(t)
         loss = 1 + (t - best) ** 2
-        sweep.journal.names = ["text"]
-        return (loss,), (weighed(loss - 0.1, loss, loss + 0.1),)
+        return Measurement(("text",), (loss,), (weighed(loss - 0.1, loss, loss + 0.1),))
 
     return measure
 
@@ -82,7 +81,7 @@ def left_over(folder: Path) -> list[str]:
 @pytest.mark.parametrize("best", [0.03, 0.1, 0.27, 0.5, 0.64, 0.88, 0.99])
 def test_the_best_t_is_found_to_a_fortieth(plan, monkeypatch, best):
     tried: list[float] = []
-    monkeypatch.setattr(Sweep, "measure", bowl(best, tried))
+    monkeypatch.setattr(TextLosses, "measure", bowl(best, tried))
     sweep = find_t(plan, Objective((Path("text-1.txt"),)), ignore)["figures"]
     assert abs(sweep["best_t"] - best) <= 0.0251
     assert len(tried) == len(set(tried)) <= MAX_TRIALS
@@ -138,7 +137,7 @@ def test_the_verdict_says_what_is_noise_and_when_a_parent_is_better(primary, wor
     best = Trial("child", 0.5, (2.1,), (weighed(2.0, 2.1, 2.2),))
     trials = [Trial("primary", 0.0, (0.0,), (weighed(*primary),)), best]
     trials += [Trial("secondary", 1.0, (0.0,), (weighed(4.0, 4.1, 4.2),))]
-    assert words in Sweep.verdict(trials, best)
+    assert words in describe_best(best, trials)
 
 
 # ── What it leaves ──
@@ -163,28 +162,28 @@ def test_the_best_child_is_made_and_nothing_else_is_left(run, plan, tmp_path):  
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
 def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_after):
     tried: list[float] = []
-    measure = Sweep.measure
+    measure = TextLosses.measure
 
-    def counted(sweep, role, folder):
+    def counted(losses, role, folder):
         tried.append(role)
-        return measure(sweep, role, folder)
+        return measure(losses, role, folder)
 
-    monkeypatch.setattr(Sweep, "measure", counted)
-    yardstick = Objective((tmp_path / "text-1.txt",))
+    monkeypatch.setattr(TextLosses, "measure", counted)
+    objective = Objective((tmp_path / "text-1.txt",))
 
     def stop(event: object) -> None:
         if isinstance(event, Noted) and len(tried) == stop_after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_t(plan, yardstick, stop)
+        find_t(plan, objective, stop)
     assert len(tried) == stop_after
     assert left_over(tmp_path) == [".child.slerpmerge-sweep"]
     assert [path.name for path in (tmp_path / ".child.slerpmerge-sweep").iterdir()] == ["journal.json"]
-    sweep = find_t(plan, yardstick, ignore)
+    sweep = find_t(plan, objective, ignore)
     assert len(tried) == len(sweep["figures"]["trials"]), "none twice"
     forget_sweep(plan.options.save_directory)
-    assert find_t(plan, yardstick, ignore) == sweep
+    assert find_t(plan, objective, ignore) == sweep
     forget_sweep(plan.options.save_directory)
     assert left_over(tmp_path) == []
 
@@ -192,9 +191,9 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
 @pytest.mark.parametrize("change", ["text", "method", "restart", "torn", "empty"])
 def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatch, change):
     tried: list[float] = []
-    monkeypatch.setattr(Sweep, "measure", bowl(0.3, tried))
-    yardstick = Objective((tmp_path / "text-1.txt",))
-    whole = len(find_t(plan, yardstick, ignore)["figures"]["trials"])
+    monkeypatch.setattr(TextLosses, "measure", bowl(0.3, tried))
+    objective = Objective((tmp_path / "text-1.txt",))
+    whole = len(find_t(plan, objective, ignore)["figures"]["trials"])
     assert len(tried) == whole
     recipe, options = plan.recipe, plan.options
     if change == "text":
@@ -206,7 +205,7 @@ def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatc
     else:
         torn = "{}" if change == "torn" else ""
         (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text(torn, encoding="utf-8")
-    find_t(prepare_merge(recipe, options), yardstick, ignore)
+    find_t(prepare_merge(recipe, options), objective, ignore)
     assert len(tried) == 2 * whole
 
 
@@ -219,30 +218,30 @@ def test_there_is_one_trial_child_at_a_time_in_memory_where_it_fits(plan, tmp_pa
     measure = bowl(0.3)
     seen = []
 
-    def watched(sweep, role, folder):
+    def watched(losses, role, folder):
         children = [path.parent for path in tmp_path.rglob("merge_report.json")]
         seen.append(len(children))
         if role == "child":
             assert children == [folder]
             assert is_inside(folder, memory) == in_memory
-        return measure(sweep, role, folder)
+        return measure(losses, role, folder)
 
-    monkeypatch.setattr(Sweep, "measure", watched)
+    monkeypatch.setattr(TextLosses, "measure", watched)
     find_t(plan, Objective((tmp_path / "text-1.txt",)), ignore)
     assert max(seen) == 1
     assert list(tmp_path.rglob("merge_report.json")) == []
 
 
 def test_a_trial_that_a_killed_sweep_left_is_removed_by_the_next(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(Sweep, "measure", bowl(0.3))
+    monkeypatch.setattr(TextLosses, "measure", bowl(0.3))
     monkeypatch.setattr("slerpkit.evaluation.sweep.remove_trial", lambda storage: None)  # as if it had never come to it
-    yardstick = Objective((tmp_path / "text-1.txt",))
-    find_t(plan, yardstick, ignore)
+    objective = Objective((tmp_path / "text-1.txt",))
+    find_t(plan, objective, ignore)
     storage = Path(json.loads((tmp_path / ".child.slerpmerge-sweep" / "journal.json").read_text("utf-8"))["storage"])
     assert (storage / "trial" / "model.safetensors").is_file()
     monkeypatch.undo()
-    monkeypatch.setattr(Sweep, "measure", bowl(0.3))
-    find_t(plan, yardstick, ignore)
+    monkeypatch.setattr(TextLosses, "measure", bowl(0.3))
+    find_t(plan, objective, ignore)
     assert not storage.exists()
 
 
@@ -257,15 +256,15 @@ def test_a_journal_cannot_have_a_folder_of_the_persons_removed(tmp_path):
 
 def test_two_sweeps_into_one_place_are_refused(plan, tmp_path, monkeypatch):
     measure = bowl(0.3)
-    yardstick = Objective((tmp_path / "text-1.txt",))
+    objective = Objective((tmp_path / "text-1.txt",))
 
-    def again(sweep, role, folder):
+    def again(losses, role, folder):
         with pytest.raises(SlerpMergeError, match="Another run"):
-            find_t(plan, yardstick, ignore)
-        return measure(sweep, role, folder)
+            find_t(plan, objective, ignore)
+        return measure(losses, role, folder)
 
-    monkeypatch.setattr(Sweep, "measure", again)
-    find_t(plan, yardstick, ignore)
+    monkeypatch.setattr(TextLosses, "measure", again)
+    find_t(plan, objective, ignore)
 
 
 # ── What it refuses ──

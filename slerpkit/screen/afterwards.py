@@ -26,7 +26,7 @@ from slerpkit.screen.figures import render_finding
 if TYPE_CHECKING:
     from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
-    from slerpkit.evaluation.sweep import Objective
+    from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge.difference_map import DifferenceMap
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan

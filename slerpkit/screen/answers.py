@@ -15,7 +15,7 @@ from slerpkit.recipe import OPTION_FIELDS, RECIPE_FIELDS, MergeRecipe, RunOption
 from slerpkit.schedule import Schedule
 
 if TYPE_CHECKING:
-    from slerpkit.evaluation.sweep import Objective
+    from slerpkit.evaluation.objectives import Objective
 
 # The fields of Answers that are asked for, in their order, and the words that people have for them.
 QUESTIONS = {"primary": "primary", "secondary": "secondary", "save_directory": "save directory", "blend": "blend"}

@@ -41,11 +41,11 @@ from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file
-    from slerpkit.evaluation import sweep
+    from slerpkit.evaluation import objectives
     from slerpkit.parents import checkpoint
 else:  # what only some flags need
     demo, recipe_file = LazyModule("slerpkit.demo"), LazyModule("slerpkit.recipe_file")
-    sweep, checkpoint = LazyModule("slerpkit.evaluation.sweep"), LazyModule("slerpkit.parents.checkpoint")
+    objectives, checkpoint = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.parents.checkpoint")
 
 
 class MissingFlags(Exception):
@@ -235,7 +235,7 @@ def answers_given(arguments: argparse.Namespace) -> Answers:
     blend = Blend(order_rules(arguments.rules)) if arguments.rules else None
     if arguments.sweep:
         texts = tuple(arguments.texts)
-        blend = Blend(objective=sweep.Objective(texts, () if texts else arguments.tasks, arguments.include_path))
+        blend = Blend(objective=objectives.Objective(texts, () if texts else arguments.tasks, arguments.include_path))
     answers = Answers(
         arguments.primary,
         arguments.secondary,
@@ -323,7 +323,7 @@ def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Ite
         yield from ("--base", checkpoint.short_name(recipe.base))
 
 
-def evaluation_words(arguments: argparse.Namespace, objective: sweep.Objective | None) -> Iterator[str]:
+def evaluation_words(arguments: argparse.Namespace, objective: objectives.Objective | None) -> Iterator[str]:
     """The flags for what follows a merge, or comes before it: a sweep, verification, tastes and figures."""
     if arguments.verify:
         yield from ("--verify", arguments.verify)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from slerpkit.child.findings import Finding
-    from slerpkit.evaluation.sweep import Objective
+    from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge import events
     from slerpkit.merge.events import Event
     from slerpkit.merge.plan import MergePlan

@@ -28,13 +28,13 @@ from slerpkit.screen.prompts import Prompter, answer_check
 
 if TYPE_CHECKING:
     from slerpkit import recipe_file
-    from slerpkit.evaluation import perplexity, sweep
+    from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
     from slerpkit.parents import checkpoint
     from slerpkit.parity import check
     from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
-    perplexity, sweep = LazyModule("slerpkit.evaluation.perplexity"), LazyModule("slerpkit.evaluation.sweep")
+    objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
     checkpoint, check = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parity.check")
     recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
@@ -149,7 +149,7 @@ class Wizard:
             if blend.text == TASK_VECTORS:
                 blend = dataclasses.replace(blend, base=self.ask_base(answers))
             elif blend.text == FIND_BLEND:
-                blend = dataclasses.replace(blend, objective=sweep.Objective(self.ask_texts()))
+                blend = dataclasses.replace(blend, objective=objectives.Objective(self.ask_texts()))
             elif blend.recipe is None and blend.text.lower() not in names and not self.accept_curves(blend.schedule):
                 continue
             return dataclasses.replace(answers, blend=blend)
