@@ -114,7 +114,7 @@ def main() -> None:
         console = Console(width=100)
         console.print(render_finding(console, finding))
         every = proof.exhaustive()
-        best = min(every, key=lambda found: found[1].mean)
+        best = min(every, key=lambda tried: tried[1].mean)
         taken = finding["figures"]["best_t"]
         print(f"Of every twentieth the best is t = {best[0]:g} ({best[1].mean:.4f}); the sweep took {taken:g}.")
         rows = proof.methods()

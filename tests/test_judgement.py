@@ -15,7 +15,13 @@ import torch
 from rich.cells import cell_len
 
 from slerpkit.child.report import CARD_MARKS, FINDINGS_MARK, amend_report
-from slerpkit.evaluation.models import ComparedModels, DeviceOutOfMemory, choose_device_and_dtype, with_fallback_to_cpu
+from slerpkit.evaluation.models import (
+    ComparedModels,
+    DeviceOutOfMemory,
+    choose_device_and_dtype,
+    generates_text,
+    with_fallback_to_cpu,
+)
 from slerpkit.evaluation.perplexity import (
     TextLoss,
     compare_perplexity,
@@ -27,6 +33,7 @@ from slerpkit.evaluation.perplexity import (
 from slerpkit.evaluation.taste import taste, taste_finding
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded, ignore
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import open_checkpoint
 from slerpkit.screen.figures import render_finding
 from tests.builders import VOCABULARY, add_tokenizer, edit_json, make_pair, make_real_model, merge
 from tests.conftest import fingerprint
@@ -95,9 +102,9 @@ def test_every_token_but_the_first_is_predicted_once_with_half_a_window_before_i
     seen: list[int] = []
     for begin, end, fresh in sliding_windows(count, window):
         assert end - begin <= window
-        for place in range(end - fresh, end):
-            assert place - begin >= min(place, window - window // 2)
-            seen.append(place)
+        for position in range(end - fresh, end):
+            assert position - begin >= min(position, window - window // 2)
+            seen.append(position)
     assert seen == list(range(1, count))
 
 
@@ -276,6 +283,30 @@ def test_an_encoder_cannot_be_asked_and_can_be_merged(run, tmp_path, flags):  # 
     assert run(*arguments).status == 0
 
 
+@pytest.mark.parametrize(
+    ("architectures", "writes"),
+    [
+        (["LlamaForCausalLM"], True),
+        (["GPT2LMHeadModel"], True),
+        (["ReformerModelWithLMHead"], True),
+        (["MarianMTModel"], True),
+        (["VisionEncoderDecoderModel"], True),
+        (["T5ForConditionalGeneration"], True),
+        (["T5EncoderModel"], False),
+        (["LlamaModel"], False),
+        (["BertForMaskedLM"], False),
+        (["BertForPreTraining"], False),
+        (["LlamaForSequenceClassification"], False),
+        ([], False),
+        (..., False),
+    ],
+)
+def test_a_models_name_tells_whether_it_writes_texts(tmp_path, architectures, writes):
+    folder = make_pair(tmp_path)[0]
+    edit_json(folder / "config.json", architectures=architectures)
+    assert generates_text(open_checkpoint(folder)) == writes
+
+
 def test_too_little_memory_is_one_message_and_the_child_stands(run, family, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("slerpkit.evaluation.models.free_memory", lambda: 1e6)
     monkeypatch.setattr("slerpkit.evaluation.sweep.free_memory", lambda: 1e6)
@@ -327,13 +358,13 @@ def test_an_accelerator_that_was_chosen_and_runs_full_gives_way_to_the_processor
 
 
 @pytest.mark.parametrize(
-    ("memory", "place"),
+    ("memory", "device_and_dtype"),
     [(1e12, ("cuda", "bfloat16")), (1e5, ("cpu", "float32"))],
 )
-def test_the_device_is_the_one_that_fits(family, monkeypatch, memory, place):
+def test_the_device_is_the_one_that_fits(family, monkeypatch, memory, device_and_dtype):
     monkeypatch.setattr("slerpkit.evaluation.models.accelerators", lambda: {"cuda": True, "mps": False})
     monkeypatch.setattr("slerpkit.evaluation.models.accelerator_memory", lambda device: memory)
-    assert choose_device_and_dtype(ComparedModels(family.folders, "auto")) == place
+    assert choose_device_and_dtype(ComparedModels(family.folders, "auto")) == device_and_dtype
     assert choose_device_and_dtype(ComparedModels(family.folders, "cpu")) == ("cpu", "float32")
 
 

@@ -40,7 +40,7 @@ def test_each_specialist_is_better_at_its_own_skill_and_has_lost_of_the_others(p
 
 def test_the_sweeps_t_is_an_exhaustive_grids_and_its_child_beats_both_parents_together(proof, every):
     sweep = proof.sweep()["figures"]
-    best_t, _ = min(every, key=lambda found: found[1].mean)
+    best_t, _ = min(every, key=lambda tried: tried[1].mean)
     assert abs(sweep["best_t"] - best_t) <= 0.05 + 1e-9
     by_role = {trial["role"]: trial for trial in sweep["trials"] if trial["t"] in (0, 1, sweep["best_t"])}
     for role in ("primary", "secondary"):
@@ -60,10 +60,10 @@ def test_methods_and_gradients_are_held_against_each_other(proof):
     rows = proof.methods()
     print(table(rows))
     assert [row.name for row in rows[-len(GRADIENTS) :]] == list(GRADIENTS)
-    found = {row.name.partition(",")[0]: row for row in rows}
-    parents = min(found["primary"].mean, found["secondary"].mean)
+    by_name = {row.name.partition(",")[0]: row for row in rows}
+    parents = min(by_name["primary"].mean, by_name["secondary"].mean)
     for method in ("slerp", "slerp-norm", "lerp"):
-        assert found[method].mean < parents
+        assert by_name[method].mean < parents
 
 
 def test_parents_lose_as_much_whatever_they_are_compared_with(proof):

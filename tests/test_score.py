@@ -60,7 +60,7 @@ def family(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def place(family, tmp_path) -> Path:
+def folder(family, tmp_path) -> Path:
     """The family in the test's own folder."""
     for name in ("primary", "secondary", "child"):
         shutil.copytree(family / name, tmp_path / name)
@@ -91,7 +91,7 @@ def harness_alone(model: Path, folder: Path) -> dict:
 
 
 @needs_harness
-def test_figures_are_the_harnesss_own_digit_for_digit(run, place):  # noqa: F811
+def test_figures_are_the_harnesss_own_digit_for_digit(run, folder):  # noqa: F811
     outcome = run("--child", "child", "--score", TASK, "--include-path", TASKS, "--device", "cpu", "--json")
     assert outcome.status == 0, outcome.err
     assert outcome.err == ""
@@ -102,72 +102,76 @@ def test_figures_are_the_harnesss_own_digit_for_digit(run, place):  # noqa: F811
         (TASK, "acc_norm", 60),
     ]
     for role in ("primary", "secondary", "child"):
-        theirs = harness_alone(place / role, place / f"alone-{role}")
+        theirs = harness_alone(folder / role, folder / f"alone-{role}")
         for each in scores:
             metric = each["metric"]
             assert each["values"][role] == [theirs[f"{metric},none"], theirs[f"{metric}_stderr,none"]]
 
 
 @needs_harness
-def test_scores_join_the_table_the_report_and_the_card(run, place):  # noqa: F811
+def test_scores_join_the_table_the_report_and_the_card(run, folder):  # noqa: F811
     outcome = run("--child", "child", "--score", TASK, "--include-path", TASKS)
     assert outcome.status == 0, outcome.err
     assert "acc_norm" in outcome.out
     assert "child against primary: " in outcome.out
-    report = json.loads((place / "child" / "merge_report.json").read_text("utf-8"))
+    report = json.loads((folder / "child" / "merge_report.json").read_text("utf-8"))
     value, error = report["findings"][0]["figures"]["scores"][0]["values"]["child"]
     assert f"{value:.4f} ± {error:.4f}" in outcome.out
-    assert f"{value:.4f} ± {error:.4f}" in (place / "child" / "README.md").read_text("utf-8")
+    assert f"{value:.4f} ± {error:.4f}" in (folder / "child" / "README.md").read_text("utf-8")
 
 
 @needs_harness
-def test_a_task_of_plain_yaml_on_plain_json_needs_no_code(run, place):  # noqa: F811
+def test_a_task_of_plain_yaml_on_plain_json_needs_no_code(run, folder):  # noqa: F811
     text = (
-        (TASKS / "blocks.yaml").read_text("utf-8").replace("!function place.BLOCKS", json.dumps(str(place / "b.jsonl")))
+        (TASKS / "blocks.yaml")
+        .read_text("utf-8")
+        .replace("!function place.BLOCKS", json.dumps(str(folder / "b.jsonl")))
     )
-    (place / "own").mkdir()
-    (place / "own" / "own.yaml").write_text(text.replace(TASK, "my_own_task"), encoding="utf-8")
+    (folder / "own").mkdir()
+    (folder / "own" / "own.yaml").write_text(text.replace(TASK, "my_own_task"), encoding="utf-8")
     lines = (TASKS / "blocks.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (place / "b.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    (folder / "b.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
     outcome = run("--child", "child", "--score", "my_own_task", "--include-path", "own", "--json")
     assert outcome.report["findings"][0]["figures"]["scores"][0]["items"] == 8
 
 
 @needs_harness
-def test_a_task_that_does_not_exist_is_refused_before_anything_is_made(run, place, monkeypatch):  # noqa: F811
+def test_a_task_that_does_not_exist_is_refused_before_anything_is_made(run, folder, monkeypatch):  # noqa: F811
     arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes")
     outcome = run(*arguments, "--score", f"{TASK},slerpmerge_blokcs", "--include-path", TASKS)
     assert outcome.status == 1
     assert "The harness has no task slerpmerge_blokcs" in outcome.err
     assert "Did you mean slerpmerge_blocks" in outcome.err
-    assert not (place / "other").exists()
+    assert not (folder / "other").exists()
     outcome = run(*arguments, "--score", TASK, "--include-path", "nowhere")
     assert "The folder of tasks nowhere is not there" in outcome.err
 
 
 @needs_harness
-def test_a_task_whose_data_is_missing_is_one_message_and_the_child_stands(run, place):  # noqa: F811
+def test_a_task_whose_data_is_missing_is_one_message_and_the_child_stands(run, folder):  # noqa: F811
     text = (TASKS / "blocks.yaml").read_text("utf-8").replace("!function place.BLOCKS", '"/nowhere/blocks.jsonl"')
-    (place / "own").mkdir()
-    (place / "own" / "own.yaml").write_text(text, encoding="utf-8")
+    (folder / "own").mkdir()
+    (folder / "own" / "own.yaml").write_text(text, encoding="utf-8")
     arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes")
     outcome = run(*arguments, "--score", TASK, "--include-path", "own")
     assert outcome.status == 1
     assert "The harness could not evaluate primary: FileNotFoundError" in outcome.err
     assert "The child stands in" in outcome.err
     assert "Traceback" not in outcome.err
-    assert (place / "other" / "model.safetensors").is_file()
+    assert (folder / "other" / "model.safetensors").is_file()
 
 
 @needs_harness
-def test_a_sweep_goes_by_a_task(run, place):  # noqa: F811
+def test_a_sweep_goes_by_a_task(run, folder):  # noqa: F811
     text = (
-        (TASKS / "blocks.yaml").read_text("utf-8").replace("!function place.BLOCKS", json.dumps(str(place / "b.jsonl")))
+        (TASKS / "blocks.yaml")
+        .read_text("utf-8")
+        .replace("!function place.BLOCKS", json.dumps(str(folder / "b.jsonl")))
     )
-    (place / "own").mkdir()
-    (place / "own" / "own.yaml").write_text(text, encoding="utf-8")
+    (folder / "own").mkdir()
+    (folder / "own" / "own.yaml").write_text(text, encoding="utf-8")
     lines = (TASKS / "blocks.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (place / "b.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    (folder / "b.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     arguments = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes", "--json")
     outcome = run(*arguments, "--sweep", "--score", TASK, "--include-path", "own")
     assert outcome.status == 0, outcome.err
@@ -183,19 +187,19 @@ def test_a_sweep_goes_by_a_task(run, place):  # noqa: F811
 # ── Without it ──
 
 
-def test_without_the_harness_it_says_what_to_install(run, place, monkeypatch):  # noqa: F811
+def test_without_the_harness_it_says_what_to_install(run, folder, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     outcome = run("--child", "child", "--score", TASK)
     assert outcome.status == 1
     assert 'pip install "lm-eval[hf]"' in outcome.err
 
 
-def test_it_is_never_loaded_unasked(place):
+def test_it_is_never_loaded_unasked(folder):
     spy = "import sys, slerpmerge; status = slerpmerge.main(sys.argv[1:]); print('lm_eval' in sys.modules, status)"
     arguments = ["--primary", "primary", "--secondary", "secondary", "--save-dir", "other", "--yes", "--quiet"]
     done = subprocess.run(
         [sys.executable, "-c", spy, *arguments, "--taste", "The"],
-        cwd=place,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(slerpmerge.__file__).parent)},
         capture_output=True,
         text=True,
@@ -264,13 +268,13 @@ def test_a_figure_that_is_no_mean_of_its_items_is_not_judged():
     assert list(judged_metrics(result)) == [("x", "acc", "none")]
 
 
-def test_a_harness_without_figures_for_items_is_refused(monkeypatch, place):
+def test_a_harness_without_figures_for_items_is_refused(monkeypatch, folder):
     monkeypatch.setattr("slerpkit.evaluation.harness.find_tasks", lambda *_: (["x"], None))
     monkeypatch.setattr("slerpkit.evaluation.harness.load_harness", lambda: None)
     monkeypatch.setattr(
         "slerpkit.evaluation.harness.harness_results", lambda *_: {"results": {"x": {"alias": "x"}}, "samples": {}}
     )
     roles = ("primary", "secondary", "child")
-    models = ComparedModels(tuple((role, place / role) for role in roles), "cpu")
+    models = ComparedModels(tuple((role, folder / role) for role in roles), "cpu")
     with pytest.raises(SlerpMergeError, match="no figure that is a mean over their items"):
         score(models, ["x"], None, ignore)

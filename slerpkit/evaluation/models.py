@@ -1,4 +1,9 @@
-"""Parents and child as transformers loads them, one in memory at a time."""
+"""Parents and child as transformers loads them, one in memory at a time.
+
+Which models can be asked, on what device and in what dtype, and what transformers itself says of a child's files. What
+they are asked is not known here. Only local files are read, and no code that a model brings along is run. Read
+parents/checkpoint.py and devices.py before this.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +33,21 @@ if TYPE_CHECKING:
     from slerpkit.merge.events import Observer
     from slerpkit.parents.checkpoint import Checkpoint
 
+WORKING_BYTES = 1_200_000_000  # beside a model's weights: a window's logits over a large vocabulary, and libraries
+# Heads over encoders, of some of which older versions of transformers say that they can generate; and bare models.
+READER_NAME = re.compile(
+    r"(For(MaskedLM|PreTraining|(\w+)?Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)"
+    r"|(?<!LMHead)(?<!DoubleHeads)(?<!MT)(?<!EncoderDecoder)Model)$"
+)
+SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
+
 
 def quiet_transformers() -> Any:
-    """The transformers package, with no bars and warnings of its own on the screen."""
+    """The transformers package, with no bars and warnings of its own on the screen.
+
+    The package itself, not its lazy stand-in: names of classes come from strangers' configs, and the stand-in would
+    look for them among its modules too.
+    """
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -60,8 +77,8 @@ def verify_with_transformers(folder: Path) -> tuple[str, ...]:
     transformers = quiet_transformers()
     checkpoint = open_checkpoint(folder)
     architecture = find_architecture(checkpoint)
-    found = loading_report(transformers, architecture, checkpoint)
-    faults = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    report = loading_report(transformers, architecture, checkpoint)
+    faults = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in faults.items():
         if names:
             raise SlerpMergeError(
@@ -75,7 +92,7 @@ def verify_with_transformers(folder: Path) -> tuple[str, ...]:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise SlerpMergeError(
                 f"transformers cannot load the child's tokenizer: {error}",
-                "Load the donor's tokenizer the same way: if it shows the same, the fault is its own.",
+                "Load the parent's tokenizer the same way: if it shows the same, the fault is its own.",
             ) from error
         checks.append(f"its tokenizer loads with {len(tokenizer)} tokens")
     return tuple(checks)
@@ -119,12 +136,6 @@ def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint)
     raise AssertionError("unreachable: the last context returns or raises")
 
 
-WORKING_BYTES = 1_200_000_000  # beside a model's weights: a window's logits over a large vocabulary, and libraries
-# Heads over encoders; older versions of transformers say of some of them that they can generate.
-READER_NAME = re.compile(r"For(MaskedLM|(\w+)?Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)$")
-SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
-
-
 @dataclass(frozen=True)
 class ComparedModels:
     """The models that are held against each other, in the order in which they are shown."""
@@ -134,17 +145,21 @@ class ComparedModels:
 
     @functools.cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:
+        """Each model opened, by its role. Raises SlerpMergeError as open_checkpoint does."""
         return {role: open_checkpoint(folder) for role, folder in self.folders}
 
     def tokenizer_folder(self, role: str) -> Path:
-        """A model's own tokenizer, or that of another model here where it stands as weights alone."""
+        """A model's own folder, or another's here where it stands as weights alone, to take the tokenizer from.
+
+        Raises SlerpMergeError where none of them has one.
+        """
         own = self.checkpoints[role].folder
         others = [checkpoint.folder for other, checkpoint in reversed(self.checkpoints.items()) if other != role]
-        found = next((folder for folder in (own, *others) if has_tokenizer(folder)), None)
-        if found is None:
+        folder = next((folder for folder in (own, *others) if has_tokenizer(folder)), None)
+        if folder is None:
             what = "None of these models has a tokenizer, so there is nothing to read or write a text with."
             raise SlerpMergeError(what, "Put the tokenizer's files into a parent's folder.")
-        return found
+        return folder
 
 
 class DeviceOutOfMemory(SlerpMergeError):
@@ -168,11 +183,16 @@ def out_of_memory_named(name: str, device: str) -> Iterator[None]:
         raise
 
 
+def generates_text(checkpoint: Checkpoint) -> bool:
+    """Whether a model seems to write texts, by what its config calls it; transformers need not load for it."""
+    return bool(checkpoint.config.get("architectures")) and not READER_NAME.search(checkpoint.architecture)
+
+
 def check_generates_text(checkpoint: Checkpoint, reads_on: bool) -> None:
     """Raises SlerpMergeError where a model cannot generate text; reads_on: or cannot predict a text token by token."""
     architecture = find_architecture(checkpoint)
     what = None
-    if not architecture.can_generate() or READER_NAME.search(checkpoint.architecture):
+    if not (generates_text(checkpoint) and architecture.can_generate()):
         what = f"{checkpoint.name} is a {checkpoint.architecture}, which reads texts and cannot write any."
     elif reads_on and is_encoder_decoder(checkpoint):
         what = f"{checkpoint.name} is a {checkpoint.architecture}, which does not predict a text from its beginning."
@@ -185,21 +205,21 @@ def check_generates_text(checkpoint: Checkpoint, reads_on: bool) -> None:
         raise SlerpMergeError(what, "Take that out of its folder; it was not loaded.")
 
 
-def choose_device_and_dtype(lineup: ComparedModels) -> tuple[str, str]:
-    """(device, dtype) that all of a lineup fits, one model at a time: the stored dtype on an accelerator, float32 on
-    the processor where there is room, which there is faster and exact.
+def choose_device_and_dtype(models: ComparedModels) -> tuple[str, str]:
+    """(device, dtype) that each of the models fits, alone: the stored dtype on an accelerator, float32 on the
+    processor where there is room, which there is faster and exact.
 
     Raises SlerpMergeError where a model is too large for any.
     """
-    stored = max((checkpoint.dtypes[0] for checkpoint in lineup.checkpoints.values()), key=dtype_width)
-    largest = max(lineup.checkpoints.values(), key=lambda checkpoint: checkpoint.parameter_count)
+    stored = max((checkpoint.dtypes[0] for checkpoint in models.checkpoints.values()), key=dtype_width)
+    largest = max(models.checkpoints.values(), key=lambda checkpoint: checkpoint.parameter_count)
     count = largest.parameter_count
-    for device in [name for name, is_there in accelerators().items() if is_there] if lineup.device != "cpu" else []:
+    for device in [name for name, is_there in accelerators().items() if is_there] if models.device != "cpu" else []:
         fits = count * dtype_width(stored) + WORKING_BYTES < accelerator_memory(device)
-        if lineup.device == device or (lineup.device == "auto" and fits):
+        if models.device == device or (models.device == "auto" and fits):
             return device, stored
-    if lineup.device not in ("auto", "cpu"):
-        check_device(lineup.device)
+    if models.device not in ("auto", "cpu"):
+        check_device(models.device)
     wide = "float64" if stored == "float64" else "float32"
     for dtype in (wide, stored):
         if count * dtype_width(dtype) + WORKING_BYTES < free_memory():
@@ -209,26 +229,26 @@ def choose_device_and_dtype(lineup: ComparedModels) -> tuple[str, str]:
     raise SlerpMergeError(f"{what}.", "Close other programs, or use a machine with more memory. The merge needs less.")
 
 
-def with_fallback_to_cpu(lineup: ComparedModels, observe: Observer, work: Callable[[str, str], Any]) -> Any:
+def with_fallback_to_cpu(models: ComparedModels, observe: Observer, work: Callable[[str, str], Any]) -> Any:
     """What `work(device, dtype)` makes; once more on the processor where an accelerator that was chosen runs full."""
-    device, dtype = choose_device_and_dtype(lineup)
+    device, dtype = choose_device_and_dtype(models)
     try:
         return work(device, dtype)
     except DeviceOutOfMemory as error:
-        if device == "cpu" or lineup.device != "auto":
+        if device == "cpu" or models.device != "auto":
             raise
         observe(Noted(f"{error.message} Once more, on the processor."))
     # Not within the block above: the error would hold on to the model that did not fit.
-    return work(*choose_device_and_dtype(dataclasses.replace(lineup, device="cpu")))
+    return work(*choose_device_and_dtype(dataclasses.replace(models, device="cpu")))
 
 
 @contextlib.contextmanager
-def loaded_model(lineup: ComparedModels, role: str, device: str, dtype: str) -> Iterator[tuple[Any, Any]]:
+def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) as transformers has them; given back when the block ends, so that one is there at a time.
 
     Raises SlerpMergeError where transformers cannot load them, DeviceOutOfMemory where there is no memory for them.
     """
-    transformers, checkpoint = quiet_transformers(), lineup.checkpoints[role]
+    transformers, checkpoint = quiet_transformers(), models.checkpoints[role]
     architecture = find_architecture(checkpoint)
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     how = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
@@ -237,17 +257,17 @@ def loaded_model(lineup: ComparedModels, role: str, device: str, dtype: str) -> 
         with out_of_memory_named(checkpoint.name, device):
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    lineup.tokenizer_folder(role), trust_remote_code=False
+                    models.tokenizer_folder(role), trust_remote_code=False
                 )
-                model, found = architecture.from_pretrained(
+                model, report = architecture.from_pretrained(
                     checkpoint.folder, local_files_only=True, output_loading_info=True, **how
                 )
                 model = model.to(device).eval()
             except (OSError, ValueError, KeyError, ImportError) as error:
                 what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
                 raise SlerpMergeError(what, "The merge is not touched by this.") from error
-            if found["missing_keys"]:
-                what = f"{checkpoint.name} ({role}) lacks weights: {format_names(sorted(found['missing_keys']))}."
+            if report["missing_keys"]:
+                what = f"{checkpoint.name} ({role}) lacks weights: {format_names(sorted(report['missing_keys']))}."
                 raise SlerpMergeError(what, "What transformers puts in their place is chance; nothing was asked of it.")
             with torch.inference_mode(), torch_threads_kept():
                 if checkpoint.parameter_count < SMALL_MODEL_PARAMETERS:

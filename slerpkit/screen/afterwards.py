@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from slerpkit.child.report import amend_report
 from slerpkit.evaluation.harness import find_tasks, score
-from slerpkit.evaluation.models import ComparedModels, check_generates_text, verify_with_transformers
+from slerpkit.evaluation.models import ComparedModels, check_generates_text, generates_text, verify_with_transformers
 from slerpkit.evaluation.perplexity import compare_perplexity, read_judged_text
 from slerpkit.evaluation.taste import taste
 from slerpkit.files import is_inside
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.recipe import MergeRecipe
     from slerpkit.screen.session import Session
-
-GENERATING_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def models_to_compare(recipe: MergeRecipe, child: Path, device: str) -> ComparedModels:
@@ -141,4 +139,4 @@ def add_to_report(session: Session, child: Path, findings: Sequence[Finding]) ->
 
 def may_generate_text(plan: MergePlan) -> bool:
     """Whether a taste is worth offering, by what the config calls itself; transformers need not load for it."""
-    return plan.tokenizer_role is not None and plan.parents.primary.architecture.endswith(GENERATING_KINDS)
+    return plan.tokenizer_role is not None and generates_text(plan.parents.primary)
