@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,13 @@ from slerpkit import devices
 from slerpkit.files import is_plain_folder, sync_to_disk
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
 from slerpkit.merge.journal import Journal
-from slerpkit.merge.save_directory import WorkFolder, check_replaceable, interruptions_held, staging_area
+from slerpkit.merge.save_directory import (
+    WorkFolder,
+    check_replaceable,
+    interruptions_held,
+    staged_folders,
+    staging_area,
+)
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
 
@@ -77,7 +84,8 @@ class StagedChild:
         self.observe = observe
         self.target = plan.options.save_directory.resolve()
         self.area = WorkFolder(staging_area(self.target))
-        self.folder = self.area.path / "child"
+        # Of this run alone: a worker of a run that was killed, should it still write, finds its folder gone.
+        self.folder = self.area.path / f"child-{secrets.token_hex(4)}"
         self.replaced = self.area.path / "replaced"  # a child that stood there before, until the new one does
         self.journal = Journal(self.area.path, plan.fingerprint, plan.shards)
         self._is_trusted = True
@@ -99,9 +107,15 @@ class StagedChild:
 
     def _take_over(self) -> None:
         """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
-        for path in (self.folder, self.replaced):
+        for path in (*staged_folders(self.area.path), self.replaced):
             if os.path.lexists(path) and not is_plain_folder(path):
                 path.unlink()  # a link or a file; what a link leads to is none of ours
+        for path in staged_folders(self.area.path):
+            if not self.folder.exists():
+                path.rename(self.folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        self.journal.folder = self.folder
         is_empty = self.target.is_dir() and not any(self.target.iterdir())
         if self.replaced.is_dir() and (is_empty or not self.target.exists()):
             if is_empty:
