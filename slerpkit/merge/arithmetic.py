@@ -9,6 +9,7 @@ added in float64; results are rounded once, to the child's dtype.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,12 +44,13 @@ def total_sums(sums: Sequence[Sums]) -> tuple[float, float, float]:
     return dot, math.sqrt(primary_squared), math.sqrt(secondary_squared)
 
 
-def row_products(left: numpy.ndarray, right: numpy.ndarray, out: numpy.ndarray) -> None:
-    """out[i] = left[i] . right[i] over the rows of two matrices. numpy before 2.0 takes twice as long."""
-    if hasattr(numpy, "vecdot"):
-        numpy.vecdot(left, right, out=out)
-    else:
-        numpy.einsum("ij,ij->i", left, right, out=out)
+class Room:
+    """Scratch memory for a piece in one precision: three sources and a result, and views of it that are used often."""
+
+    def __init__(self, dtype: torch.dtype, elements: int) -> None:
+        self.all = torch.empty(4, elements, dtype=dtype)
+        self.parts = self.all.unbind()
+        self.rows = [part.numpy()[: elements // ROW * ROW].reshape(-1, ROW) for part in self.parts]
 
 
 class Arithmetic:
@@ -58,50 +60,55 @@ class Arithmetic:
 
     def __init__(self, cast_dtype: str | None = None) -> None:
         self.cast = getattr(torch, cast_dtype) if cast_dtype else None
-        self._rooms: dict[tuple[torch.dtype, int], torch.Tensor] = {}
+        self._rooms: dict[tuple[torch.dtype, int], Room] = {}
+        # (rows, ROW) and (rows, ROW) to (rows,); numpy before 2.0 has no vecdot, and takes twice as long.
+        self._row_products = getattr(numpy, "vecdot", None) or functools.partial(numpy.einsum, "ij,ij->i")
 
-    def room(self, dtype: torch.dtype, elements: int) -> torch.Tensor:
-        """Scratch memory of four rows: (4, elements)."""
+    def room(self, dtype: torch.dtype, elements: int) -> Room:
         if (dtype, elements) not in self._rooms:
-            self._rooms[dtype, elements] = torch.empty(4, elements, dtype=dtype)
+            self._rooms[dtype, elements] = Room(dtype, elements)
         return self._rooms[dtype, elements]
 
     def round(self, raw: torch.Tensor) -> torch.Tensor:
         """A block rounded to the recipe's dtype, where it has one."""
         return raw if self.cast is None or raw.dtype == self.cast else raw.to(self.cast)
 
-    def load(self, block: Block, piece: slice, room: torch.Tensor) -> torch.Tensor:
-        """(sources, elements) of a piece in working precision; with a base, v0 and v1 are what each learned since."""
-        count = piece.stop - piece.start
-        for source, raw in enumerate(block):
-            room[source, :count].copy_(self.round(raw[piece]))
-        if len(block) == 3:
-            room[:2, :count].sub_(room[2, :count])
-        return room[: len(block), :count]
+    def pieces(self, block: Block, width: int = 1) -> Iterator[Block]:
+        """A block piece by piece, whole rows of `width`; the last may be shorter."""
+        step, count = max(1, PIECE_ELEMENTS // width) * width, len(block[0])
+        whole = count // step * step
+        yield from zip(*(part[:whole].view(-1, step).unbind() for part in block))
+        if whole < count:
+            yield [part[whole:] for part in block]
 
-    def pieces(self, count: int, width: int = 1) -> Iterator[slice]:
-        """The pieces of a block of `count` elements, whole rows of `width`."""
-        step = max(1, PIECE_ELEMENTS // width) * width
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
+    def load(self, piece: Block, room: Room) -> int:
+        """Puts the sources of a piece into the room, in working precision; returns how many elements they have.
+
+        With a base, v0 and v1 become what each learned since.
+        """
+        count = len(piece[0])
+        for raw, part in zip(piece, room.parts):
+            (part if len(part) == count else part[:count]).copy_(self.round(raw))
+        if len(piece) == 3:
+            room.all[:2, :count].sub_(room.parts[2][:count])
+        return count
 
     def measure(self, block: Block, dtype: torch.dtype) -> tuple[float, float, float]:
         """(v0 . v0, v1 . v1, v0 . v1) of a block."""
-        count = len(block[0])
         room = self.room(dtype, PIECE_ELEMENTS)
-        wide = room.numpy()
-        products = numpy.empty((3, -(-count // ROW)), wide.dtype)
+        products = numpy.empty((3, -(-len(block[0]) // ROW)), room.rows[0].dtype)
         done = 0
-        for piece in self.pieces(count):
-            loaded = self.load(block, piece, room)
-            rows = -(-loaded.shape[1] // ROW)
-            room[:2, loaded.shape[1] : rows * ROW] = 0  # what fills the last row up adds nothing
-            v0, v1 = wide[:2, : rows * ROW].reshape(2, rows, ROW)
-            with numpy.errstate(all="ignore"):  # what is not finite is dealt with below
-                for kind, (left, right) in enumerate(((v0, v0), (v1, v1), (v0, v1))):
-                    row_products(left, right, products[kind, done : done + rows])
-            done += rows
-        sums = products.sum(axis=1, dtype=numpy.float64).tolist()
+        with numpy.errstate(all="ignore"):  # what is not finite is dealt with below
+            for piece in self.pieces(block):
+                count = self.load(piece, room)
+                until = done - (-count // ROW)
+                if count % ROW:  # what fills the last row up adds nothing
+                    room.all[:2, count : (until - done) * ROW] = 0
+                v0, v1 = (rows[: until - done] for rows in room.rows[:2])
+                for (left, right), out in zip(((v0, v0), (v1, v1), (v0, v1)), products):
+                    self._row_products(left, right, out=out[done:until])
+                done = until
+            sums = products.sum(axis=1, dtype=numpy.float64).tolist()
         if dtype == torch.float32 and not math.isfinite(sum(sums)):
             return self.measure(block, torch.float64)  # large values overflow a float32 square
         return sums[0], sums[1], sums[2]
@@ -110,10 +117,12 @@ class Arithmetic:
         """out = w0 * v0 + w1 * v1, and the base where there is one, rounded to out's dtype."""
         room = self.room(dtype, PIECE_ELEMENTS)
         factors = torch.tensor([*weights, 1.0][: len(block)], dtype=dtype)
-        for piece in self.pieces(len(out)):
-            loaded = self.load(block, piece, room)
-            blended = torch.mv(loaded.t(), factors, out=room[3, : loaded.shape[1]])
-            out[piece].copy_(self.round(blended))
+        columns, result = room.all[: len(block)].t(), room.parts[3]
+        for *piece, made in self.pieces([*block, out]):
+            count = self.load(piece, room)
+            if count < PIECE_ELEMENTS:
+                columns, result = columns[:count], result[:count]
+            made.copy_(self.round(torch.mv(columns, factors, out=result)))
 
     def measure_vectors(self, block: Block, dtype: torch.dtype, width: int, axis: int) -> torch.Tensor:
         """The three sums for each vector of a block of whole rows `width` long: (3, vectors), float64.
@@ -123,11 +132,11 @@ class Arithmetic:
         """
         room = self.room(torch.float64, max(width, PIECE_ELEMENTS))
         parts = []
-        for piece in self.pieces(len(block[0]), width):
-            loaded = self.load(block, piece, room)
+        for piece in self.pieces(block, width):
+            count = self.load(piece, room)
+            v0, v1 = (part[:count].view(-1, width) for part in room.parts[:2])
             if dtype == torch.float32 and len(block) == 3:  # what each learned, as float32 has it
-                loaded = loaded.float().double()
-            v0, v1 = (loaded[source].view(-1, width) for source in (0, 1))
+                v0, v1 = v0.float().double(), v1.float().double()
             parts.append(torch.stack([(a * b).sum(dim=axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))]))
         return torch.cat(parts, dim=1) if axis else torch.stack(parts).sum(dim=0)
 
@@ -141,18 +150,15 @@ class Arithmetic:
     ) -> None:
         """The same as blend, with weights of its own for each vector."""
         room = self.room(dtype, max(width, PIECE_ELEMENTS))
-        for piece in self.pieces(len(out), width):
-            loaded = self.load(block, piece, room)
-            v0, v1, *base = (source.view(-1, width) for source in loaded)
-            first, second = (
-                (part if part.shape[0] == 1 else part[piece.start // width : piece.stop // width]).to(dtype)
-                for part in weights
-            )
-            result = torch.mul(v0, first, out=room[3, : loaded.shape[1]].view(-1, width))
-            result.addcmul_(v1, second)
-            if base:
-                result += base[0]
-            out[piece].view(-1, width).copy_(self.round(result))
+        done = 0
+        for *piece, made in self.pieces([*block, out], width):
+            count = self.load(piece, room)
+            v0, v1, *base = (part[:count].view(-1, width) for part in room.parts[: len(block)])
+            rows = slice(done, done + count // width)
+            first, second = ((part if part.shape[0] == 1 else part[rows]).to(dtype) for part in weights)
+            result = torch.mul(v0, first, out=room.parts[3][:count].view(-1, width)).addcmul_(v1, second)
+            made.view(-1, width).copy_(self.round(result.add_(base[0]) if base else result))
+            done = rows.stop
 
     def give_back(self) -> None:
         """Gives the scratch memory back."""

@@ -19,8 +19,8 @@ from slerpkit.parents.tensors import DTYPE_BYTES, TORCH_NAMES, TensorReader
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import TensorInputs
 
-BLOCK_ELEMENTS = 1 << 20
-TASK_BLOCKS = 2
+BLOCK_ELEMENTS = 1 << 19
+TASK_BLOCKS = 4
 
 
 def torch_dtype(name: str) -> torch.dtype:
