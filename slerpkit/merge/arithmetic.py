@@ -13,15 +13,16 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slerpkit.lazy import numpy, torch
 from slerpkit.maths import exact_sum
 
 ROW = 512  # elements that are added in working precision; measured off by 1e-8 in float32, and by 6e-8 at 4096
-PIECE_ELEMENTS = 1 << 17  # computed at once
+PIECE_ELEMENTS = 1 << 17  # computed at once; whole rows
 
-Block = Sequence["torch.Tensor"]  # each source of a tensor: flat, of one length, in its stored dtype
+if TYPE_CHECKING:
+    Block = Sequence[torch.Tensor]  # each source of a tensor: flat, of one length, in its stored dtype
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Room:
     """Scratch memory for a piece in one precision: three sources and a result, and views of it that are used often."""
 
     def __init__(self, dtype: torch.dtype, elements: int) -> None:
-        self.all = torch.empty(4, elements, dtype=dtype)
+        self.all = torch.empty(4, -(-elements // ROW) * ROW, dtype=dtype)
         self.parts = self.all.unbind()
-        self.rows = [part.numpy()[: elements // ROW * ROW].reshape(-1, ROW) for part in self.parts]
+        self.rows = [part.numpy().reshape(-1, ROW) for part in self.parts]
 
 
 class Arithmetic:
@@ -94,7 +95,9 @@ class Arithmetic:
         return count
 
     def measure(self, block: Block, dtype: torch.dtype) -> tuple[float, float, float]:
-        """(v0 . v0, v1 . v1, v0 . v1) of a block."""
+        """(v0 . v0, v1 . v1, v0 . v1) of a block. A short one has too few rows for their roundings to even out."""
+        if len(block[0]) < PIECE_ELEMENTS:
+            dtype = torch.float64
         room = self.room(dtype, PIECE_ELEMENTS)
         products = numpy.empty((3, -(-len(block[0]) // ROW)), room.rows[0].dtype)
         done = 0
@@ -120,7 +123,7 @@ class Arithmetic:
         columns, result = room.all[: len(block)].t(), room.parts[3]
         for *piece, made in self.pieces([*block, out]):
             count = self.load(piece, room)
-            if count < PIECE_ELEMENTS:
+            if count < len(result):
                 columns, result = columns[:count], result[:count]
             made.copy_(self.round(torch.mv(columns, factors, out=result)))
 

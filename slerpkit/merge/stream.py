@@ -20,7 +20,7 @@ from slerpkit.maths import TensorWeights, cosine_between, degrees_of, slerp_coef
 from slerpkit.merge.arithmetic import total_sums
 from slerpkit.merge.blocks import cut_tasks
 from slerpkit.merge.difference_map import build_map, difference_of
-from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.plan import inputs_of
 from slerpkit.merge.tensor_plan import MergedTensor, MergeResult, TensorInputs, TensorPlan
 from slerpkit.merge.worker import BlendTask, MeasureTask
@@ -265,6 +265,7 @@ def stream_merge(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe:
     """
     kept = len(child.journal.finished)
     child.journal.device = team.device
+    observe(Noted(f"Merging on {team.device} with {team.count} worker{'s' * (team.count > 1)}."))
     names = tuple(tensor.name for tensor in plan.tensors)
     observe(WorkBegan("Merging", plan.child_bytes, in_bytes=True, tensors=names))
     team.wait()

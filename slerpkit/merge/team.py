@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import heapq
 import os
 import signal
@@ -18,12 +19,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
+from slerpkit.lazy import torch
+from slerpkit.merge.worker import serve
 from slerpkit.messages import SlerpMergeError
 
 if TYPE_CHECKING:
@@ -33,14 +36,6 @@ SMALL_MERGE_BYTES = 200_000_000  # of both parents; below this threads are as fa
 TASKS_AHEAD = 2  # that a worker has at most: one at hand, and one so that it need not wait for the next
 SECONDS_TO_END = 5.0  # that workers have to finish what they are at
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-# Run by a process of its own: loads torch, then forks a worker for each connection that it is given.
-SERVER = """
-import gc, sys
-gc.disable()
-sys.path.insert(0, sys.argv[1])
-from slerpkit.merge.team import fork_workers
-fork_workers(int(sys.argv[2]), [int(number) for number in sys.argv[3:]])
-"""
 
 
 class Member:
@@ -67,6 +62,7 @@ class WorkerTeam:
         self.in_processes = in_processes and device == "cpu" and hasattr(os, "fork")
         self._members: list[Member] = []
         self._threads: list[threading.Thread] = []
+        self._torch_threads: list[int] = []  # that torch used before the workers set it to one
         self._server: subprocess.Popen[bytes] | None = None
         self._fates: Connection | None = None
         self._others: deque[tuple[Any, Task]] = deque()
@@ -102,12 +98,11 @@ class WorkerTeam:
         self._members = [Member(ours) for ours, _ in pairs]
 
     def _start_threads(self) -> None:
-        from slerpkit.merge.worker import serve
-
         for number in range(self.count):
             ours, theirs = Pipe()
             self._members.append(Member(ours))
-            thread = threading.Thread(target=serve, args=(theirs, self.device), name=f"worker-{number}", daemon=True)
+            arguments = theirs, self.device, self._torch_threads
+            thread = threading.Thread(target=serve, args=arguments, name=f"worker-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -168,12 +163,18 @@ class WorkerTeam:
         if any(member.tasks for member in self._members):
             self.close()
 
+    def serves(self, threads: int, device: str) -> bool:
+        """Whether these are still there, and as many, on such a device."""
+        return len(self._members) == self.count == threads and self.device == device
+
     def close(self) -> None:
         """Ends the workers: they finish what they are at, and are killed where that takes too long."""
         for member in self._members:
             member.connection.close()
         for thread in self._threads:
             thread.join(SECONDS_TO_END)
+        if self._torch_threads:
+            torch.set_num_threads(max(self._torch_threads))
         if self._server is not None:
             try:
                 self._server.wait(SECONDS_TO_END)
@@ -233,18 +234,14 @@ class WorkerTeam:
         return SlerpMergeError(f"A worker process ended before its time{': ' if reason else ''}{reason}.", hint)
 
 
-def fork_workers(fates_number: int, numbers: Sequence[int]) -> None:
+def fork_workers(fates_number: int, *numbers: int) -> None:
     """The server process: loads torch once, forks a worker for each connection, and tells what became of them."""
     fates = Connection(fates_number)
     try:
-        import torch  # noqa: F401  (so that the workers share it)
-
-        from slerpkit.merge.worker import serve
+        torch.get_num_threads()  # loaded here, so that the workers share it
     except Exception as error:  # whatever a library does when it loads; the main process says it
         fates.send((None, f"torch cannot be loaded ({error})"))
         return
-    import gc
-
     gc.freeze()
     workers: dict[int, int] = {}
     for place, number in enumerate(numbers):
@@ -252,7 +249,7 @@ def fork_workers(fates_number: int, numbers: Sequence[int]) -> None:
             for other in (fates_number, *numbers):
                 if other != number:
                     os.close(other)
-            serve(Connection(number), "cpu")
+            serve(Connection(number), "cpu", [])
             os._exit(0)
         workers[process] = place
     for number in numbers:
@@ -263,6 +260,16 @@ def fork_workers(fates_number: int, numbers: Sequence[int]) -> None:
             code = os.waitstatus_to_exitcode(status)
             killed = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
             fates.send((workers.pop(process), killed))
+
+
+# Run by a process of its own; its arguments are where the package is, and the numbers of the connections.
+SERVER = f"""
+import gc, sys
+gc.disable()
+sys.path.insert(0, sys.argv[1])
+from {fork_workers.__module__} import {fork_workers.__name__} as fork_workers
+fork_workers(*map(int, sys.argv[2:]))
+"""
 
 
 @contextlib.contextmanager

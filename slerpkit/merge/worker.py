@@ -14,7 +14,7 @@ import io
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from slerpkit.maths import TensorWeights
+    from slerpkit.merge.arithmetic import Block
     from slerpkit.merge.tensor_plan import TensorPlan
 
 
@@ -113,7 +114,7 @@ class Worker:
             self._arithmetic[device, cast_dtype] = made
         return self._arithmetic[device, cast_dtype]
 
-    def compute(self, task: Task, method: str, block: Sequence[torch.Tensor], *arguments: Any) -> Any:
+    def compute(self, task: Task, method: str, block: Block, *arguments: Any) -> Any:
         """What a method of Arithmetic makes of a block: on the device, until its memory is full; then on the
         processor, as all that follows.
         """
@@ -167,7 +168,7 @@ class Worker:
             write(self.out.memory[: len(part) * width])
         return non_finite
 
-    def blend_block(self, task: BlendTask, block: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def blend_block(self, task: BlendTask, block: Block, out: torch.Tensor) -> None:
         """out = w0 * v0 + w1 * v1, with the tensor's weights, or those of each of its vectors."""
         tensor = task.tensor
         if tensor.vectors == "tensor":
@@ -185,7 +186,7 @@ class Worker:
         """What is copied, rounded to the recipe's dtype where it has one and the values are real numbers."""
         return self.arithmetic_for(torch.float32, task.cast_dtype).round(raw) if raw.is_floating_point() else raw
 
-    def keep_rows(self, task: BlendTask, part: range, block: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def keep_rows(self, task: BlendTask, part: range, block: Block, out: torch.Tensor) -> None:
         """Puts the rows of tokens that a single parent has into `out` as they are."""
         tensor = task.tensor
         width = tensor.row_elements
@@ -217,14 +218,16 @@ def write_whole(handle: io.FileIO, file: Path, view: memoryview) -> None:
         raise explain_os_error(error, file, "write") from error
 
 
-def serve(connection: Connection, device: str) -> None:
+def serve(connection: Connection, device: str, torch_threads: list[int]) -> None:
     """Carries out tasks until the other end of the connection is closed, or gone with its process.
 
     The first message, the number of its process, says that it is ready.
     A message is (task, number, rows): rows, a RowMap, comes with the first task that needs it and is None after that;
-    number names it. The answer is (True, result) or (False, what was raised).
+    number names it. The answer is (True, result) or (False, what was raised). torch_threads: is told how many threads
+    torch used before.
     """
     row_maps = {}
+    torch_threads.append(torch.get_num_threads())
     torch.set_num_threads(1)  # the workers are the parallelism; torch's own would fight them
     with torch.inference_mode(), contextlib.suppress(OSError), Worker(device) as worker:
         connection.send(os.getpid())
