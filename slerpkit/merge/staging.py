@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.tensor_plan import MergedTensor
 
+FLUSH_BYTES = 256_000_000  # written, after which the disk is asked for them while the merge goes on
+
 
 class BackgroundSync:
     """One thread that asks the disk for finished files while the merge goes on."""
@@ -50,6 +52,10 @@ class BackgroundSync:
             if task.done():
                 task.result()
         self._tasks.append(self._executor.submit(self._sync, path, then))
+
+    @property
+    def is_idle(self) -> bool:
+        return all(task.done() for task in self._tasks)
 
     def _sync(self, path: Path, then: Callable[[], None]) -> None:
         sync_to_disk(path)
@@ -89,6 +95,7 @@ class StagedChild:
         self.replaced = self.area.path / "replaced"  # a child that stood there before, until the new one does
         self.journal = Journal(self.area.path, plan.fingerprint, plan.shards)
         self._is_trusted = True
+        self._unflushed = 0  # bytes
 
     def __enter__(self) -> StagedChild:
         self.area.enter()
@@ -127,6 +134,13 @@ class StagedChild:
             self.journal.load(devices.is_available)
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
+
+    def flush(self, file_name: str, byte_count: int) -> None:
+        """So much more of a file is written. Now and then the disk is asked for what it has, so that little is left."""
+        self._unflushed += byte_count
+        if self._unflushed >= FLUSH_BYTES and self._sync.is_idle:
+            self._unflushed = 0
+            self._sync.submit(self.folder / file_name)
 
     def finish_file(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""

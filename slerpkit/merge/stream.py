@@ -115,6 +115,7 @@ class TensorStream:
         self.observe(WorkAdvanced(self.advance(progress, number, is_blended)))
         if is_blended:
             progress.non_finite += answer
+            self.child.flush(progress.shard.file_name, self.advance(progress, number, is_blended))
         else:
             progress.sums[number] = answer
         if not progress.unfinished:

@@ -169,6 +169,7 @@ class WorkerTeam:
 
     def close(self) -> None:
         """Ends the workers: they finish what they are at, and are killed where that takes too long."""
+        is_idle = not any(member.tasks for member in self._members)
         for member in self._members:
             member.connection.close()
         for thread in self._threads:
@@ -177,7 +178,7 @@ class WorkerTeam:
             torch.set_num_threads(max(self._torch_threads))
         if self._server is not None:
             try:
-                self._server.wait(SECONDS_TO_END)
+                self._server.wait(None if is_idle else SECONDS_TO_END)  # with a limit it looks only now and then
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(OSError):
                     os.killpg(self._server.pid, signal.SIGKILL)
