@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = SlerpMergeError(
             f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
         )
+    finally:
+        if session is not None:
+            session.close()
     if session is not None and session.leaves_something:
         fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
     console.show_error(fault)
@@ -173,6 +176,8 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     check_recipe(recipe)
     check_options(options)
     parents = story.open_parents(recipe)
+    if not arguments.dry_run:
+        session.start_workers(parents.primary.byte_count, options)  # they load what they need meanwhile
     parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
@@ -207,7 +212,8 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
         session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
     while (decision := session.wizard.decide(plan.kinship.warning is None and not is_lost)) == "inspect":
         with session.view:
-            found = story.measure_differences(plan.parity.pairs, plan.recipe, plan.options, session.observe)
+            team = session.workers_for(plan)
+            found = story.measure_differences(plan.parity.pairs, plan.recipe, team, session.observe)
         session.show(figures.render_map(session.console, found))
     return decision
 
@@ -253,9 +259,9 @@ def make_child(session: Session, plan: MergePlan) -> MergeReport:
     """The merge itself, timed with all that the person waits for, and its report shown."""
     session.closing_note, session.leaves_something = CLEANED_UP, False
     started = time.perf_counter()
-    terminal.wait_for_torch()
+    terminal.collect_garbage_again()
     with session.view:
-        report = story.execute_merge(plan, session.observe)
+        report = story.execute_merge(plan, session.observe, session.workers_for(plan))
     report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
     session.show(panels.render_report(session.console, report))
     return report
@@ -273,7 +279,7 @@ def inspect_parents(session: Session) -> None:
     given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
     afterwards.check_maps(session, answers.recipe)
-    terminal.wait_for_torch()
+    terminal.collect_garbage_again()
     with session.view:
         found = story.inspect_parents(answers.recipe, answers.options, session.observe)
     session.show(figures.render_map(session.console, found))

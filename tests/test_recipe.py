@@ -40,7 +40,7 @@ from tests.builders import (
     merge,
     plan_of,
     reference_slerp,
-    set_chunk_elements,
+    set_block_elements,
 )
 from tests.conftest import fingerprint
 
@@ -755,7 +755,7 @@ def test_bits_do_not_depend_on_threads_or_chunks(
     primary, secondary, base = siblings(tmp_path)
     settings = {"method": "nuslerp", "vectors": taken_as_one, "base": base if with_base else None}
     usual = load_tensors(merge(primary, secondary, tmp_path / "usual", 0.3, threads=1, **settings).child)
-    set_chunk_elements(monkeypatch, 64)
+    set_block_elements(monkeypatch, 64)
     children = [
         load_tensors(merge(primary, secondary, tmp_path / f"by-{threads}", 0.3, threads=threads, **settings).child)
         for threads in (1, 2, 5)
