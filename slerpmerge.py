@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slerpkit.files import write_text
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, format_names, printable
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
@@ -47,7 +47,7 @@ from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 
 if TYPE_CHECKING:
-    from slerpkit import demo, recipe_file, story
+    from slerpkit import demo, recipe_file, recipe_writer, story
     from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
@@ -57,11 +57,10 @@ if TYPE_CHECKING:
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
-    demo, recipe_file, story = map(LazyModule, ("slerpkit.demo", "slerpkit.recipe_file", "slerpkit.story"))
-    sweep = LazyModule("slerpkit.evaluation.sweep")
-    afterwards, console = LazyModule("slerpkit.screen.afterwards"), LazyModule("slerpkit.screen.console")
-    figures, panels = LazyModule("slerpkit.screen.figures"), LazyModule("slerpkit.screen.panels")
-    sessions, terminal = LazyModule("slerpkit.screen.session"), LazyModule("slerpkit.screen.terminal")
+    demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
+    (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
+    afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
+    panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = flags.parse_arguments(argv)
         terminal.prepare_terminal()
-        with terminal.signals_end_it():
-            session = sessions.Session(arguments, NOTHING_WRITTEN)
+        with terminal.signals_end_it(), sessions.Session(arguments, NOTHING_WRITTEN) as session:
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
@@ -98,9 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = SlerpMergeError(
             f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
         )
-    finally:
-        if session is not None:
-            session.close()
     if session is not None and session.leaves_something:
         fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
     console.show_error(fault)
@@ -226,7 +221,7 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
         session.show(NOTHING_WRITTEN)
     else:
         path = session.wizard.ask_recipe_file().resolve()
-        write_text(path, recipe_file.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
+        write_text(path, recipe_writer.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
         session.leave(f"The recipe stands in {path}.")
         session.show(session.closing_note)
         session.show_command(plan, None, path)
@@ -239,7 +234,7 @@ def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> tupl
     """(the plan for the t that a sweep finds best, its curve). What was measured stays until the child stands."""
     try:
         with session.view:
-            curve = sweep.find_t(plan, objective, session.observe)
+            curve = sweep.find_t(plan, objective, session.observe, session.workers_for(plan))
     finally:
         if sweep.sweep_area(plan.options.save_directory).is_dir():
             session.leave(SWEEP_KEPT)

@@ -22,7 +22,8 @@ from slerpkit.evaluation.models import verify_with_transformers
 from slerpkit.merge.plan import MergePlan
 from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import LayerSlice, RunOptions
-from slerpkit.recipe_file import read_recipe, recipe_text
+from slerpkit.recipe_file import read_recipe
+from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import Schedule, ScheduleRule
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (

@@ -28,7 +28,7 @@ FLOORS = (
     "slerpkit.messages slerpkit.files slerpkit.lazy slerpkit.devices slerpkit.maths slerpkit.schedule slerpkit.recipe",
     "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
     " slerpkit.parents.checkpoint",
-    "slerpkit.recipe_file",
+    "slerpkit.recipe_file slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.configs slerpkit.parity.embeddings slerpkit.parity.vocabulary"
     " slerpkit.parity.pairing slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.blocks slerpkit.merge.journal"

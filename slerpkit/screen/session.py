@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from slerpkit import __version__
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
@@ -39,10 +39,8 @@ if TYPE_CHECKING:
     from slerpkit.screen.progress import MergeView
     from slerpkit.screen.wizard import Wizard
 else:  # a run without questions loads no wizard, and a refused one no view
-    events, progress = LazyModule("slerpkit.merge.events"), LazyModule("slerpkit.screen.progress")
-    finder, prompts = LazyModule("slerpkit.screen.finder"), LazyModule("slerpkit.screen.prompts")
-    plans, teams = LazyModule("slerpkit.merge.plan"), LazyModule("slerpkit.merge.team")
-    wizard = LazyModule("slerpkit.screen.wizard")
+    events, plans, teams = lazy_modules("slerpkit.merge", "events", "plan", "team")
+    finder, progress, prompts, wizard = lazy_modules("slerpkit.screen", "finder", "progress", "prompts", "wizard")
 
 
 class Session:
@@ -63,6 +61,12 @@ class Session:
         self.workers: WorkerTeam | None = None
         self.findings: list[Finding] = []  # of the child; --json prints them
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def asks(self) -> bool:
