@@ -291,6 +291,16 @@ def test_the_readme_names_every_flag_and_no_other():
     assert stated <= known | bench
 
 
+def test_the_readmes_tree_says_of_every_module_what_it_says_itself():
+    tree = {
+        name: " ".join(ast.get_docstring(TREES[module]).split("\n\n")[0].split())
+        for module in ORDER
+        if (name := SOURCES[module].relative_to(ROOT).as_posix()) != "slerpkit/__init__.py"
+    }
+    lines = re.findall(r"^((?:slerpkit/[\w/]+|slerpmerge)\.py) +(.+)$", README, re.MULTILINE)
+    assert lines == list(tree.items())
+
+
 def test_every_command_of_the_readme_is_run_by_ci():
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     commands = [line for block in blocks for line in block.strip().splitlines()]

@@ -1,0 +1,1 @@
+"""What is decided of every tensor, and the child made of it: plan, workers, staging folder."""
