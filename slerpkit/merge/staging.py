@@ -39,7 +39,7 @@ FLUSH_BYTES = 256_000_000  # written, after which the disk is asked for them whi
 
 
 class BackgroundSync:
-    """One thread that asks the disk for finished files while the merge goes on."""
+    """One thread that asks the disk for what is written while the merge goes on."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "sync")
