@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from slerpkit import __version__
 from slerpkit.files import MAX_OPEN_FILES, FileHandles
-from slerpkit.merge.events import MergeStopped, Noted, WorkAdvanced, ignore
+from slerpkit.merge.events import ChildPublished, MergeStopped, Noted, WorkAdvanced, ignore
 from slerpkit.merge.journal import Journal, Leftover
 from slerpkit.merge.save_directory import WorkFolder, staging_area
 from slerpkit.merge.staging import StagedChild
@@ -432,6 +432,19 @@ def test_an_existing_child_is_back_when_the_last_step_fails(tmp_path, monkeypatc
     monkeypatch.undo()
     assert merge(primary, secondary, child, 0.7, overwrite=True).as_dict()["resumed_files"] == 1
     assert names(tmp_path) == ["child", "primary", "secondary"]
+
+
+def test_an_observer_that_fails_when_the_child_stands_leaves_nothing_beside_it(tmp_path):
+    """Its error is its own: nothing says that the child could not be put there."""
+    primary, secondary = make_pair(tmp_path)
+    child = merge(primary, secondary, tmp_path / "child", 0.2).child
+    with pytest.raises(OSError, match="the terminal is gone"):
+        merge(
+            primary, secondary, child, 0.7, overwrite=True,
+            observe=at(ChildPublished, 1, lambda: throw(OSError("the terminal is gone"))),
+        )  # fmt: skip
+    assert names(tmp_path) == ["child", "primary", "secondary"]
+    assert_same_bits(load_tensors(child), load_tensors(merge(primary, secondary, tmp_path / "other", 0.7).child))
 
 
 def test_a_child_half_replaced_when_the_process_was_killed_is_back_at_the_next_start(tmp_path):

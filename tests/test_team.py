@@ -21,6 +21,7 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.story import execute_merge
 from tests.builders import add_tokenizer, llama_tensors, load_tensors, make_checkpoint, merge, plan_of
 from tests.conftest import fingerprint
+from tests.test_crash import after
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are threads where a process cannot be forked")
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +129,18 @@ def test_a_worker_that_is_killed_is_one_message_and_the_next_run_carries_on(pair
     assert report.merged.resumed_files == events[-1].kept > 0
     assert weights_of(report.child) == weights_of(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "primary", "secondary", "whole"]
+
+
+def test_a_worker_that_is_killed_while_the_child_is_checked_costs_no_finished_file(pair, tmp_path):
+    plan = plan_of(*pair, tmp_path / "child", 0.3, device="cpu", max_shard_bytes=SHARD_BYTES)
+    refused = pytest.raises(SlerpMergeError, match="A worker process ended before its time")
+    with WorkerTeam(1, in_processes=True) as team:
+        killed = after("slerpkit.story.copy_companions", 1, lambda: os.kill(team.processes[0], signal.SIGKILL))
+        with killed, refused as caught:
+            execute_merge(plan, team=team)
+    assert "The same command carries on" in caught.value.hint
+    report = merge(*pair, tmp_path / "child", 0.3, device="cpu", max_shard_bytes=SHARD_BYTES)
+    assert report.merged.resumed_files == len(plan.shards)
 
 
 def test_torch_that_cannot_be_loaded_is_one_message(pair, tmp_path, monkeypatch):

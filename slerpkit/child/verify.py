@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.files import read_json
+from slerpkit.merge.team import WorkerDied
 from slerpkit.merge.worker import RecomputeTask
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.safetensors_header import read_header
@@ -56,6 +57,8 @@ def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, team:
     try:
         verify_headers(plan, child.folder)
         recomputed, spots = verify_values(plan, child.folder, result, team)
+    except WorkerDied:  # that says nothing of the child
+        raise
     except SlerpMergeError:
         child.distrust()
         raise

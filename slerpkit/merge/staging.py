@@ -39,7 +39,7 @@ FLUSH_BYTES = 256_000_000  # written, after which the disk is asked for them whi
 
 
 class BackgroundSync:
-    """One thread that asks the disk for finished files while the merge goes on."""
+    """One thread that asks the disk for what is written while the merge goes on."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "sync")
@@ -167,15 +167,17 @@ class StagedChild:
                 self._sync.stop(30 if isinstance(error, Exception) else 0.5, enough=lambda: bool(held))
                 self._leave()
             return
-        try:
-            with interruptions_held():
+        with interruptions_held():
+            try:
                 self._publish()
-        except BaseException as fault:
-            if self.folder.exists():
-                self._leave()
-            if isinstance(fault, OSError):
-                raise explain_os_error(fault, self.target, "put the finished child at") from fault
-            raise
+            except BaseException as fault:
+                if self.folder.exists():
+                    self._leave()
+                if isinstance(fault, OSError):
+                    raise explain_os_error(fault, self.target, "put the finished child at") from fault
+                raise
+            self._remove_area()
+            self.observe(ChildPublished(self.target))
 
     def _publish(self) -> None:
         if self.target.is_dir():
@@ -192,8 +194,6 @@ class StagedChild:
                 self.replaced.rename(self.target)
             raise
         sync_to_disk(self.target.parent)
-        self.observe(ChildPublished(self.target))
-        self._remove_area()
 
     def _leave(self) -> None:
         """After an error: only what the next run can use stays."""

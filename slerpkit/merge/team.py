@@ -38,6 +38,10 @@ SECONDS_TO_END = 5.0  # that workers have to finish what they are at
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
+class WorkerDied(SlerpMergeError):
+    """A worker's process ended before its time. What was written before it is as good as ever."""
+
+
 class Member:
     """One worker, as the main process sees it."""
 
@@ -220,7 +224,7 @@ class WorkerTeam:
         key, _ = member.tasks.popleft()
         return succeeded, result, key
 
-    def _death_of(self, member: Member) -> SlerpMergeError:
+    def _death_of(self, member: Member) -> WorkerDied:
         """Why a worker is not there any more, in words."""
         number, reason = self._members.index(member), ""
         while self._fates is not None and self._fates.poll(1.0):
@@ -232,7 +236,7 @@ class WorkerTeam:
                 reason = what
                 break
         hint = "The same command carries on. If the memory ran out, close other programs or give it --threads 1."
-        return SlerpMergeError(f"A worker process ended before its time{': ' if reason else ''}{reason}.", hint)
+        return WorkerDied(f"A worker process ended before its time{': ' if reason else ''}{reason}.", hint)
 
 
 def fork_workers(fates_number: int, *numbers: int) -> None:
