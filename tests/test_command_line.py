@@ -895,7 +895,7 @@ def test_the_demo_makes_three_models_that_speak(tmp_path):
     assert outcome.status == 0
     assert "Traceback" not in outcome.err
     report = json.loads((tmp_path / "demo" / "demo-child" / "merge_report.json").read_text("utf-8"))
-    (answers,) = [taste["answers"] for taste in report["tastes"]]
+    (answers,) = [finding["figures"]["answers"] for finding in report["findings"]]
     assert answers.keys() == {"primary", "secondary", "child"}
     for sentence in answers.values():
         assert len(set(sentence.split())) >= 6, "it says something"
