@@ -39,7 +39,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slerpkit.files import write_text
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, format_names, printable
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
@@ -47,7 +47,7 @@ from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 
 if TYPE_CHECKING:
-    from slerpkit import demo, recipe_file, story
+    from slerpkit import demo, recipe_file, recipe_writer, story
     from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
@@ -57,11 +57,10 @@ if TYPE_CHECKING:
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
-    demo, recipe_file, story = map(LazyModule, ("slerpkit.demo", "slerpkit.recipe_file", "slerpkit.story"))
-    sweep = LazyModule("slerpkit.evaluation.sweep")
-    afterwards, console = LazyModule("slerpkit.screen.afterwards"), LazyModule("slerpkit.screen.console")
-    figures, panels = LazyModule("slerpkit.screen.figures"), LazyModule("slerpkit.screen.panels")
-    sessions, terminal = LazyModule("slerpkit.screen.session"), LazyModule("slerpkit.screen.terminal")
+    demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
+    (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
+    afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
+    panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = flags.parse_arguments(argv)
         terminal.prepare_terminal()
-        with terminal.signals_end_it():
-            session = sessions.Session(arguments, NOTHING_WRITTEN)
+        with terminal.signals_end_it(), sessions.Session(arguments, NOTHING_WRITTEN) as session:
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
@@ -173,6 +171,8 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     check_recipe(recipe)
     check_options(options)
     parents = story.open_parents(recipe)
+    if not arguments.dry_run:
+        session.start_workers(parents.primary.byte_count, options)  # they load what they need meanwhile
     parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
@@ -207,7 +207,8 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
         session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
     while (decision := session.wizard.decide(plan.kinship.warning is None and not is_lost)) == "inspect":
         with session.view:
-            found = story.measure_differences(plan.parity.pairs, plan.recipe, plan.options, session.observe)
+            team = session.workers_for(plan)
+            found = story.measure_differences(plan.parity.pairs, plan.recipe, team, session.observe)
         session.show(figures.render_map(session.console, found))
     return decision
 
@@ -220,7 +221,7 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
         session.show(NOTHING_WRITTEN)
     else:
         path = session.wizard.ask_recipe_file().resolve()
-        write_text(path, recipe_file.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
+        write_text(path, recipe_writer.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
         session.leave(f"The recipe stands in {path}.")
         session.show(session.closing_note)
         session.show_command(plan, None, path)
@@ -233,7 +234,7 @@ def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> tupl
     """(the plan for the t that a sweep finds best, its curve). What was measured stays until the child stands."""
     try:
         with session.view:
-            curve = sweep.find_t(plan, objective, session.observe)
+            curve = sweep.find_t(plan, objective, session.observe, session.workers_for(plan))
     finally:
         if sweep.sweep_area(plan.options.save_directory).is_dir():
             session.leave(SWEEP_KEPT)
@@ -253,9 +254,9 @@ def make_child(session: Session, plan: MergePlan) -> MergeReport:
     """The merge itself, timed with all that the person waits for, and its report shown."""
     session.closing_note, session.leaves_something = CLEANED_UP, False
     started = time.perf_counter()
-    terminal.wait_for_torch()
+    terminal.collect_garbage_again()
     with session.view:
-        report = story.execute_merge(plan, session.observe)
+        report = story.execute_merge(plan, session.observe, session.workers_for(plan))
     report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
     session.show(panels.render_report(session.console, report))
     return report
@@ -273,7 +274,7 @@ def inspect_parents(session: Session) -> None:
     given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
     afterwards.check_maps(session, answers.recipe)
-    terminal.wait_for_torch()
+    terminal.collect_garbage_again()
     with session.view:
         found = story.inspect_parents(answers.recipe, answers.options, session.observe)
     session.show(figures.render_map(session.console, found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 
@@ -25,6 +26,11 @@ class LazyModule:
         value = getattr(module, attribute)
         setattr(self, attribute, value)  # asked once; the next time it is simply there
         return value
+
+
+def lazy_modules(package: str, *names: str) -> Iterator[LazyModule]:
+    """Some modules of a package."""
+    return (LazyModule(f"{package}.{name}") for name in names)
 
 
 if TYPE_CHECKING:

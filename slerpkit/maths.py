@@ -105,21 +105,6 @@ def slerp_coefficients(
     return TensorWeights(primary_weight, secondary_weight, "slerp", "", angle, norms)
 
 
-def vector_weights(sums: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """NuSLERP's weights for many pairs of vectors at once.
-
-    sums: (3, vectors), float64: v0 . v0, v1 . v1, v0 . v1 of each pair. Returns two tensors (vectors,), float64.
-    A pair that is parallel, antiparallel, of no length or not finite gets LERP's weights.
-    """
-    cosine = (sums[2] / torch.sqrt(sums[0] * sums[1])).clamp(-1, 1)
-    theta = torch.acos(cosine)
-    sine = torch.sin(theta)
-    curved = (sine >= 1e-8) & torch.isfinite(cosine)
-    sine = torch.where(curved, sine, 1.0)
-    weights = torch.sin((1 - t) * theta) / sine, torch.sin(t * theta) / sine
-    return torch.where(curved, weights[0], 1 - t), torch.where(curved, weights[1], t)
-
-
 def slerp(
     primary: torch.Tensor,  # any shape, taken as one flat vector
     secondary: torch.Tensor,  # the same shape

@@ -23,6 +23,9 @@ class SlerpMergeError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[SlerpMergeError], tuple[str, str]]:
+        return SlerpMergeError, (self.message, self.hint)  # workers are processes
+
 
 def format_bytes(count: float) -> str:
     """A byte count in decimal units, as disks and hubs state them: 2.2 GB."""

@@ -1,25 +1,27 @@
-"""mergekit's YAML, read with the line of every fault, and written."""
+"""mergekit's YAML, read with the line of every fault.
+
+Knows words and lines, and the folders that a recipe names; whether the models in them fit is not known here. How a
+recipe is written stands in recipe_writer.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit import __version__
 from slerpkit.files import clean_path, read_bytes
+from slerpkit.lazy import yaml
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import MAX_LAYER_INDEX
 from slerpkit.recipe import CHILD_DTYPES, LayerSlice, MergeRecipe
 from slerpkit.schedule import Schedule, ScheduleRule
 
 if TYPE_CHECKING:
-    from slerpkit.parents.checkpoint import Checkpoint
+    pass
 
 RECIPE_NAME = "merge_recipe.yaml"
 RECIPE_METHODS = {"slerp": "slerp", "nuslerp": "nuslerp", "linear": "lerp"}
@@ -42,8 +44,6 @@ class RecipeFile:
     """A recipe as nodes of YAML, so that every complaint can name its line."""
 
     def __init__(self, path: Path) -> None:
-        import yaml
-
         self.path = path
         try:
             self.root = yaml.compose(read_bytes(path, 1_000_000).decode("utf-8"), Loader=yaml.SafeLoader)
@@ -355,102 +355,3 @@ def read_recipe(path: Path) -> MergeRecipe:
     Raises SlerpMergeError with the line where it is wrong or asks for what is not done here.
     """
     return RecipeReader(path).read()
-
-
-def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: Path) -> str:
-    """merge_recipe.yaml, in mergekit's syntax: --recipe makes the same bits of it again.
-
-    parents: by role, "primary", "secondary" and, where there is one, "base". Paths run from the child's folder. What
-    mergekit's keys cannot say stands under `slerpmerge`.
-    """
-    import yaml
-
-    places = {role: relative_place(parent.folder, child) for role, parent in parents.items()}
-    method = "slerp"
-    if recipe.method == "nuslerp" or recipe.base is not None:
-        method = "nuslerp"
-    elif recipe.method == "lerp":
-        method = "linear"
-    content: dict[str, Any] = {"merge_method": method}
-    if method == "slerp":
-        content["base_model"] = places["primary"]
-    elif recipe.base is not None:
-        content["base_model"] = places["base"]
-    if recipe.slices:
-        content["slices"] = [recipe_slice(part, places, method) for part in recipe.slices]
-    else:
-        whole = LayerSlice(0, 0, 0, recipe.schedule, recipe.weights)
-        cut = recipe_slice(whole, places, method)
-        content["models"] = [{k: v for k, v in source.items() if k != "layer_range"} for source in cut["sources"]]
-        content.update({"parameters": cut["parameters"]} if "parameters" in cut else {})
-    settings = {} if recipe.normalize else {"normalize": False}
-    if recipe.vectors != "tensor":
-        settings |= {"nuslerp_flatten": False, "nuslerp_row_wise": recipe.vectors == "first_dim"}
-    if settings:
-        content["parameters"] = {**content.get("parameters", {}), **settings}
-    if recipe.cast_dtype is not None:
-        content["dtype"] = recipe.cast_dtype
-    if recipe.dtype not in ("auto", recipe.cast_dtype):
-        content["out_dtype"] = recipe.dtype
-    if recipe.tokenizer != "auto":
-        content["tokenizer_source"] = places.get(recipe.tokenizer, recipe.tokenizer)
-    own: dict[str, Any] = {
-        "version": __version__,
-        "method": recipe.method,
-        "dot_threshold": recipe.dot_threshold,
-        "epsilon": recipe.epsilon,
-        "extrapolate": recipe.extrapolate,
-        "chat_template": recipe.chat_template,
-    }
-    if method != "slerp" and recipe.slices and recipe.slices[0].weights is None:
-        own["slices_t"] = [recipe_rules(part.schedule) for part in recipe.slices]
-    elif method != "slerp" and recipe.weights is None:
-        own["t"] = recipe_rules(recipe.schedule)
-    for role, parent in parents.items():
-        own[role] = {"name": parent.name, "headers": header_fingerprint(parent)}
-    return yaml.safe_dump({**content, "slerpmerge": own}, sort_keys=False, allow_unicode=True)
-
-
-def recipe_slice(part: LayerSlice, places: Mapping[str, str], method: str) -> dict[str, Any]:
-    """One slice as a recipe writes it: slerp has its t, the others a weight for each model."""
-    starts = {"primary": part.primary_start, "secondary": part.secondary_start}
-    sources: list[dict[str, Any]] = [
-        {"model": places[role], "layer_range": [start, start + part.length]} for role, start in starts.items()
-    ]
-    if method == "slerp":
-        return {"sources": sources, "parameters": {"t": recipe_rules(part.schedule)}}
-    rest = Schedule(tuple(ScheduleRule(tuple(1 - t for t in r.gradient), r.name_filter) for r in part.schedule.rules))
-    for source, weight in zip(sources, part.weights or (rest, part.schedule)):
-        source["parameters"] = {"weight": recipe_rules(weight)}
-    if "base" in places:
-        start = part.primary_start if part.base_start is None else part.base_start
-        sources.append({"model": places["base"], "layer_range": [start, start + part.length]})
-    return {"sources": sources}
-
-
-def recipe_rules(schedule: Schedule) -> Any:
-    """A schedule as mergekit writes it: a number, a list, or filters with their values."""
-    values = [list(rule.gradient) if len(rule.gradient) > 1 else rule.gradient[0] for rule in schedule.rules]
-    if len(values) == 1 and schedule.rules[0].name_filter == "*":
-        return values[0]
-    return [
-        {"value": value} if rule.name_filter == "*" else {"filter": rule.name_filter, "value": value}
-        for rule, value in zip(schedule.rules, values)
-    ]
-
-
-def relative_place(folder: Path, child: Path) -> str:
-    """A parent's path from the child's folder; its own where the two stand on different drives."""
-    try:
-        place = Path(os.path.relpath(folder.resolve(), child)).as_posix()
-    except ValueError:
-        place = str(folder.resolve())
-    return place
-
-
-def header_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over every tensor's name, dtype and shape, whatever the shards."""
-    import hashlib
-
-    table = sorted((info.name, info.dtype, list(info.shape)) for info in checkpoint.tensors.values())
-    return "sha256:" + hashlib.sha256(json.dumps(table).encode("utf-8")).hexdigest()

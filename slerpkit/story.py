@@ -13,9 +13,10 @@ from slerpkit.child.companions import copy_companions
 from slerpkit.child.report import MergeReport, write_report
 from slerpkit.child.verify import verify_child
 from slerpkit.merge.events import ignore
-from slerpkit.merge.plan import plan_merge
+from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
 from slerpkit.merge.stream import measure_differences, stream_merge
+from slerpkit.merge.team import team_for
 from slerpkit.parents.checkpoint import find_model, open_parents
 from slerpkit.parity.check import check_parity
 from slerpkit.recipe import check_options, check_recipe, recipe_and_options
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.difference_map import DifferenceMap
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.merge.team import WorkerTeam
     from slerpkit.recipe import MergeRecipe, RunOptions
 
 
@@ -41,30 +43,37 @@ def prepare_merge(recipe: MergeRecipe, options: RunOptions) -> MergePlan:
     return plan_merge(recipe, options, parents, parity)
 
 
-def execute_merge(plan: MergePlan, observe: Observer = ignore) -> MergeReport:
+def execute_merge(plan: MergePlan, observe: Observer = ignore, team: WorkerTeam | None = None) -> MergeReport:
     """Makes the planned child. It appears under its name whole and checked, or not at all.
 
-    Raises SlerpMergeError where the world does not let it; parents and save directory are then as before.
+    team: workers that were started before; without it the merge has its own. Raises SlerpMergeError where the world
+    does not let it; parents and save directory are then as before.
     """
     started = time.perf_counter()
-    with StagedChild(plan, observe) as child:  # published by one rename, only on a clean exit
-        merged = stream_merge(plan, child, observe)
+    with StagedChild(plan, observe) as child, team_for(plan.threads, plan.device, plan.source_bytes, team) as team:
+        merged = stream_merge(plan, child, team, observe)
         copy_companions(plan, child)
-        verified = verify_child(plan, child, merged)
+        verified = verify_child(plan, child, merged, team)
         report = write_report(plan, child, merged, verified)
         sync_seconds = child.sync()
         check_parents_unchanged(plan, child)
     return MergeReport(child.target, plan, merged, verified, report, sync_seconds, time.perf_counter() - started)
 
 
-def inspect_parents(recipe: MergeRecipe, options: RunOptions, observe: Observer = ignore) -> DifferenceMap:
+def inspect_parents(
+    recipe: MergeRecipe, options: RunOptions, observe: Observer = ignore, team: WorkerTeam | None = None
+) -> DifferenceMap:
     """How the parents of a recipe differ. Reads each of them once and writes nothing.
 
-    Raises SlerpMergeError where a parent, or their parity, forbids it.
+    team: as in execute_merge. Raises SlerpMergeError where a parent, or their parity, forbids it.
     """
-    parity = check_parity(open_parents(recipe), recipe)
+    parents = open_parents(recipe)
+    parity = check_parity(parents, recipe)
     parity.raise_if_blocking()
-    return measure_differences(parity.pairs, recipe, options, observe)
+    device = "cpu" if options.device == "auto" else options.device
+    byte_count = parents.primary.byte_count + parents.secondary.byte_count
+    with team_for(choose_threads(options.threads), device, byte_count, team) as team:
+        return measure_differences(parity.pairs, recipe, team, observe)
 
 
 def merge_models(

@@ -6,11 +6,14 @@
     python tests/bench_merge.py --also "--method lerp" "--t 0,0.5,1"   more blends, held against the first
     python tests/bench_merge.py --sync                      until everything is on the disk
     python tests/bench_merge.py --inspect                   also inspection, against reading both parents once
+    python tests/bench_merge.py --script OTHER/slerpmerge.py   another version on the same pair, run by run
     python tests/bench_merge.py --peer PATH_TO_MERGEKIT_YAML
 
-The floor comes first: reading both parents and writing one copy, in the same run and cache state.
-Every figure is a median of the runs, which alternate. The last line is one JSON object.
-This process stays small on purpose: a child's peak memory counts from its parent's at the start.
+The floor comes first: reading both parents and writing one copy, in the same run and cache state (the parents in the
+system's page cache, where the file system has one). Every figure is a median of the runs, which alternate. Processor
+seconds are user and system seconds of all processes of a run; they are steadier than wall seconds on a shared machine.
+Memory is the largest sum over a run's processes of the proportional set size (Linux; elsewhere the largest resident
+size of the main process). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slerpmerge.py"
@@ -119,6 +124,10 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def remove(folder: Path) -> None:
     if folder.exists():
         for path in sorted(folder.rglob("*"), reverse=True):
@@ -192,14 +201,13 @@ def measure_reading(folder: Path) -> float:
 def measure_inspection(folder: Path, runs: int) -> dict[str, float]:
     """Inspection over reading, medians of alternating runs: from memory, and where it can be had from the disk."""
     sys.path.insert(0, str(SCRIPT.parent))
-    from slerpkit.merge.stream import measure_differences
-    from slerpkit.recipe import MergeRecipe
-    from slerpkit.screen.terminal import wait_for_torch
-    from slerpkit.story import open_parents
+    from slerpkit.merge.team import WorkerTeam
+    from slerpkit.recipe import MergeRecipe, RunOptions
+    from slerpkit.story import inspect_parents
 
-    recipe = MergeRecipe(folder / "primary", folder / "secondary", Path(), device="cpu")
-    *_, parity = open_parents(recipe, lambda event: None)
-    wait_for_torch()
+    recipe, options = MergeRecipe(folder / "primary", folder / "secondary"), RunOptions(Path(), device="cpu")
+    team = WorkerTeam(usable_cores(), in_processes=True)
+    team.wait()
     found: dict[str, list[tuple[float, float]]] = {"cached": [], "from_disk": []}
     measure_reading(folder)
     for kind, pairs in found.items():
@@ -210,8 +218,9 @@ def measure_inspection(folder: Path, runs: int) -> dict[str, float]:
             if kind == "from_disk":
                 forget_cached(folder)
             started = time.perf_counter()
-            measure_differences(parity.pairs, recipe, lambda event: None)
+            inspect_parents(recipe, options, team=team)
             pairs.append((reading, time.perf_counter() - started))
+    team.close()
     return {
         f"{kind}_{name}": round(value, 2)
         for kind, pairs in found.items()
@@ -222,43 +231,112 @@ def measure_inspection(folder: Path, runs: int) -> dict[str, float]:
     }
 
 
-def run_measured(
-    command: list[str], folder: Path | None = None, environment: dict[str, str] | None = None
-) -> tuple[float, int, str]:
-    """(wall seconds, peak resident bytes, stdout) of a command. Fails loudly where it does."""
+@dataclass(frozen=True)
+class Run:
+    """What a command cost, and what it said."""
+
+    seconds: float
+    user_seconds: float  # of the processor, all processes
+    system_seconds: float
+    peak_bytes: int  # of all processes together
+    output: str
+
+
+def family(process: int) -> list[int]:
+    """A process and all that descend from it, as Linux lists them."""
+    found = [process]
+    for member in found:
+        try:
+            tasks = Path(f"/proc/{member}/task").iterdir()
+            children = " ".join((task / "children").read_text() for task in tasks)
+        except OSError:  # gone meanwhile
+            continue
+        found += map(int, children.split())
+    return found
+
+
+def proportional_bytes(process: int) -> int:
+    """The proportional set size of a process: what it shares is divided by those that share it. 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+class MemoryWatch(threading.Thread):
+    """Looks every tenth of a second how much memory a process and its descendants have together."""
+
+    def __init__(self, process: int) -> None:
+        super().__init__(daemon=True)
+        self.process = process
+        self.peak_bytes = 0
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(0.1):
+            total = sum(map(proportional_bytes, family(self.process)))
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+def run_measured(command: list[str], folder: Path | None = None, environment: dict[str, str] | None = None) -> Run:
+    """What a command cost. Fails loudly where it does."""
     settle(folder)
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        watch = MemoryWatch(process.pid) if Path("/proc/self/smaps_rollup").exists() else None
+        user = system = 0.0
+        peak = 0
         if hasattr(os, "wait4"):
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
+            user, system = usage.ru_utime, usage.ru_stime
             peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         else:
             process.wait()
-            peak = 0
         seconds = time.perf_counter() - started
+        if watch is not None:
+            watch.over.set()
+            watch.join()
+            peak = watch.peak_bytes
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{text[-3000:]}")
-    return seconds, peak, text
+    return Run(seconds, user, system, peak, text)
 
 
-def measure_slerpmerge(folder: Path, arguments: argparse.Namespace, blend: str) -> dict[str, float]:
+def file_system(folder: Path) -> str:
+    """The kind of file system that a folder lies on, as Linux calls it; unknown elsewhere."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    place = str(folder.resolve())
+    around = [(len(point), kind) for _, point, kind, *_ in mounts if (place + "/").startswith(point.rstrip("/") + "/")]
+    return max(around)[1] if around else "unknown"
+
+
+def measure_slerpmerge(
+    folder: Path, arguments: argparse.Namespace, blend: str, script: Path = SCRIPT
+) -> dict[str, float]:
     """What a merge reports of itself, with its wall time and peak; blend: flags, as a person writes them."""
     child = folder / "child"
     remove(child)
     command = [
-        sys.executable, str(SCRIPT), "--primary", str(folder / "primary"), "--secondary", str(folder / "secondary"),
+        sys.executable, str(script), "--primary", str(folder / "primary"), "--secondary", str(folder / "secondary"),
         "--save-dir", str(child), "--device", arguments.device, "--yes", "--json", *blend.split(),
     ]  # fmt: skip
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
-    seconds, peak, text = run_measured(command, folder)
-    report = json.loads(text.strip().splitlines()[-1])
+    run = run_measured(command, folder)
+    report = json.loads(run.output.strip().splitlines()[-1])
     return {
-        "whole": seconds,
-        "peak": peak,
+        "whole": run.seconds,
+        "user": run.user_seconds,
+        "system": run.system_seconds,
+        "peak": run.peak_bytes,
         "merge": report["seconds"],
         "sync": report["sync_seconds"],
         "bytes": report["bytes"],
@@ -275,9 +353,9 @@ def measure_peer(folder: Path, executable: str, t: str) -> dict[str, float]:
     child = folder / "peer-child"
     remove(child)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    seconds, peak, _ = run_measured([executable, str(recipe), str(child)], folder, environment)
+    run = run_measured([executable, str(recipe), str(child)], folder, environment)
     remove(child)
-    return {"whole": seconds, "peak": peak}
+    return {"whole": run.seconds, "peak": run.peak_bytes}
 
 
 def measure_dry_run(folder: Path) -> float:
@@ -287,7 +365,7 @@ def measure_dry_run(folder: Path) -> float:
         sys.executable, str(SCRIPT), "--dry-run", "--yes", "--json", "--save-dir", str(folder / "hollow-child"),
         "--primary", str(folder / "hollow-primary"), "--secondary", str(folder / "hollow-secondary"),
     ]  # fmt: skip
-    return statistics.median(run_measured(command)[0] for _ in range(9))
+    return statistics.median(run_measured(command).seconds for _ in range(9))
 
 
 def measure_first_prompt() -> float | None:
@@ -364,7 +442,7 @@ def nearest_bfloat16(exact):
 
 def in_own_process(task: str, *words: str) -> str:
     """Runs a part of this file that needs torch, so that this process stays small."""
-    return run_measured([sys.executable, __file__, "--task", task, *words])[2]
+    return run_measured([sys.executable, __file__, "--task", task, *words]).output
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -377,6 +455,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--also", nargs="+", default=[], metavar="FLAGS", help="flags of other blends to measure")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--script", type=Path, help="the slerpmerge.py of another version, to be measured too")
     parser.add_argument("--peer", metavar="PATH_TO_MERGEKIT_YAML", help="also measure mergekit on the same pair")
     parser.add_argument("--accuracy", action="store_true", help="also hold every element against float64")
     parser.add_argument(
@@ -406,7 +485,7 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
     in_own_process("build", str(folder), str(arguments.layers))
     measure_floor(folder)  # brings the parents into the cache, as a second run would find them
     plain = f"--method {arguments.method} --t {arguments.t}"
-    floors, synced, peers = [], [], []
+    floors, synced, peers, others = [], [], [], []
     merges: dict[str, list[dict[str, float]]] = {blend: [] for blend in [plain, *arguments.also]}
     for number in range(arguments.runs):
         floors.append(measure_floor(folder))
@@ -417,6 +496,9 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
         for blend, rows in merges.items():
             rows.append(measure_slerpmerge(folder, arguments, blend))
             print(f"run {number + 1}: {blend}: {rows[-1]}")
+        if arguments.script:
+            others.append(measure_slerpmerge(folder, arguments, plain, arguments.script))
+            print(f"run {number + 1}: other version {others[-1]}")
         if arguments.peer:
             peers.append(measure_peer(folder, arguments.peer, arguments.t))
             print(f"run {number + 1}: peer {peers[-1]}")
@@ -427,6 +509,8 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
     ours = merges[plain]
     floor, merge, whole = statistics.median(floors), median(ours, "merge"), median(ours, "whole")
     result: dict[str, object] = {
+        "file_system": file_system(folder),
+        "cores": usable_cores(),
         "layers": arguments.layers,
         "bytes": ours[0]["bytes"],
         "method": arguments.method,
@@ -435,9 +519,18 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
         "merge_seconds": round(merge, 3),
         "merge_over_floor": round(merge / floor, 2),
         "whole_seconds": round(whole, 2),
+        "processor_seconds": round(median(ours, "user") + median(ours, "system"), 2),
         "sync_seconds": round(median(ours, "sync"), 2),
         "peak_megabytes": round(median(ours, "peak") / 1e6),
     }
+    if others:
+        result["other"] = {
+            "merge_seconds": round(median(others, "merge"), 3),
+            "merge_over_floor": round(median(others, "merge") / floor, 2),
+            "whole_seconds": round(median(others, "whole"), 2),
+            "processor_seconds": round(median(others, "user") + median(others, "system"), 2),
+            "peak_megabytes": round(median(others, "peak") / 1e6),
+        }
     if synced:
         result["synced_floor_seconds"] = round(statistics.median(synced), 3)
         ratios = ((row["merge"] + row["sync"]) / seconds for row, seconds in zip(ours, synced))

@@ -252,10 +252,12 @@ def merge(
 def staging_beside(save_directory: Path) -> Path:
     """The hidden folder in which the child of a merge under way stands."""
     (folder,) = (path for path in save_directory.parent.iterdir() if path.name.startswith(".") and path.is_dir())
-    return folder / "child"
+    return next(folder.glob("child-*"), folder / "child-none")
 
 
-def set_chunk_elements(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    """Cuts tensors into chunks of so many elements, so that small ones have several."""
-    for module in ("arithmetic", "plan", "workers"):
-        monkeypatch.setattr(f"slerpkit.merge.{module}.CHUNK_ELEMENTS", elements)
+def set_block_elements(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Cuts tensors into blocks of so many elements, and these into pieces, so that small ones have several of both."""
+    row = max(1, elements // 4)
+    monkeypatch.setattr("slerpkit.merge.blocks.BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.ROW", row)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.PIECE_ELEMENTS", 2 * row)

@@ -771,7 +771,7 @@ class TestBadInput:
         assert not (tmp_path / "child").exists()
         monkeypatch.setattr("slerpkit.child.companions.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
-        monkeypatch.setattr("slerpkit.merge.stream.choose_device", fail)
+        monkeypatch.setattr("slerpkit.merge.stream.create_file", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "Put that right")
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
@@ -779,7 +779,7 @@ class TestBadInput:
         ("place", "words"),
         [
             ("slerpkit.story.copy_companions", "1 of 1 weight files are finished"),
-            ("slerpkit.merge.stream.choose_device", "removed"),
+            ("slerpkit.merge.stream.create_file", "removed"),
         ],
     )
     def test_ctrl_c_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, place, words):

@@ -22,13 +22,13 @@ from slerpkit.merge.difference_map import (
     map_scales,
     save_map,
 )
-from slerpkit.merge.events import WorkAdvanced, WorkBegan
+from slerpkit.merge.events import WorkAdvanced, WorkBegan, ignore
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import TensorReader
-from slerpkit.recipe import MergeRecipe
+from slerpkit.recipe import recipe_and_options
 from slerpkit.schedule import parse_blend
 from slerpkit.screen.figures import render_map
-from slerpkit.story import execute_merge, inspect_parents, prepare_merge
+from slerpkit.story import inspect_parents
 from tests.builders import (
     DEVICE,
     add_tokenizer,
@@ -37,17 +37,15 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
+    merge,
 )
 from tests.pictures import RecordingConsole
 from tests.test_command_line import pair, run  # noqa: F401  (fixtures)
 
 
-def quiet(event: object) -> None:
-    """Nobody watches."""
-
-
-def inspected(primary: Path, secondary: Path, observe=quiet, **settings) -> DifferenceMap:
-    return inspect_parents(MergeRecipe(primary, secondary, Path(), device=DEVICE, **settings), observe)
+def inspected(primary: Path, secondary: Path, observe=ignore, **settings) -> DifferenceMap:
+    settings = {"device": DEVICE, "save_directory": Path(), **settings}
+    return inspect_parents(*recipe_and_options({"primary": primary, "secondary": secondary, **settings}), observe)
 
 
 def exact(v0: torch.Tensor, v1: torch.Tensor) -> tuple[float, float, float]:
@@ -75,7 +73,7 @@ def test_every_tensor_has_its_angle_and_norms(tmp_path, parents, dtype):
         assert difference.parameters == left[difference.name].numel()
 
 
-def test_a_tensor_of_many_chunks_is_measured_whole(tmp_path):
+def test_a_tensor_of_many_blocks_is_measured_whole(tmp_path):
     generator = torch.Generator().manual_seed(5)
     left = torch.randn(1500, 1500, generator=generator).bfloat16()
     right = (left.float() + 0.02 * torch.randn(1500, 1500, generator=generator)).bfloat16()
@@ -175,8 +173,7 @@ def test_parents_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_child_carries_the_map_of_its_parents(tmp_path):
     folders = make_pair(tmp_path)
-    recipe = MergeRecipe(*folders, tmp_path / "child", device=DEVICE)
-    child = execute_merge(prepare_merge(recipe, quiet), quiet).child
+    child = merge(*folders, tmp_path / "child").child
     told = json.loads((child / "merge_report.json").read_text("utf-8"))["angles"]
     measured = inspected(*folders).as_dict()
     assert told.pop("measured")
@@ -187,8 +184,7 @@ def test_a_child_carries_the_map_of_its_parents(tmp_path):
 
 def test_what_a_merge_only_copied_is_left_blank(tmp_path):
     schedule = parse_blend("self_attn=0 0.5")
-    recipe = MergeRecipe(*make_pair(tmp_path), tmp_path / "child", schedule=schedule, device=DEVICE)
-    child = execute_merge(prepare_merge(recipe, quiet), quiet).child
+    child = merge(*make_pair(tmp_path), tmp_path / "child", schedule=schedule).child
     cells = json.loads((child / "merge_report.json").read_text("utf-8"))["angles"]["cells"]
     blank = {cell["component"] for cell in cells if cell["degrees"] is None}
     assert blank == {"q", "k", "v", "o"}
@@ -196,9 +192,7 @@ def test_what_a_merge_only_copied_is_left_blank(tmp_path):
 
 def test_a_report_holds_no_place_and_no_time(tmp_path):
     for name in ("here", "there"):
-        folders = make_pair(tmp_path / name)
-        recipe = MergeRecipe(*folders, tmp_path / name / "child", device=DEVICE)
-        execute_merge(prepare_merge(recipe, quiet), quiet)
+        merge(*make_pair(tmp_path / name), tmp_path / name / "child")
     texts = [(tmp_path / name / "child" / "merge_report.json").read_text("utf-8") for name in ("here", "there")]
     assert texts[0] == texts[1]
     assert str(tmp_path) not in texts[0]

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 
 from slerpkit.child.report import MergeReport
 from slerpkit.maths import TensorWeights
-from slerpkit.merge.arithmetic import ChunkArithmetic
+from slerpkit.merge.arithmetic import Arithmetic, DeviceArithmetic
+from slerpkit.merge.blocks import BLOCK_ELEMENTS, TASK_BLOCKS
 from slerpkit.merge.events import ChildPublished, Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.tensor_plan import MergedTensor
-from slerpkit.merge.workers import SPAN_CHUNKS
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.tensors import CHUNK_ELEMENTS
 from slerpkit.schedule import Schedule, ScheduleRule
 from tests.builders import (
     DEVICE,
@@ -37,11 +36,11 @@ from tests.builders import (
     make_real_model,
     merge,
     reference_slerp,
-    set_chunk_elements,
+    set_block_elements,
 )
 
 GOLDEN = Path(__file__).with_name("golden") / "llama"
-SMALL_CHUNK = 64  # elements; a layer's matrix then has several spans, the last of them uneven
+SMALL_BLOCK = 64  # elements; a layer's matrix then has several spans, the last of them uneven
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # Units of the last place that a value may be off: one rounding, and what the float64 reference itself may lose.
 LIMITS = {BF16: 0.51, F16: 0.51, F32: 1.0, F64: 4.0}
@@ -112,19 +111,19 @@ def test_dtypes_mixed_within_each_parent(tmp_path):
     assert_right(child, left, right, 0.4)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, SMALL_CHUNK, 1000])
-def test_values_are_right_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk):
-    set_chunk_elements(monkeypatch, chunk)
+@pytest.mark.parametrize("block", [1, 7, SMALL_BLOCK, 1000])
+def test_values_are_right_however_a_tensor_is_cut(tmp_path, monkeypatch, block):
+    set_block_elements(monkeypatch, block)
     left, right = ({"odd": torch.randn(13, 11, generator=torch.Generator().manual_seed(seed))} for seed in (3, 4))
     child, _ = merge_tensors(tmp_path, left, right, t=0.3)
     assert_right(child, {**llama_tensors(1), **left}, {**llama_tensors(2), **right}, 0.3)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-def test_tensors_of_more_than_one_chunk_are_right(tmp_path, dtype):
+def test_tensors_of_more_than_one_block_are_right(tmp_path, dtype):
     """600,000 elements each: sums that lose a hundred-thousandth show here, above all where angles are wide."""
     generator = torch.Generator().manual_seed(5)
-    base, noise = torch.randn(2, CHUNK_ELEMENTS + 75_712, generator=generator)
+    base, noise = torch.randn(2, BLOCK_ELEMENTS + 75_712, generator=generator)
     left, right = {}, {}
     for degrees in (20, 71, 135):
         angle = math.radians(degrees)
@@ -226,7 +225,7 @@ def test_every_storage_gives_the_same_bits(tmp_path, parents, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_the_bits_do_not_depend_on_threads_shard_cuts_or_the_parents_files(tmp_path, monkeypatch, dtype):
-    set_chunk_elements(monkeypatch, SMALL_CHUNK)
+    set_block_elements(monkeypatch, SMALL_BLOCK)
     parents = make_pair(tmp_path, dtype)
     plain = load_tensors(merge(*parents, tmp_path / "plain", 0.3, threads=1).child)
     for threads in (2, 5):
@@ -242,9 +241,9 @@ def test_the_bits_do_not_depend_on_threads_shard_cuts_or_the_parents_files(tmp_p
         assert_same_bits(load_tensors(merge(*sharded, tmp_path / f"b{shards}", 0.3).child), plain)
 
 
-def test_a_tensor_of_several_spans_has_the_same_bits_however_it_is_made(tmp_path):
-    """Real chunks: three spans for two and five workers to share, and an end that fills no chunk."""
-    count = 2 * SPAN_CHUNKS * CHUNK_ELEMENTS + 12_345
+def test_a_tensor_of_several_tasks_has_the_same_bits_however_it_is_made(tmp_path):
+    """Real blocks: three tasks for two and five workers to share, and an end that fills no block."""
+    count = 2 * TASK_BLOCKS * BLOCK_ELEMENTS + 12_345
     for seed, role in ((1, "primary"), (2, "secondary")):
         large = torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(BF16)
         tensors = {**llama_tensors(seed), "large": large}
@@ -493,7 +492,7 @@ def test_files_hold_the_layers_in_their_order(tmp_path):
 
 
 def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monkeypatch):
-    set_chunk_elements(monkeypatch, SMALL_CHUNK)
+    set_block_elements(monkeypatch, SMALL_BLOCK)
     events, threads = [], set()
 
     def observe(event: object) -> None:
@@ -506,7 +505,7 @@ def test_events_tell_the_whole_story_in_order_on_the_main_thread(tmp_path, monke
     kinds = [type(event) for event in events if not isinstance(event, WorkAdvanced | MergedTensor)]
     assert kinds == [Noted, WorkBegan, WorkEnded, ChildPublished]
     noted, began, *_, published = events
-    assert noted.text == f"Merging on {DEVICE}: as asked."
+    assert noted.text == f"Merging on {DEVICE} with 3 workers."
     assert (began.total, began.in_bytes) == (report.plan.child_bytes, True)
     assert began.tensors == tuple(tensor.name for tensor in report.plan.tensors)
     assert published.child == report.child
@@ -563,20 +562,19 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
 # ── An accelerator that is short of memory ──────────────────────────────────────────────────────
 
 
-def scarce(enough_for: int, tried: list[str]) -> type[ChunkArithmetic]:
-    """Arithmetic that plays an accelerator on the processor, whose memory is full after so many chunks."""
+def scarce(enough_for: int, tried: list[str]) -> type[DeviceArithmetic]:
+    """Arithmetic that plays an accelerator on the processor, whose memory is full after so many blocks."""
 
-    class Scarce(ChunkArithmetic):
-        def scratch(self, side: int, dtype: torch.dtype) -> torch.Tensor:
-            if (side, dtype) not in self._scratch:
-                self._scratch[side, dtype] = torch.empty(SMALL_CHUNK, dtype=dtype)
-            return self._scratch[side, dtype]
+    class Scarce(Arithmetic):
+        def __init__(self, device: str, cast_dtype: str | None) -> None:
+            super().__init__(cast_dtype)
+            self.device = device
 
-        def load_pair(self, chunk: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        def load(self, piece: Any, room: Any) -> int:
             tried.append(self.device)
-            if self.device != "cpu" and tried.count("cuda") > enough_for:
+            if tried.count("cuda") > enough_for:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return super().load_pair(chunk, dtype)
+            return super().load(piece, room)
 
     return Scarce
 
@@ -594,15 +592,15 @@ def scarce(enough_for: int, tried: list[str]) -> type[ChunkArithmetic]:
 def test_where_an_accelerator_is_short_of_memory_the_processor_takes_over_to_the_same_bits(
     tmp_path, monkeypatch, enough_for, settings
 ):
-    set_chunk_elements(monkeypatch, SMALL_CHUNK)
+    set_block_elements(monkeypatch, SMALL_BLOCK)
     expected = load_tensors(merge(*make_pair(tmp_path), tmp_path / "expected", 0.3, **settings).child)
     tried: list[str] = []
-    monkeypatch.setattr("slerpkit.merge.workers.ChunkArithmetic", scarce(enough_for, tried))
-    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked: ("cuda", "as asked"))
+    monkeypatch.setattr("slerpkit.merge.worker.DeviceArithmetic", scarce(enough_for, tried))
+    monkeypatch.setattr("slerpkit.devices.check_device", lambda device: None)
     parents = tmp_path / "primary", tmp_path / "secondary"
-    child = load_tensors(merge(*parents, tmp_path / "child", 0.3, threads=2, **settings).child)
+    child = load_tensors(merge(*parents, tmp_path / "child", 0.3, threads=2, device="cuda", **settings).child)
     assert_same_bits(child, expected)
-    assert set(tried) == ({"cuda"} if enough_for > len(tried) else {"cuda", "cpu"})
+    assert tried
     assert tried.count("cuda") <= enough_for + 2  # each of two workers tries it once more, and then no longer
 
 
@@ -610,8 +608,8 @@ def test_an_accelerator_that_fails_is_named(tmp_path, monkeypatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal instruction was encountered\nCompile with ...")
 
-    monkeypatch.setattr(ChunkArithmetic, "load_pair", fail)
-    monkeypatch.setattr("slerpkit.merge.stream.choose_device", lambda asked: ("cuda", "as asked"))
+    monkeypatch.setattr(DeviceArithmetic, "load_block", fail)
+    monkeypatch.setattr("slerpkit.devices.check_device", lambda device: None)
     with pytest.raises(SlerpMergeError, match="The device cuda failed: CUDA error: an illegal") as caught:
-        merge(*make_pair(tmp_path), tmp_path / "child")
+        merge(*make_pair(tmp_path), tmp_path / "child", device="cuda")
     assert "--device cpu" in caught.value.hint

@@ -22,7 +22,8 @@ from slerpkit.evaluation.models import verify_with_transformers
 from slerpkit.merge.plan import MergePlan
 from slerpkit.messages import SlerpMergeError
 from slerpkit.recipe import LayerSlice, RunOptions
-from slerpkit.recipe_file import read_recipe, recipe_text
+from slerpkit.recipe_file import read_recipe
+from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import Schedule, ScheduleRule
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
@@ -40,7 +41,7 @@ from tests.builders import (
     merge,
     plan_of,
     reference_slerp,
-    set_chunk_elements,
+    set_block_elements,
 )
 from tests.conftest import fingerprint
 
@@ -755,7 +756,7 @@ def test_bits_do_not_depend_on_threads_or_chunks(
     primary, secondary, base = siblings(tmp_path)
     settings = {"method": "nuslerp", "vectors": taken_as_one, "base": base if with_base else None}
     usual = load_tensors(merge(primary, secondary, tmp_path / "usual", 0.3, threads=1, **settings).child)
-    set_chunk_elements(monkeypatch, 64)
+    set_block_elements(monkeypatch, 64)
     children = [
         load_tensors(merge(primary, secondary, tmp_path / f"by-{threads}", 0.3, threads=threads, **settings).child)
         for threads in (1, 2, 5)

@@ -28,12 +28,13 @@ FLOORS = (
     "slerpkit.messages slerpkit.files slerpkit.lazy slerpkit.devices slerpkit.maths slerpkit.schedule slerpkit.recipe",
     "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
     " slerpkit.parents.checkpoint",
-    "slerpkit.recipe_file",
+    "slerpkit.recipe_file slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.configs slerpkit.parity.embeddings slerpkit.parity.vocabulary"
     " slerpkit.parity.pairing slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
-    "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.journal slerpkit.merge.plan"
-    " slerpkit.merge.events slerpkit.merge.arithmetic slerpkit.merge.workers slerpkit.merge.staging"
-    " slerpkit.merge.difference_map slerpkit.merge.stream",
+    "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.blocks slerpkit.merge.journal"
+    " slerpkit.merge.plan slerpkit.merge.events slerpkit.merge.arithmetic slerpkit.merge.recompute"
+    " slerpkit.merge.worker slerpkit.merge.team slerpkit.merge.staging slerpkit.merge.difference_map"
+    " slerpkit.merge.stream",
     "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
     "slerpkit.story",
     "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
@@ -177,8 +178,9 @@ def test_below_the_screen_nothing_knows_it(module):
     }
     assert {text for text in texts if text.partition(".")[0] in SCREEN_LIBRARIES} == set()  # for importlib either
     assert global_names(module) & {"print", "input", "exit", "quit", "breakpoint"} == set()
+    allowed = {"os._exit"} if module == "slerpkit.merge.team" else set()  # how a forked worker ends
     forbidden = {"sys.exit", "sys.stdout", "sys.stderr", "sys.stdin", "os._exit", "os.system", "os.popen"}
-    assert attributes_of(module) & forbidden == set()
+    assert attributes_of(module) & forbidden - allowed == set()
 
 
 @pytest.mark.parametrize("module", PURE)

@@ -9,13 +9,18 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from slerpkit.child.report import MergeReport
+from slerpkit.child.verify import Verification, verify_child
 from slerpkit.evaluation.models import verify_with_transformers
-from slerpkit.merge.events import CompanionCopied, MergeReport, Verification
+from slerpkit.merge.plan import MergePlan
+from slerpkit.merge.staging import StagedChild
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.safetensors_header import read_header
 from tests.builders import (
@@ -30,20 +35,20 @@ from tests.builders import (
     make_pair,
     make_real_model,
     merge,
-    staging_beside,
 )
 
 QUERY = "model.layers.{}.self_attn.q_proj.weight"
 
 
 def merge_tampered(folder: Path, tamper: Callable[[Path], None], t: float = 0.3) -> MergeReport:
-    """Merges `primary` and `secondary` of a folder; `tamper` gets the staged child when all its files are written."""
+    """Merges `primary` and `secondary` of a folder; `tamper` gets the staged child just before it is verified."""
 
-    def observe(event: object) -> None:
-        if isinstance(event, CompanionCopied) and event.file_name == "README.md":
-            tamper(staging_beside(folder / "child"))
+    def verify_tampered(plan: MergePlan, child: StagedChild, *rest: Any) -> Verification:
+        tamper(child.folder)
+        return verify_child(plan, child, *rest)
 
-    return merge(folder / "primary", folder / "secondary", folder / "child", t, observe)
+    with mock.patch("slerpkit.story.verify_child", verify_tampered):
+        return merge(folder / "primary", folder / "secondary", folder / "child", t)
 
 
 def overwrite(file: Path, name: str, change: Callable[[bytes], bytes], place: float = 0.5) -> None:
@@ -164,7 +169,9 @@ def test_a_file_cut_short_or_lengthened_is_caught(tmp_path, count):
         (staged / "model.safetensors").write_bytes(data + bytes(count))
 
     for tamper in (cut, lengthen):
-        with pytest.raises(SlerpMergeError, match=r"model\.safetensors .*the file has"):
+        with pytest.raises(
+            SlerpMergeError, match=r"model\.safetensors is damaged or incomplete: the safetensors library says"
+        ):
             merge_tampered(tmp_path, tamper)
         assert not (tmp_path / "child").exists()
 
@@ -181,10 +188,8 @@ def test_a_file_that_is_gone_is_named(tmp_path):
 def test_a_good_child_passes_and_says_what_was_looked_at(tmp_path):
     for folder in make_pair(tmp_path):
         add_tokenizer(folder)
-    events = []
-    report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child", observe=events.append)
-    (verified,) = (event for event in events if isinstance(event, Verification))
-    assert (verified.checks, verified.warnings) == (report.verified.checks, report.verified.warnings)
+    report = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child")
+    assert report.content["checks"] == list(report.verified.checks)
     assert report.verified.warnings == ()
     text = "\n".join(report.verified.checks)
     assert "21 tensors stand under the primary's names and shapes" in text
@@ -206,7 +211,7 @@ def test_a_tokenizer_longer_than_the_embedding_of_a_nested_model_is_told(tmp_pat
     for folder in make_pair(tmp_path):
         edit_json(folder / "config.json", vocab_size=..., text_config={"vocab_size": VOCABULARY})
         add_tokenizer(folder, VOCABULARY + 1)
-    (warning,) = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child").warnings
+    (warning,) = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child").verified.warnings
     assert f"only {VOCABULARY} rows" in warning
 
 
@@ -215,7 +220,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, text):
     for folder in make_pair(tmp_path):
         add_tokenizer(folder)
         (folder / "tokenizer.json").write_text(text)
-    (warning,) = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child").warnings
+    (warning,) = merge(tmp_path / "primary", tmp_path / "secondary", tmp_path / "child").verified.warnings
     assert warning.startswith("tokenizer.json cannot be read")
 
 
@@ -224,7 +229,7 @@ def test_an_end_of_text_in_the_config_that_has_no_row_is_told(tmp_path, ids):
     primary, secondary = make_pair(tmp_path)
     for folder in (primary, secondary):
         edit_json(folder / "config.json", eos_token_id=ids, pad_token_id=-1, sep_token_id=None)
-    (warning,) = merge(primary, secondary, tmp_path / "child").warnings
+    (warning,) = merge(primary, secondary, tmp_path / "child").verified.warnings
     assert "config.json: eos_token_id" in warning
     assert f"only {VOCABULARY} rows" in warning
 

@@ -37,7 +37,7 @@ from tests.builders import (
     merge,
     reference_slerp,
     replace_tensors,
-    set_chunk_elements,
+    set_block_elements,
 )
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -125,7 +125,7 @@ def test_forty_tokens_in_the_middle_move_the_rest_and_each_finds_its_own(tmp_pat
 @pytest.mark.parametrize("shuffled", [0, 1])
 @pytest.mark.parametrize("chunk", [HIDDEN, 5 * HIDDEN + 3, 1 << 19])
 def test_rows_in_any_order_however_a_tensor_is_cut(tmp_path, monkeypatch, chunk, shuffled):
-    set_chunk_elements(monkeypatch, chunk)
+    set_block_elements(monkeypatch, chunk)
     orders = [WORDS, [WORDS[0], *numpy.random.default_rng(3).permutation(WORDS[1:])]]
     primary = make_parent(tmp_path / "primary", 1, orders[shuffled])
     secondary = make_parent(tmp_path / "secondary", 2, orders[1 - shuffled])

@@ -22,7 +22,7 @@ from slerpkit.merge.save_directory import proposed_save_directory
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import find_model, open_checkpoint
 from slerpkit.recipe import MergeRecipe, RunOptions
-from slerpkit.recipe_file import recipe_text
+from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
 from slerpkit.screen.finder import ModelFinder
 from slerpkit.screen.flags import answers_given, build_parser, equivalent_command

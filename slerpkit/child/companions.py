@@ -16,7 +16,8 @@ from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
 from slerpkit.parity.embeddings import head_is_tied, is_tied
 from slerpkit.parity.vocabulary import add_configured_tokens, extend_tokenizer, open_tokenizer
-from slerpkit.recipe_file import RECIPE_NAME, recipe_text
+from slerpkit.recipe_file import RECIPE_NAME
+from slerpkit.recipe_writer import recipe_text
 
 if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan

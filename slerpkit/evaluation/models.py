@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.devices import accelerator_memory, accelerators, check_device, free_memory, torch_threads_kept
 from slerpkit.lazy import torch
-from slerpkit.merge.arithmetic import torch_dtype
+from slerpkit.merge.blocks import torch_dtype
 from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
 from slerpkit.parents.checkpoint import open_checkpoint

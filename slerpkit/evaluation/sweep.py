@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from slerpkit.evaluation.objectives import Objective, TaskScores, TextLosses
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.merge.team import WorkerTeam
 
 SWEEP_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
 SWEEP_STEPS = (0.1, 0.05, 0.025)  # around the best so far
@@ -177,8 +178,11 @@ def remove_trial(storage: Any) -> None:
 class Sweep:
     """One search for t by an objective that knows how to measure. `run` returns the curve."""
 
-    def __init__(self, plan: MergePlan, objective: TextLosses | TaskScores, observe: Observer) -> None:
+    def __init__(
+        self, plan: MergePlan, objective: TextLosses | TaskScores, observe: Observer, team: WorkerTeam | None
+    ) -> None:
         self.plan = plan
+        self.team = team
         self.objective = objective
         self.observe = observe
         fingerprint = plan.fingerprint
@@ -226,7 +230,7 @@ class Sweep:
         shutil.rmtree(folder, ignore_errors=True)
         recipe = dataclasses.replace(self.plan.recipe, schedule=Schedule.constant(t))
         options = dataclasses.replace(self.plan.options, save_directory=folder, overwrite=False, restart=True)
-        return execute_merge(prepare_merge(recipe, options)).child
+        return execute_merge(prepare_merge(recipe, options), team=self.team).child
 
     def finding(self) -> Finding:
         """The curve of a sweep, its trials in the order of t."""
@@ -282,10 +286,11 @@ def describe_best(best: Trial, trials: Sequence[Trial]) -> str:
     return f"The best child, at t = {best.t:g}, loses {' and '.join(words)}.{alike}"
 
 
-def find_t(plan: MergePlan, objective: Objective, observe: Observer) -> Finding:
+def find_t(plan: MergePlan, objective: Objective, observe: Observer, team: WorkerTeam | None = None) -> Finding:
     """The t at which a child of the plan's parents loses least by an objective, and the curve that shows it.
 
-    Follows the plan's recipe in all but its schedule; the t is figures["best_t"] of what is returned. Raises
+    Follows the plan's recipe in all but its schedule; the t is figures["best_t"] of what is returned. team: workers
+    that make the trial children; without it each merge has its own. Raises
     SlerpMergeError where the texts, tasks or models do not allow it. What was measured stays in a journal beside the
     save directory until `forget_sweep`.
     """
@@ -297,6 +302,6 @@ def find_t(plan: MergePlan, objective: Objective, observe: Observer) -> Finding:
 
     def search(device: str, dtype: str) -> Finding:
         ready = objective.on(parents, device, dtype, lambda amount: observe(WorkAdvanced(amount)))
-        return Sweep(plan, ready, observe).run()
+        return Sweep(plan, ready, observe, team).run()
 
     return with_fallback_to_cpu(parents, observe, search)

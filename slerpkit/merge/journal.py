@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit import __version__
 from slerpkit.files import fresh_path, is_plain_file, is_plain_folder, read_bytes, replace_files
 from slerpkit.maths import TensorWeights
+from slerpkit.merge.save_directory import staged_folders
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.parents.checkpoint import stat_items
 
@@ -71,6 +72,7 @@ class Leftover:
     kept: int  # finished files of weights that are taken over
     total: int
     reason: str  # why none is, or nothing
+    device: str = "cpu"  # where they were made
 
     def describe(self) -> str:
         if self.reason:
@@ -86,7 +88,7 @@ class Journal:
 
     def __init__(self, area: Path, fingerprint: Mapping[str, Any], shards: Sequence[ShardPlan]) -> None:
         self.path = area / JOURNAL_NAME
-        self.folder = area / "child"
+        self.folder = next(iter(staged_folders(area)), area)  # of the child; a run that takes it over moves it
         self.shards = {shard.file_name: shard for shard in shards}
         self.fingerprint = fingerprint
         self.device = ""  # where the arithmetic ran; another could round differently
@@ -98,7 +100,7 @@ class Journal:
         if not is_plain_file(self.path):
             return None
         reason = self.load(is_available)
-        return Leftover(len(self.finished), len(self.shards), reason)
+        return Leftover(len(self.finished), len(self.shards), reason, self.device or "cpu")
 
     def load(self, is_available: Callable[[str], bool]) -> str:
         """Takes over the finished files that an earlier run left; returns why there are none, or nothing.

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
 from slerpkit.files import existing_folder
+from slerpkit.merge.blocks import BLOCK_ELEMENTS
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
 from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
-from slerpkit.parents.tensors import CHUNK_ELEMENTS, SAFETENSORS_NAMES, TensorReader, natural_order
+from slerpkit.parents.tensors import SAFETENSORS_NAMES, TensorReader, natural_order
 from slerpkit.parity.kinship import measure_kinship
 from slerpkit.recipe import MAX_THREADS, check_t
 
@@ -65,6 +66,18 @@ class MergePlan:
         return sum(tensor.byte_count for tensor in self.tensors)
 
     @property
+    def source_bytes(self) -> int:
+        """What is read of the parents, in each of the two passes."""
+        return sum(tensor.source_bytes for tensor in self.tensors)
+
+    @property
+    def device(self) -> str:
+        """Where the arithmetic runs: the processor, unless another device is asked for, or made the finished files."""
+        if self.options.device != "auto":
+            return self.options.device
+        return self.leftover.device if self.leftover is not None and self.leftover.kept else "cpu"
+
+    @property
     def tokenizer_role(self) -> str | None:
         return self.parity.vocabulary.tokenizer_source
 
@@ -103,7 +116,8 @@ class MergePlan:
         }
 
 
-PROCESS_BYTES = 245_000_000  # the interpreter with torch and the screen's libraries loaded, measured on Linux
+PROCESS_BYTES = 285_000_000  # the interpreter, and torch loaded once, measured on Linux
+WORKER_BYTES = 25_000_000  # of a worker's own, beside its buffers
 PROBE_BYTES = 1 << 20  # per sample of the read probe
 PROBE_SAMPLES = 8
 # Rough costs behind the expected time, measured on one core of a 2023 server.
@@ -202,9 +216,9 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
 
 def estimate_memory(threads: int, vectors: str = "tensor") -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
-    per_worker = CHUNK_ELEMENTS * (3 * 2 + 3 * 4)  # three buffers of two bytes a value, three in float32
+    per_worker = WORKER_BYTES + BLOCK_ELEMENTS * 4 * 2  # three sources and the result, two bytes a value
     if vectors != "tensor":
-        per_worker += CHUNK_ELEMENTS * 3 * 8  # and three in float64
+        per_worker += BLOCK_ELEMENTS * 4 * 8  # and in float64
     return PROCESS_BYTES + threads * per_worker
 
 

@@ -32,6 +32,11 @@ def staging_area(save_directory: Path) -> Path:
     return target.with_name(f".{target.name}.slerpmerge-staging")
 
 
+def staged_folders(area: Path) -> list[Path]:
+    """What stands in a staging area under the name that a growing child's folder begins with."""
+    return sorted(area.glob("child*"))
+
+
 def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrite: bool) -> None:
     """Raises SlerpMergeError where a child must not, or cannot, be put at `save_directory`."""
     check_path(save_directory, "save directory")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,13 @@ from slerpkit import devices
 from slerpkit.files import is_plain_folder, sync_to_disk
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
 from slerpkit.merge.journal import Journal
-from slerpkit.merge.save_directory import WorkFolder, check_replaceable, interruptions_held, staging_area
+from slerpkit.merge.save_directory import (
+    WorkFolder,
+    check_replaceable,
+    interruptions_held,
+    staged_folders,
+    staging_area,
+)
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
 
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.tensor_plan import MergedTensor
+
+FLUSH_BYTES = 256_000_000  # written, after which the disk is asked for them while the merge goes on
 
 
 class BackgroundSync:
@@ -43,6 +52,10 @@ class BackgroundSync:
             if task.done():
                 task.result()
         self._tasks.append(self._executor.submit(self._sync, path, then))
+
+    @property
+    def is_idle(self) -> bool:
+        return all(task.done() for task in self._tasks)
 
     def _sync(self, path: Path, then: Callable[[], None]) -> None:
         sync_to_disk(path)
@@ -77,10 +90,12 @@ class StagedChild:
         self.observe = observe
         self.target = plan.options.save_directory.resolve()
         self.area = WorkFolder(staging_area(self.target))
-        self.folder = self.area.path / "child"
+        # Of this run alone: a worker of a run that was killed, should it still write, finds its folder gone.
+        self.folder = self.area.path / f"child-{secrets.token_hex(4)}"
         self.replaced = self.area.path / "replaced"  # a child that stood there before, until the new one does
         self.journal = Journal(self.area.path, plan.fingerprint, plan.shards)
         self._is_trusted = True
+        self._unflushed = 0  # bytes
 
     def __enter__(self) -> StagedChild:
         self.area.enter()
@@ -99,9 +114,15 @@ class StagedChild:
 
     def _take_over(self) -> None:
         """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
-        for path in (self.folder, self.replaced):
+        for path in (*staged_folders(self.area.path), self.replaced):
             if os.path.lexists(path) and not is_plain_folder(path):
                 path.unlink()  # a link or a file; what a link leads to is none of ours
+        for path in staged_folders(self.area.path):
+            if not self.folder.exists():
+                path.rename(self.folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        self.journal.folder = self.folder
         is_empty = self.target.is_dir() and not any(self.target.iterdir())
         if self.replaced.is_dir() and (is_empty or not self.target.exists()):
             if is_empty:
@@ -113,6 +134,13 @@ class StagedChild:
             self.journal.load(devices.is_available)
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
+
+    def flush(self, file_name: str, byte_count: int) -> None:
+        """So much more of a file is written. Now and then the disk is asked for what it has, so that little is left."""
+        self._unflushed += byte_count
+        if self._unflushed >= FLUSH_BYTES and self._sync.is_idle:
+            self._unflushed = 0
+            self._sync.submit(self.folder / file_name)
 
     def finish_file(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Asks the disk for a finished file of weights in the background; once it is there, the journal has it."""

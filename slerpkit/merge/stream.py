@@ -1,7 +1,7 @@
 """Leads every tensor through the workers: a merge's two passes, an inspection's one.
 
 Knows in which order things happen, and decides a tensor's weights once it is measured; how a stretch is read and
-computed is the workers' business. Everything here runs on the main thread.
+computed is the workers' business. Everything here runs on the main thread and needs no torch.
 """
 
 from __future__ import annotations
@@ -12,26 +12,53 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit import devices
-from slerpkit.lazy import torch
-from slerpkit.maths import TensorWeights, cosine_between, degrees_of, slerp_coefficients, vector_weights
-from slerpkit.merge.arithmetic import torch_dtype, total_sums
+from slerpkit.maths import TensorWeights, cosine_between, degrees_of, slerp_coefficients
+from slerpkit.merge.arithmetic import total_sums
+from slerpkit.merge.blocks import cut_tasks
 from slerpkit.merge.difference_map import build_map, difference_of
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
-from slerpkit.merge.plan import choose_threads, inputs_of
-from slerpkit.merge.tensor_plan import MergedTensor, MergeResult, TensorPlan
-from slerpkit.merge.workers import ShardWriter, TensorProgress, WorkerTeam, cut_spans
-from slerpkit.parents.tensors import DTYPE_BYTES, natural_order
+from slerpkit.merge.plan import inputs_of
+from slerpkit.merge.tensor_plan import MergedTensor, MergeResult, TensorInputs, TensorPlan
+from slerpkit.merge.worker import BlendTask, MeasureTask
+from slerpkit.messages import explain_os_error
+from slerpkit.parents.tensors import DTYPE_BYTES, MAX_FINITE, natural_order
 
 if TYPE_CHECKING:
+    from slerpkit.merge.arithmetic import Sums
     from slerpkit.merge.difference_map import DifferenceMap
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.staging import StagedChild
+    from slerpkit.merge.team import WorkerTeam
+    from slerpkit.merge.tensor_plan import ShardPlan
     from slerpkit.parity.report import TensorSources
-    from slerpkit.recipe import MergeRecipe, RunOptions
+    from slerpkit.recipe import MergeRecipe
+
+
+@dataclass
+class TensorProgress:
+    """One tensor on its way through the workers."""
+
+    tensor: TensorInputs  # a TensorPlan where it is blended
+    number: int
+    stretches: tuple[range, ...]  # of element numbers, a task each
+    shard: ShardPlan | None = None  # None where the parents are only measured
+    known: MergedTensor | None = None  # of a file that an earlier run finished
+    sums: list[Sums | None] = dataclasses.field(default_factory=list)
+    unfinished: int = 0  # stretches of the pass at hand
+    weights: TensorWeights | None = None
+    columns: Any = None  # sums over all of the tensor for each column, where these are the vectors
+    check_finite: bool = False  # whether blending could overflow the child's dtype
+    non_finite: int = 0
+    started: float = 0.0
+    finished: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.sums = [None] * len(self.stretches)
 
 
 class TensorStream:
@@ -40,18 +67,19 @@ class TensorStream:
     A tensor is measured; then it is done, unless `decide` says that it is blended too.
     """
 
-    def __init__(self, team: WorkerTeam, threads: int, observe: Observer) -> None:
+    def __init__(self, team: WorkerTeam, cast_dtype: str | None, observe: Observer) -> None:
         self.team = team
+        self.cast_dtype = cast_dtype
         self.observe = observe
-        self.spans_ahead = 4 * threads  # enough that no worker waits, few enough to stay flat
-        self.spans_under_way = 0
+        self.most_under_way = 4 * team.count  # enough that no worker waits, few enough to stay flat
+        self.under_way = 0  # stretches
         self.in_order: deque[TensorProgress] = deque()
 
     def run(self, tensors: Iterable[TensorProgress]) -> Iterator[TensorProgress]:
         waiting = iter(tensors)
         exhausted = False
         while True:
-            while not exhausted and (self.spans_under_way < self.spans_ahead or len(self.in_order) < 2):
+            while not exhausted and (self.under_way < self.most_under_way or len(self.in_order) < 2):
                 progress = next(waiting, None)
                 if progress is None:
                     exhausted = True
@@ -60,7 +88,8 @@ class TensorStream:
             while self.in_order and self.in_order[0].finished:
                 yield self.in_order.popleft()
             if self.in_order:
-                self.receive(*self.team.next_answer())
+                (progress, number, is_blended), answer = self.team.next_answer()
+                self.receive(progress, number, is_blended, answer)
             elif exhausted:
                 return
 
@@ -68,37 +97,46 @@ class TensorStream:
         """Begins with a tensor."""
         progress.started = time.perf_counter()
         self.in_order.append(progress)
-        self.spans_under_way += len(progress.spans)
-        self.begin_pass(progress, "measure")
-
-    def begin_pass(self, progress: TensorProgress, method: str) -> None:
-        progress.unfinished = len(progress.spans)
-        for number in range(len(progress.spans)):
-            self.team.submit(method, progress, number)
-        if not progress.spans:  # a tensor of no elements, or one that is known already
-            self.finish(progress)
-
-    def receive(self, progress: TensorProgress, number: int, method: str, answer: Any) -> None:
-        """Takes what a worker found, or wrote, of a span."""
-        progress.unfinished -= 1
-        self.observe(WorkAdvanced(self.advance(progress, number, method)))
-        if method == "measure":
-            progress.sums[number] = answer
+        self.under_way += len(progress.stretches)
+        if self.is_measured(progress):
+            self.begin_measuring(progress)
         else:
+            self.begin_blending(progress)
+
+    def begin_measuring(self, progress: TensorProgress) -> None:
+        progress.unfinished = len(progress.stretches)
+        for number, stretch in enumerate(progress.stretches):
+            task = MeasureTask(progress.tensor, stretch, self.cast_dtype)
+            self.team.submit((progress, number, False), task)
+
+    def receive(self, progress: TensorProgress, number: int, is_blended: bool, answer: Any) -> None:
+        """Takes what a worker found, or wrote, of a stretch."""
+        progress.unfinished -= 1
+        self.observe(WorkAdvanced(self.advance(progress, number, is_blended)))
+        if is_blended:
             progress.non_finite += answer
+            self.child.flush(progress.shard.file_name, self.advance(progress, number, is_blended))
+        else:
+            progress.sums[number] = answer
         if not progress.unfinished:
-            if method == "measure" and self.decide(progress):
-                self.begin_pass(progress, "blend")
-            else:
+            if is_blended or not self.decide(progress):
                 self.finish(progress)
+            else:
+                self.begin_blending(progress)
 
     def finish(self, progress: TensorProgress) -> None:
         progress.finished = time.perf_counter()
-        self.spans_under_way -= len(progress.spans)
+        self.under_way -= len(progress.stretches)
 
-    def advance(self, progress: TensorProgress, number: int, method: str) -> int:
-        """What a finished span adds to the progress that is told: of a measured one the bytes that were read."""
-        return progress.tensor.source_bytes * len(progress.spans[number]) // progress.tensor.element_count
+    def is_measured(self, progress: TensorProgress) -> bool:
+        return True
+
+    def begin_blending(self, progress: TensorProgress) -> None:
+        raise NotImplementedError("what is only measured is never blended")
+
+    def advance(self, progress: TensorProgress, number: int, is_blended: bool) -> int:
+        """What a finished stretch adds to the progress that is told: of a measured one the bytes that were read."""
+        return progress.tensor.source_bytes * len(progress.stretches[number]) // progress.tensor.element_count
 
     def decide(self, progress: TensorProgress) -> bool:
         """Whether a tensor that is measured is blended too."""
@@ -109,7 +147,7 @@ class MergeStream(TensorStream):
     """Leads the tensors of a plan through measuring and blending, into the child's files."""
 
     def __init__(self, plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> None:
-        super().__init__(team, plan.threads, observe)
+        super().__init__(team, plan.recipe.cast_dtype, observe)
         self.recipe = plan.recipe
         self.child = child
 
@@ -122,43 +160,54 @@ class MergeStream(TensorStream):
             self.observe(merged)
             yield merged
             of_file.append(merged)
-            shard = progress.writer.shard
-            if len(of_file) == len(shard.tensors):
+            if len(of_file) == len(progress.shard.tensors):
                 if progress.known is None:
-                    self.child.finish_file(shard.file_name, of_file)
+                    self.child.finish_file(progress.shard.file_name, of_file)
                 of_file = []
 
     def all_progress(self, plan: MergePlan) -> Iterator[TensorProgress]:
         """Every tensor in the child's order; a file is created when its first tensor's turn comes."""
-        numbers = iter(range(sum(1 for _ in plan.tensors)))
+        number = 0
         for shard in plan.shards:
-            writer = ShardWriter(self.child.folder, shard)
             known = {merged.tensor.name: merged for merged in self.child.journal.finished.get(shard.file_name, ())}
             if not known:
-                writer.create()
+                create_file(self.child.folder / shard.file_name, shard)
             for tensor in shard.tensors:
-                spans = () if known else cut_spans(tensor)
-                yield TensorProgress(tensor, next(numbers), spans, writer, known.get(tensor.name))
+                stretches = () if known else cut_tasks(tensor)
+                yield TensorProgress(tensor, number, stretches, shard, known.get(tensor.name))
+                number += 1
 
-    def admit(self, progress: TensorProgress) -> None:
-        if progress.known is not None:
-            self.observe(WorkAdvanced(progress.tensor.byte_count))
-        if progress.tensor.is_measured:
-            super().admit(progress)
-            return
-        progress.weights = TensorWeights(1.0, 0.0, "copy", f"t = {progress.tensor.t:g}", None)
-        progress.check_finite = progress.tensor.is_float
-        progress.started = time.perf_counter()
-        self.in_order.append(progress)
-        self.spans_under_way += len(progress.spans)
-        self.begin_pass(progress, "blend")
+    def is_measured(self, progress: TensorProgress) -> bool:
+        return progress.tensor.is_measured and bool(progress.stretches)
 
-    def advance(self, progress: TensorProgress, number: int, method: str) -> int:
+    def begin_blending(self, progress: TensorProgress) -> None:
+        """Hands out the second pass; there is none over what has no elements, or is known from an earlier run."""
+        tensor = progress.tensor
+        if progress.weights is None:
+            progress.weights = TensorWeights(1.0, 0.0, "copy", f"t = {tensor.t:g}", None)
+            progress.check_finite = tensor.is_float
+        progress.unfinished = len(progress.stretches)
+        for number, stretch in enumerate(progress.stretches):
+            task = BlendTask(
+                tensor,
+                stretch,
+                self.cast_dtype,
+                self.child.folder / progress.shard.file_name,
+                progress.weights,
+                progress.columns,
+                progress.check_finite,
+            )
+            self.team.submit((progress, number, True), task, urgency=(progress.number, number))
+        if not progress.stretches:
+            self.observe(WorkAdvanced(tensor.byte_count))
+            self.finish(progress)
+
+    def advance(self, progress: TensorProgress, number: int, is_blended: bool) -> int:
         """The child's bytes that were written."""
-        return 0 if method == "measure" else len(progress.spans[number]) * DTYPE_BYTES[progress.tensor.dtype]
+        return len(progress.stretches[number]) * DTYPE_BYTES[progress.tensor.dtype] if is_blended else 0
 
     def decide(self, progress: TensorProgress) -> bool:
-        """The weights of a tensor from the sums over all its spans."""
+        """The weights of a tensor from the sums over all of it."""
         tensor, sums = progress.tensor, progress.sums
         identical = all(part.identical for part in sums)
         if not tensor.is_float:
@@ -172,13 +221,22 @@ class MergeStream(TensorStream):
         else:
             progress.weights = weights_of(tensor, self.recipe, dot, norms[0], norms[1])
             if tensor.vectors == "first_dim":
-                # In the order of the spans, so that the sum's bits do not depend on who was first.
-                columns = functools.reduce(torch.add, (part.columns for part in sums))
-                progress.vector_weights = vector_weights(columns, tensor.t)
+                # In the order of the stretches, so that the sum's bits do not depend on who was first.
+                progress.columns = functools.reduce(lambda total, columns: total + columns, (s.columns for s in sums))
         simple = len(tensor.sources) == 2 and tensor.vectors == "tensor" and tensor.rows is None
         progress.check_finite = not simple or could_overflow(tensor, progress.weights, norms[0], norms[1])
         progress.sums = []
         return True
+
+
+def create_file(path: Path, shard: ShardPlan) -> None:
+    """A file of the child with its header, and room for all that follows. Raises SlerpMergeError where it cannot be."""
+    try:
+        with open(path, "xb") as stream:
+            stream.write(shard.header)
+            stream.truncate(shard.byte_count)
+    except OSError as error:
+        raise explain_os_error(error, path, "create") from error
 
 
 def weights_of(
@@ -197,55 +255,51 @@ def weights_of(
 def could_overflow(tensor: TensorPlan, weights: TensorWeights, primary_norm: float, secondary_norm: float) -> bool:
     """No value exceeds its tensor's norm, so small norms rule out an overflow without a look at any value."""
     largest = abs(weights.primary_weight) * primary_norm + abs(weights.secondary_weight) * secondary_norm
-    return not largest < torch.finfo(torch_dtype(tensor.dtype)).max
+    return not largest < MAX_FINITE[tensor.dtype]
 
 
-def stream_merge(plan: MergePlan, child: StagedChild, observe: Observer) -> MergeResult:
+def stream_merge(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> MergeResult:
     """Writes the child's weights into the staging folder, every tensor measured and blended in bounded memory.
 
-    Raises SlerpMergeError where a parent cannot be read or the child cannot be written.
+    Raises SlerpMergeError where a parent cannot be read, the child cannot be written, or a worker died. Nobody writes
+    into the child any more by then.
     """
     kept = len(child.journal.finished)
-    device, reason = choose_device(plan.options.device)
-    if kept and plan.options.device == "auto":
-        device, reason = child.journal.device, "where the finished files were made"
-    child.journal.device = device
-    observe(Noted(f"Merging on {device}: {reason}."))
-    observe(WorkBegan("", plan.child_bytes, in_bytes=True, tensors=tuple(tensor.name for tensor in plan.tensors)))
-    with devices.torch_threads_kept():
-        started = time.perf_counter()
-        with WorkerTeam(device, plan.threads, plan.recipe.cast_dtype) as team:
-            tensors = tuple(MergeStream(plan, child, team, observe).merge(plan))
-        seconds = time.perf_counter() - started
+    child.journal.device = team.device
+    observe(Noted(f"Merging on {team.device} with {team.count} worker{'s' * (team.count > 1)}."))
+    names = tuple(tensor.name for tensor in plan.tensors)
+    observe(WorkBegan("Merging", plan.child_bytes, in_bytes=True, tensors=names))
+    team.wait()
+    started = time.perf_counter()
+    try:
+        tensors = tuple(MergeStream(plan, child, team, observe).merge(plan))
+    except BaseException:
+        team.settle()
+        raise
+    seconds = time.perf_counter() - started
     observe(WorkEnded())
-    return MergeResult(tensors, seconds, device, kept)
-
-
-def choose_device(asked: str) -> tuple[str, str]:
-    """(device, reason). Raises SlerpMergeError where a device is asked for that is not there."""
-    if asked == "auto":
-        return "cpu", "reading and writing bound a merge, not arithmetic"
-    devices.check_device(asked)
-    return asked, "as asked"
+    return MergeResult(tensors, seconds, team.device, kept)
 
 
 def measure_differences(
-    pairs: Iterable[TensorSources], recipe: MergeRecipe, options: RunOptions, observe: Observer
+    pairs: Iterable[TensorSources], recipe: MergeRecipe, team: WorkerTeam, observe: Observer
 ) -> DifferenceMap:
     """Angle and norms of every pair of tensors of real numbers, by the workers that a merge measures with.
 
-    Of recipe and options it follows the device, the threads, and the dtype that the parents are rounded to. Reads each
-    parent once. Raises SlerpMergeError where a parent cannot be read.
+    Of the recipe it follows the dtype that the parents are rounded to. Reads each parent once. Raises SlerpMergeError
+    where a parent cannot be read.
     """
     tensors = [inputs_of(pair) for pair in pairs if pair.secondary and pair.primary.is_float]
     tensors = sorted((t for t in tensors if t.element_count), key=lambda t: natural_order(t.name))
-    threads = choose_threads(options.threads)
-    device, _ = choose_device(options.device)
     observe(WorkBegan("Measuring how the parents differ", sum(t.source_bytes for t in tensors)))
-    with devices.torch_threads_kept(), WorkerTeam(device, threads, recipe.cast_dtype) as team:
-        waiting = (TensorProgress(tensor, number, cut_spans(tensor)) for number, tensor in enumerate(tensors))
-        done = TensorStream(team, threads, observe).run(waiting)
+    team.wait()
+    waiting = (TensorProgress(tensor, number, cut_tasks(tensor)) for number, tensor in enumerate(tensors))
+    try:
+        done = TensorStream(team, recipe.cast_dtype, observe).run(waiting)
         differences = tuple(difference_of(progress.tensor, *angle_and_norms(progress)) for progress in done)
+    except BaseException:
+        team.settle()
+        raise
     observe(WorkEnded())
     return build_map(differences, recipe.compared_vectors)
 

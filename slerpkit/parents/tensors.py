@@ -18,7 +18,6 @@ from slerpkit.files import FileHandles
 from slerpkit.lazy import numpy
 from slerpkit.messages import SlerpMergeError, explain_os_error
 
-CHUNK_ELEMENTS = 524_288  # elements read, computed and written at once: few enough calls, and near the cache
 COMPARED_BYTES = 1 << 20  # of two tensors, read and held against each other at once
 MAX_DIMENSIONS = 64  # as torch has them
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
@@ -35,6 +34,12 @@ TORCH_NAMES = {
     "C64": "complex64",
 }  # fmt: skip
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+MAX_FINITE = {
+    "F64": 1.7976931348623157e308,
+    "F32": 3.4028234663852886e38,
+    "F16": 65504.0,
+    "BF16": 3.3895313892515355e38,
+}
 COMPONENTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "feed_forward", "ffn", "fc1", "fc2")))
 
 

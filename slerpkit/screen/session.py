@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from slerpkit import __version__
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
@@ -29,15 +29,18 @@ if TYPE_CHECKING:
     from slerpkit.child.findings import Finding
     from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge import events
+    from slerpkit.merge import plan as plans
+    from slerpkit.merge import team as teams
     from slerpkit.merge.events import Event
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.screen import finder, progress, prompts, terminal, wizard
+    from slerpkit.merge.team import WorkerTeam
+    from slerpkit.recipe import RunOptions
+    from slerpkit.screen import finder, progress, prompts, wizard
     from slerpkit.screen.progress import MergeView
     from slerpkit.screen.wizard import Wizard
 else:  # a run without questions loads no wizard, and a refused one no view
-    events, progress = LazyModule("slerpkit.merge.events"), LazyModule("slerpkit.screen.progress")
-    finder, prompts = LazyModule("slerpkit.screen.finder"), LazyModule("slerpkit.screen.prompts")
-    terminal, wizard = LazyModule("slerpkit.screen.terminal"), LazyModule("slerpkit.screen.wizard")
+    events, plans, teams = lazy_modules("slerpkit.merge", "events", "plan", "team")
+    finder, progress, prompts, wizard = lazy_modules("slerpkit.screen", "finder", "progress", "prompts", "wizard")
 
 
 class Session:
@@ -55,8 +58,15 @@ class Session:
         self.console = Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
+        self.workers: WorkerTeam | None = None
         self.findings: list[Finding] = []  # of the child; --json prints them
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def asks(self) -> bool:
@@ -70,14 +80,13 @@ class Session:
 
     @functools.cached_property
     def wizard(self) -> Wizard:
-        """The questions; models are looked for, and torch loads, once the first prompt stands."""
+        """The questions; models are looked for once the first prompt stands."""
         models = finder.ModelFinder(self.history.recent)
-
-        def begin() -> None:
-            models.start()
-            terminal.load_in_background()
-
-        return wizard.Wizard(prompts.Prompter(self.console, begin), models)
+        return wizard.Wizard(
+            prompts.Prompter(self.console, models.start),
+            models,
+            lambda primary, answers: self.start_workers(primary.byte_count, answers.options),
+        )
 
     def ask(self, given: Answers, questions: tuple[str, ...] = tuple(QUESTIONS)) -> Answers:
         """What was given, and the person's answers for the rest; the last run's are offered again."""
@@ -87,6 +96,24 @@ class Session:
         if unanswered != {"blend"}:
             self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
         return self.wizard.complete(given, self.history.answers(), questions)
+
+    def start_workers(self, byte_count: int, options: RunOptions) -> None:
+        """Starts the workers for a primary of so many bytes, where none are there: torch takes a second to load."""
+        if self.workers is None and options.device in ("auto", "cpu"):
+            threads = plans.choose_threads(options.threads)
+            self.workers = teams.WorkerTeam(threads, in_processes=2 * byte_count >= teams.SMALL_MERGE_BYTES)
+
+    def workers_for(self, plan: MergePlan) -> WorkerTeam | None:
+        """The workers that were started, where they can make the plan's child; else the merge has its own."""
+        if self.workers is not None and not self.workers.serves(plan.threads, plan.device):
+            self.close()
+        return self.workers
+
+    def close(self) -> None:
+        """Ends the workers, where they were started."""
+        if self.workers is not None:
+            self.workers.close()
+            self.workers = None
 
     def offers(self, what: str) -> bool:
         """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""

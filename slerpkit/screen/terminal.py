@@ -1,4 +1,4 @@
-"""The process and its terminal: signals, encodings, torch loading behind the prompts, and how the process ends.
+"""The process and its terminal: signals, encodings, and how the process ends.
 
 Knows nothing of merging. Loaded once the flags are read.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import signal
 import sys
@@ -20,14 +19,8 @@ import colorama
 from slerpkit.merge.save_directory import STOP_SIGNALS
 
 
-def load_in_background() -> None:
-    """Starts to load torch while the person types; the first merge then need not wait for it."""
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
-
-
-def wait_for_torch() -> None:
-    """Loads torch, or waits until the background has. A collector that rested meanwhile goes back to work."""
-    importlib.import_module("torch")
+def collect_garbage_again() -> None:
+    """A collector that rested while libraries were loaded goes back to work."""
     if not gc.isenabled():
         gc.freeze()  # of all that is loaded by now nothing is garbage
         gc.enable()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
     from slerpkit.parents import checkpoint
+    from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
     from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
@@ -53,9 +54,12 @@ FIND_BLEND = "find a good blend"
 class Wizard:
     """Asks what no flag has answered."""
 
-    def __init__(self, prompt: Prompter, finder: ModelFinder) -> None:
+    def __init__(
+        self, prompt: Prompter, finder: ModelFinder, on_primary: Callable[[Checkpoint, Answers], object]
+    ) -> None:
         self.prompt = prompt
         self.finder = finder
+        self.on_primary = on_primary  # told the primary once it is known; the person thinks on meanwhile
         self.proposed: Path | None = None  # the last proposed save directory
 
     def complete(self, answers: Answers, before: Answers, questions: Sequence[str] = tuple(QUESTIONS)) -> Answers:
@@ -91,6 +95,7 @@ class Wizard:
         folder = self.ask_model(
             "primary", "Primary model", lambda folder: checkpoint.open_checkpoint(folder), before.primary
         )
+        self.on_primary(checkpoint.open_checkpoint(folder), answers)
         return dataclasses.replace(answers, primary=folder)
 
     def ask_secondary(self, answers: Answers, before: Answers) -> Answers:

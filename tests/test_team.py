@@ -1,0 +1,230 @@
+"""Workers as processes: the same bits, no torch in the main process, and what happens when one of them, or all, die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from slerpkit.merge.blocks import BLOCK_ELEMENTS, TASK_BLOCKS, cut_tasks
+from slerpkit.merge.events import MergeStopped, WorkAdvanced
+from slerpkit.merge.team import WorkerTeam
+from slerpkit.merge.worker import MeasureTask
+from slerpkit.messages import SlerpMergeError
+from slerpkit.story import execute_merge
+from tests.builders import add_tokenizer, llama_tensors, load_tensors, make_checkpoint, merge, plan_of
+from tests.conftest import fingerprint
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are threads where a process cannot be forked")
+ROOT = Path(__file__).resolve().parents[1]
+ELEMENTS = 5 * TASK_BLOCKS * BLOCK_ELEMENTS + 12_345  # of the large tensor: five tasks and a short one
+SHARD_BYTES = 15_000_000
+
+
+@pytest.fixture(autouse=True)
+def in_processes(monkeypatch):
+    """However small the models are."""
+    monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 0)
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    """Two models with three tensors that are several tasks large, among many small ones."""
+    folders = []
+    for seed, name in ((1, "primary"), (2, "secondary")):
+        generator = torch.Generator().manual_seed(seed)
+        large = {
+            f"model.layers.{layer}.large": torch.randn(ELEMENTS, generator=generator).to(torch.bfloat16)
+            for layer in range(3)
+        }
+        folders.append(make_checkpoint(tmp_path / name, {**llama_tensors(seed), **large}))
+    return folders[0], folders[1]
+
+
+def weights_of(child: Path) -> dict[str, str]:
+    return {name: hashed for name, hashed in fingerprint(child).items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_bits_are_those_of_threads(pair, tmp_path, monkeypatch, threads, parents):
+    parents.watch(*pair)
+    child = merge(*pair, tmp_path / "child", 0.3, threads=threads, device="cpu").child
+    monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 1 << 60)
+    alike = merge(*pair, tmp_path / "alike", 0.3, threads=2, device="cpu").child
+    assert weights_of(child) == weights_of(alike)
+
+
+@pytest.mark.parametrize("settings", [{"method": "nuslerp", "vectors": "first_dim"}, {"dtype": "float32"}], ids=str)
+def test_rows_that_follow_tokens_reach_the_processes(tmp_path, monkeypatch, settings):
+    folders = [
+        make_checkpoint(tmp_path / name, llama_tensors(seed)) for seed, name in ((1, "primary"), (2, "secondary"))
+    ]
+    for folder in folders:
+        add_tokenizer(folder)
+    path = folders[1] / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    numbers = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: (number * 7) % 48 for word, number in numbers.items()}
+    path.write_text(json.dumps(tokenizer), "utf-8")
+    child = merge(*folders, tmp_path / "child", 0.3, device="cpu", **settings).child
+    monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 1 << 60)
+    alike = merge(*folders, tmp_path / "alike", 0.3, device="cpu", **settings).child
+    assert weights_of(child) == weights_of(alike)
+
+
+def test_a_large_tensor_is_spread_over_all_workers(pair, tmp_path):
+    plan = plan_of(*pair, tmp_path / "child", device="cpu")
+    tensor = next(tensor for tensor in plan.tensors if tensor.element_count == ELEMENTS)
+    with WorkerTeam(3, in_processes=True) as team:
+        team.wait()
+        assert len(set(team.processes)) == 3
+        stretches = cut_tasks(tensor)
+        for stretch in stretches:
+            team.submit(stretch, MeasureTask(tensor, stretch, None))
+        team._deal()
+        assert [len(member.tasks) for member in team._members] == [2, 2, 2]
+        assert {team.next_answer()[0] for _ in stretches} == set(stretches)
+
+
+def test_a_fault_in_a_process_is_told_with_its_remedy_and_nobody_writes_after_it(pair, tmp_path):
+    plan = plan_of(*pair, tmp_path / "child", device="cpu")
+    with open(pair[1] / "model.safetensors", "r+b") as stream:
+        stream.truncate(30_000_000)  # after its header was believed
+    with pytest.raises(SlerpMergeError, match="is damaged or incomplete: it ends inside") as caught:
+        execute_merge(plan)
+    assert "download it again" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["primary", "secondary"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_is_killed_is_one_message_and_the_next_run_carries_on(pair, tmp_path, victim):
+    whole = merge(*pair, tmp_path / "whole", 0.3, device="cpu", max_shard_bytes=SHARD_BYTES).child
+    plan = plan_of(*pair, tmp_path / "child", 0.3, device="cpu", max_shard_bytes=SHARD_BYTES)
+    events, written, killed = [], 0, False
+    with WorkerTeam(2, in_processes=True) as team:
+
+        def observe(event: object) -> None:
+            nonlocal written, killed
+            events.append(event)
+            written += event.amount if isinstance(event, WorkAdvanced) else 0
+            if written > 2 * ELEMENTS and not killed:
+                killed = True
+                os.kill(team.processes[victim], signal.SIGKILL)
+
+        with pytest.raises(
+            SlerpMergeError, match="A worker process ended before its time: it was killed by SIGKILL"
+        ) as caught:
+            execute_merge(plan, observe, team)
+    assert "The same command carries on" in caught.value.hint
+    assert isinstance(events[-1], MergeStopped)
+    report = merge(*pair, tmp_path / "child", 0.3, device="cpu", max_shard_bytes=SHARD_BYTES)
+    assert report.merged.resumed_files == events[-1].kept > 0
+    assert weights_of(report.child) == weights_of(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "primary", "secondary", "whole"]
+
+
+def test_torch_that_cannot_be_loaded_is_one_message(pair, tmp_path, monkeypatch):
+    (tmp_path / "broken" / "torch").mkdir(parents=True)
+    (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise ImportError('no such library')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    with pytest.raises(SlerpMergeError, match="torch cannot be loaded .no such library."):
+        merge(*pair, tmp_path / "child", device="cpu")
+
+
+MERGE_AND_TELL = """
+import json, sys, time
+from pathlib import Path
+from slerpkit.merge.events import WorkAdvanced
+from slerpkit.merge.team import WorkerTeam
+from slerpkit.recipe import MergeRecipe, RunOptions
+from slerpkit.story import execute_merge, prepare_merge
+
+*folders, pause = sys.argv[1:]
+primary, secondary, child = map(Path, folders)
+with WorkerTeam(2, in_processes=True) as team:
+    def observe(event):
+        if isinstance(event, WorkAdvanced):
+            print(json.dumps(team.processes), flush=True)
+            time.sleep(float(pause))
+    execute_merge(prepare_merge(MergeRecipe(primary, secondary), RunOptions(child)), observe, team)
+print("torch" in sys.modules, flush=True)
+"""
+
+
+def start_merge(folders: tuple[Path, Path], child: Path, pause: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", MERGE_AND_TELL, *map(str, folders), str(child), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{process}/stat")
+    return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_the_main_process_needs_no_torch(pair, tmp_path):
+    with start_merge(pair, tmp_path / "child", 0) as merging:
+        output, fault = merging.communicate(timeout=60)
+    assert (output.split()[-1], merging.returncode) == ("False", 0), fault
+    assert load_tensors(tmp_path / "child").keys() == load_tensors(pair[0]).keys()
+
+
+def test_workers_end_with_the_main_process_however_it_dies_and_the_next_run_is_right(pair, tmp_path):
+    with start_merge(pair, tmp_path / "child", 0.2) as merging:
+        workers = json.loads(merging.stdout.readline())
+        assert all(map(is_alive, workers))
+        assert os.getsid(workers[0]) != os.getsid(merging.pid)  # the terminal's Ctrl-C does not reach them
+        merging.kill()
+    limit = time.monotonic() + 5
+    while any(map(is_alive, workers)) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(map(is_alive, workers))
+    child = merge(*pair, tmp_path / "child", device="cpu").child
+    assert weights_of(child) == weights_of(merge(*pair, tmp_path / "other", device="cpu").child)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "other", "primary", "secondary"]
+
+
+def test_a_worker_that_outlives_its_run_finds_its_folder_gone(pair, tmp_path):
+    """A stopped worker of a killed run goes on in the middle of the next run: it must not write into what that made."""
+    whole = merge(*pair, tmp_path / "whole", device="cpu").child
+    with start_merge(pair, tmp_path / "child", 0.2) as merging:
+        workers = json.loads(merging.stdout.readline())
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        merging.kill()
+    try:
+        let_go = False
+
+        def observe(event: object) -> None:
+            nonlocal let_go
+            if isinstance(event, WorkAdvanced) and not let_go:
+                let_go = True
+                for worker in workers:
+                    os.kill(worker, signal.SIGCONT)
+                time.sleep(0.5)
+
+        child = merge(*pair, tmp_path / "child", observe=observe, device="cpu").child
+    finally:
+        for worker in filter(is_alive, workers):
+            os.kill(worker, signal.SIGKILL)
+    assert let_go
+    assert weights_of(child) == weights_of(whole)
+
+
+def test_a_team_serves_one_merge_after_another(pair, tmp_path):
+    with WorkerTeam(2, in_processes=True) as team:
+        children = [
+            execute_merge(plan_of(*pair, tmp_path / f"child-{number}", t, device="cpu"), team=team).child
+            for number, t in enumerate((0.2, 0.2, 0.8))
+        ]
+    assert weights_of(children[0]) == weights_of(children[1]) != weights_of(children[2])
