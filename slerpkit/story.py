@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.child.companions import copy_companions
 from slerpkit.child.report import MergeReport, write_report
 from slerpkit.child.verify import verify_child
+from slerpkit.files import clean_path
 from slerpkit.merge.events import ignore
 from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
@@ -94,14 +95,14 @@ def merge_models(
     hint, where the child cannot be right; nothing is then put in place. Raises TypeError for a setting that is none.
     """
     if not isinstance(t, Schedule):
-        t = parse_blend(t) if isinstance(t, str) else Schedule.constant(t)
+        t = parse_blend(t) if isinstance(t, str) else Schedule.constant(float(t))
     if settings.get("base") is not None:
         settings["base"] = find_model(str(settings["base"]))
     recipe, options = recipe_and_options(
         {
             "primary": find_model(str(primary)),
             "secondary": find_model(str(secondary)),
-            "save_directory": Path(save_directory),
+            "save_directory": clean_path(str(save_directory)),
             "schedule": t,
             **settings,
         }

@@ -223,7 +223,7 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     session.console, session.interactive = console, True
     session.view = MergeView(console)
     session.history = mock.Mock(content={}, recent=[], answers=Answers)
-    session.wizard = wizard.Wizard(TypedAnswers(console), ModelFinder([]))
+    session.wizard = wizard.Wizard(TypedAnswers(console), ModelFinder([]), lambda *_: None)
 
     def execute(*_: Any) -> MergeReport:
         draw_progress(session.view, clock, scene, stop_at=0.62)

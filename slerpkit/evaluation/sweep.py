@@ -290,9 +290,8 @@ def find_t(plan: MergePlan, objective: Objective, observe: Observer, team: Worke
     """The t at which a child of the plan's parents loses least by an objective, and the curve that shows it.
 
     Follows the plan's recipe in all but its schedule; the t is figures["best_t"] of what is returned. team: workers
-    that make the trial children; without it each merge has its own. Raises
-    SlerpMergeError where the texts, tasks or models do not allow it. What was measured stays in a journal beside the
-    save directory until `forget_sweep`.
+    that make the trial children; without it each merge has its own. Raises SlerpMergeError where the texts, tasks or
+    models do not allow it. What was measured stays in a journal beside the save directory until `forget_sweep`.
     """
     if plan.recipe.slices or plan.recipe.weights is not None:
         what = "A sweep looks for one t of whole models; this recipe has slices or weights of its own."

@@ -91,6 +91,8 @@ def draw_table(console: Console, finding: Finding) -> RenderableType:
     heads = [displayable(console, head) for head in finding["heads"]]
     rows = [[displayable(console, cell) for cell in row] for row in finding["rows"]]
     if console.width < NARROW_COLUMNS:
+        if len(heads) == 2:
+            return Group(*(Text.assemble((f"{first}: ", "bold"), second) for first, second in rows))
         lines = []
         for first, *others in rows:
             lines += [Text(first, style="bold"), *(Text(f"  {head} {cell}") for head, cell in zip(heads[1:], others))]
