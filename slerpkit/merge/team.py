@@ -269,11 +269,12 @@ def fork_workers(fates_number: int, *numbers: int) -> None:
 
 # Run by a process of its own; its arguments are where the package is, and the numbers of the connections.
 SERVER = f"""
-import gc, sys
+import gc, os, sys
 gc.disable()
 sys.path.insert(0, sys.argv[1])
 from {fork_workers.__module__} import {fork_workers.__name__} as fork_workers
 fork_workers(*map(int, sys.argv[2:]))
+os._exit(0)  # without taking torch apart first, for which the person would wait
 """
 
 
