@@ -172,7 +172,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     check_options(options)
     parents = story.open_parents(recipe)
     if not arguments.dry_run:
-        session.start_workers(parents.primary.byte_count, options)  # they load what they need meanwhile
+        session.start_workers(parents.primary, options)  # they load what they need meanwhile
     parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))

@@ -51,7 +51,8 @@ def execute_merge(plan: MergePlan, observe: Observer = ignore, team: WorkerTeam 
     does not let it; parents and save directory are then as before.
     """
     started = time.perf_counter()
-    with StagedChild(plan, observe) as child, team_for(plan.threads, plan.device, plan.source_bytes, team) as team:
+    own_team = team_for(plan.threads, plan.device, plan.source_bytes, plan.dtypes, team)
+    with StagedChild(plan, observe) as child, own_team as team:
         merged = stream_merge(plan, child, team, observe)
         copy_companions(plan, child)
         verified = verify_child(plan, child, merged, team)
@@ -73,7 +74,8 @@ def inspect_parents(
     parity.raise_if_blocking()
     device = "cpu" if options.device == "auto" else options.device
     byte_count = parents.primary.byte_count + parents.secondary.byte_count
-    with team_for(choose_threads(options.threads), device, byte_count, team) as team:
+    dtypes = {*parents.primary.dtypes, *parents.secondary.dtypes, *filter(None, [recipe.cast_dtype])}
+    with team_for(choose_threads(options.threads), device, byte_count, dtypes, team) as team:
         return measure_differences(parity.pairs, recipe, team, observe)
 
 

@@ -570,11 +570,11 @@ def scarce(enough_for: int, tried: list[str]) -> type[DeviceArithmetic]:
             super().__init__(cast_dtype)
             self.device = device
 
-        def load(self, piece: Any, room: Any) -> int:
+        def load(self, *arguments: Any) -> Any:
             tried.append(self.device)
             if tried.count("cuda") > enough_for:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return super().load(piece, room)
+            return super().load(*arguments)
 
     return Scarce
 

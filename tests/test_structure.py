@@ -31,7 +31,8 @@ FLOORS = (
     "slerpkit.recipe_file slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.configs slerpkit.parity.embeddings slerpkit.parity.vocabulary"
     " slerpkit.parity.pairing slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
-    "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.blocks slerpkit.merge.journal"
+    "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
+    " slerpkit.merge.journal"
     " slerpkit.merge.plan slerpkit.merge.events slerpkit.merge.arithmetic slerpkit.merge.recompute"
     " slerpkit.merge.worker slerpkit.merge.team slerpkit.merge.staging slerpkit.merge.difference_map"
     " slerpkit.merge.stream",

@@ -143,12 +143,24 @@ def test_a_worker_that_is_killed_while_the_child_is_checked_costs_no_finished_fi
     assert report.merged.resumed_files == len(plan.shards)
 
 
-def test_torch_that_cannot_be_loaded_is_one_message(pair, tmp_path, monkeypatch):
-    (tmp_path / "broken" / "torch").mkdir(parents=True)
-    (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise ImportError('no such library')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
-    with pytest.raises(SlerpMergeError, match="torch cannot be loaded .no such library."):
+def broken(folder: Path, library: str) -> str:
+    """A folder for PYTHONPATH, in which a library cannot be loaded."""
+    (folder / "broken" / library).mkdir(parents=True)
+    (folder / "broken" / library / "__init__.py").write_text("raise ImportError('no such library')")
+    return str(folder / "broken")
+
+
+def test_a_library_that_cannot_be_loaded_is_one_message(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", broken(tmp_path, "numpy"))
+    with pytest.raises(SlerpMergeError, match="a library cannot be loaded .no such library."):
         merge(*pair, tmp_path / "child", device="cpu")
+
+
+def test_workers_load_torch_for_float16_alone(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", broken(tmp_path, "torch"))
+    merge(*pair, tmp_path / "child", device="cpu")
+    with pytest.raises(SlerpMergeError, match="a library cannot be loaded .no such library."):
+        merge(*pair, tmp_path / "another", device="cpu", dtype="float16")
 
 
 MERGE_AND_TELL = """

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.devices import accelerator_memory, accelerators, check_device, free_memory, torch_threads_kept
 from slerpkit.lazy import torch
-from slerpkit.merge.blocks import torch_dtype
 from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
 from slerpkit.parents.checkpoint import open_checkpoint
-from slerpkit.parents.tensors import dtype_width
+from slerpkit.parents.tensors import TORCH_NAMES, dtype_width
 from slerpkit.parity.configs import is_encoder_decoder
 from slerpkit.parity.vocabulary import has_tokenizer
 
@@ -120,7 +119,7 @@ def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint)
     # Older versions build on the meta device only when told so; newer ones do it themselves and refuse to be told.
     for context in (torch.device("meta"), contextlib.nullcontext()):
         stand_ins = {
-            info.name: torch.zeros((), dtype=torch_dtype(info.dtype), device="cpu").expand(info.shape)
+            info.name: torch.zeros((), dtype=getattr(torch, TORCH_NAMES[info.dtype]), device="cpu").expand(info.shape)
             for info in checkpoint.tensors.values()
         }
         try:

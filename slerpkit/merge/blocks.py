@@ -12,20 +12,16 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from slerpkit.lazy import torch
+from slerpkit.lazy import numpy
+from slerpkit.merge.dtypes import stored_dtype
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.tensors import DTYPE_BYTES, TORCH_NAMES, TensorReader
+from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader
 
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import TensorInputs
 
 BLOCK_ELEMENTS = 1 << 19
 TASK_BLOCKS = 4
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype for safetensors' name of it."""
-    return getattr(torch, TORCH_NAMES[name])
 
 
 def block_elements(tensor: TensorInputs) -> int:
@@ -56,19 +52,17 @@ def rows_in(tensor: TensorInputs, stretch: range) -> slice:
 
 
 class BlockBuffer:
-    """Room for one block of any dtype, as bytes for files and as flat tensors for torch."""
+    """Room for one block of any dtype, as bytes for files and as flat arrays of numbers."""
 
     def __init__(self) -> None:
         # Mapped memory is aligned as vector units like it, and takes no room until it is used.
-        backing = mmap.mmap(-1, BLOCK_ELEMENTS * max(DTYPE_BYTES.values()))
-        self.memory = memoryview(backing)
-        self._bytes = torch.frombuffer(backing, dtype=torch.uint8)
-        self._typed: dict[str, torch.Tensor] = {}
+        self.memory = memoryview(mmap.mmap(-1, BLOCK_ELEMENTS * max(DTYPE_BYTES.values())))
+        self._typed: dict[str, numpy.ndarray] = {}
 
-    def typed(self, dtype: str) -> torch.Tensor:
-        """All of this memory as a flat tensor; dtype is safetensors' name."""
+    def typed(self, dtype: str) -> numpy.ndarray:
+        """All of this memory as a flat array; dtype is safetensors' name."""
         if dtype not in self._typed:
-            self._typed[dtype] = self._bytes.view(torch_dtype(dtype))
+            self._typed[dtype] = numpy.frombuffer(self.memory, stored_dtype(dtype))
         return self._typed[dtype]
 
 
@@ -81,7 +75,7 @@ class BlockReader:
 
     def read(
         self, tensor: TensorInputs, stretch: range, blended: bool = False
-    ) -> Iterator[tuple[range, list[torch.Tensor]]]:
+    ) -> Iterator[tuple[range, list[numpy.ndarray]]]:
         """(element numbers, each source) of the blocks of a stretch; flat, in stored dtypes, valid until the next.
 
         blended: zeros stand for rows that will be kept, which then add nothing to a sum.

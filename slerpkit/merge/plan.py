@@ -24,7 +24,7 @@ from slerpkit.merge.save_directory import check_save_directory, staged_bytes, st
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
-from slerpkit.parents.tensors import SAFETENSORS_NAMES, TensorReader, natural_order
+from slerpkit.parents.tensors import SAFETENSORS_NAMES, TORCH_NAMES, TensorReader, natural_order
 from slerpkit.parity.kinship import measure_kinship
 from slerpkit.recipe import MAX_THREADS, check_t
 
@@ -69,6 +69,13 @@ class MergePlan:
     def source_bytes(self) -> int:
         """What is read of the parents, in each of the two passes."""
         return sum(tensor.source_bytes for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> set[str]:
+        """torch's names of all that numbers are read in, rounded to, or written in."""
+        stored = {part.dtype for tensor in self.tensors for part in (*tensor.sources, tensor)}
+        rounded = set() if self.recipe.cast_dtype is None else {self.recipe.cast_dtype}
+        return {TORCH_NAMES.get(name, name) for name in stored} | rounded
 
     @property
     def device(self) -> str:

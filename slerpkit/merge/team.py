@@ -1,9 +1,8 @@
 """The workers: processes that do not share an interpreter's lock, or threads; and the tasks that are dealt to them.
 
-Where the system can fork, one process loads torch and forks the workers, so that they share its memory; the main
-process then needs no torch. It can be started long before there is work. Small merges, accelerators and systems that
-cannot fork are served by threads of the main process. The workers themselves are in worker.py; which tasks there are is
-stream.py's business.
+Where the system can fork, one process loads what is needed and forks the workers, so that they share its memory. It can
+be started long before there is work. Small merges, accelerators and systems that cannot fork are served by threads of
+the main process. The workers themselves are in worker.py; which tasks there are is stream.py's business.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
-from slerpkit.lazy import torch
+from slerpkit.lazy import numpy, torch
 from slerpkit.merge.worker import serve
 from slerpkit.messages import SlerpMergeError
 
 if TYPE_CHECKING:
     from slerpkit.merge.worker import Task
 
-SMALL_MERGE_BYTES = 200_000_000  # of both parents; below this threads are as fast, and torch is loaded either way
+SMALL_MERGE_BYTES = 200_000_000  # of both parents; below this threads are as fast
 TASKS_AHEAD = 2  # that a worker has at most: one at hand, and one so that it need not wait for the next
 SECONDS_TO_END = 5.0  # that workers have to finish what they are at
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -59,14 +58,19 @@ class WorkerTeam:
     and others that want to only wait; reading and arithmetic fill that time (measured: a sixth).
     """
 
-    def __init__(self, count: int, device: str = "cpu", in_processes: bool = False) -> None:
-        """in_processes: where the system can; else threads. Starts them; they load torch meanwhile."""
+    def __init__(self, count: int, device: str = "cpu", in_processes: bool = False, with_torch: bool = False) -> None:
+        """Starts them; they load meanwhile what they need.
+
+        in_processes: where the system can; else threads. with_torch: load it, for it converts float16 ten times as fast
+        as numpy.
+        """
         self.count = count
         self.device = device
+        self.with_torch = with_torch
         self.in_processes = in_processes and device == "cpu" and hasattr(os, "fork")
         self._members: list[Member] = []
         self._threads: list[threading.Thread] = []
-        self._torch_threads: list[int] = []  # that torch used before the workers set it to one
+        self._torch_threads = 0  # that torch used before the workers became the parallelism; 0: untouched
         self._server: subprocess.Popen[bytes] | None = None
         self._fates: Connection | None = None
         self._others: deque[tuple[Any, Task]] = deque()
@@ -85,7 +89,7 @@ class WorkerTeam:
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         try:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", SERVER, str(PACKAGE_ROOT), *map(str, numbers)],
+                [sys.executable, "-c", SERVER, str(PACKAGE_ROOT), *map(str, (int(self.with_torch), *numbers))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -102,11 +106,13 @@ class WorkerTeam:
         self._members = [Member(ours) for ours, _ in pairs]
 
     def _start_threads(self) -> None:
+        if self.device != "cpu":
+            self._torch_threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # its own would fight the workers
         for number in range(self.count):
             ours, theirs = Pipe()
             self._members.append(Member(ours))
-            arguments = theirs, self.device, self._torch_threads
-            thread = threading.Thread(target=serve, args=arguments, name=f"worker-{number}", daemon=True)
+            thread = threading.Thread(target=serve, args=(theirs, self.device), name=f"worker-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -167,9 +173,10 @@ class WorkerTeam:
         if any(member.tasks for member in self._members):
             self.close()
 
-    def serves(self, threads: int, device: str) -> bool:
-        """Whether these are still there, and as many, on such a device."""
-        return len(self._members) == self.count == threads and self.device == device
+    def serves(self, threads: int, device: str, dtypes: Collection[str]) -> bool:
+        """Whether these are still there, and as many, on such a device, with what a merge of such dtypes needs."""
+        is_there = len(self._members) == self.count == threads and self.device == device
+        return is_there and (self.with_torch or not self.in_processes or "float16" not in dtypes)
 
     def close(self) -> None:
         """Ends the workers: they finish what they are at, and are killed where that takes too long."""
@@ -179,7 +186,7 @@ class WorkerTeam:
         for thread in self._threads:
             thread.join(SECONDS_TO_END)
         if self._torch_threads:
-            torch.set_num_threads(max(self._torch_threads))
+            torch.set_num_threads(self._torch_threads)
         if self._server is not None:
             try:
                 self._server.wait(None if is_idle else SECONDS_TO_END)  # with a limit it looks only now and then
@@ -239,13 +246,15 @@ class WorkerTeam:
         return WorkerDied(f"A worker process ended before its time{': ' if reason else ''}{reason}.", hint)
 
 
-def fork_workers(fates_number: int, *numbers: int) -> None:
-    """The server process: loads torch once, forks a worker for each connection, and tells what became of them."""
+def fork_workers(with_torch: int, fates_number: int, *numbers: int) -> None:
+    """The server process: loads the libraries once, forks a worker for each connection, tells what became of them."""
     fates = Connection(fates_number)
     try:
-        torch.get_num_threads()  # loaded here, so that the workers share it
+        numpy.errstate  # noqa: B018  loaded here, so that the workers share it
+        if with_torch:
+            torch.set_num_threads(1)
     except Exception as error:  # whatever a library does when it loads; the main process says it
-        fates.send((None, f"torch cannot be loaded ({error})"))
+        fates.send((None, f"a library cannot be loaded ({error})"))
         return
     gc.freeze()
     workers: dict[int, int] = {}
@@ -254,7 +263,7 @@ def fork_workers(fates_number: int, *numbers: int) -> None:
             for other in (fates_number, *numbers):
                 if other != number:
                     os.close(other)
-            serve(Connection(number), "cpu", [])
+            serve(Connection(number), "cpu")
             os._exit(0)
         workers[process] = place
     for number in numbers:
@@ -274,19 +283,23 @@ gc.disable()
 sys.path.insert(0, sys.argv[1])
 from {fork_workers.__module__} import {fork_workers.__name__} as fork_workers
 fork_workers(*map(int, sys.argv[2:]))
-os._exit(0)  # without taking torch apart first, for which the person would wait
+os._exit(0)  # without taking the libraries apart first, for which the person would wait
 """
 
 
 @contextlib.contextmanager
-def team_for(threads: int, device: str, byte_count: int, team: WorkerTeam | None = None) -> Iterator[WorkerTeam]:
-    """The workers for a merge, or an inspection, that reads so many bytes: those given, or its own.
+def team_for(
+    threads: int, device: str, byte_count: int, dtypes: Collection[str], team: WorkerTeam | None = None
+) -> Iterator[WorkerTeam]:
+    """The workers for a merge, or an inspection: those given, or its own.
 
-    Raises SlerpMergeError where the device is not there.
+    byte_count: of all that is read once. dtypes: torch's names of those that occur. Raises SlerpMergeError where the
+    device is not there.
     """
     if team is not None:
         yield team
         return
     devices.check_device(device)
-    with WorkerTeam(threads, device, in_processes=byte_count >= SMALL_MERGE_BYTES) as own:
+    in_processes = byte_count >= SMALL_MERGE_BYTES
+    with WorkerTeam(threads, device, in_processes, with_torch=in_processes and "float16" in dtypes) as own:
         yield own

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import FileHandles
-from slerpkit.lazy import numpy, torch
+from slerpkit.lazy import numpy
 from slerpkit.merge.arithmetic import (
     Arithmetic,
     DeviceArithmetic,
     Sums,
     could_be_equal,
-    count_non_finite,
     vector_weights,
 )
 from slerpkit.merge.blocks import BlockBuffer, BlockReader, rows_in
+from slerpkit.merge.dtypes import convert, count_non_finite, plain
 from slerpkit.merge.recompute import recompute, working_dtype
 from slerpkit.merge.tensor_plan import TensorInputs
 from slerpkit.messages import SlerpMergeError, explain_os_error
@@ -106,9 +106,9 @@ class Worker:
             return self.blend(task)
         return recompute(self.blocks, task.tensor, task.stretch, task.cast_dtype, task.file, task.weights, task.recipe)
 
-    def arithmetic_for(self, dtype: torch.dtype, cast_dtype: str | None) -> Arithmetic:
+    def arithmetic_for(self, dtype: numpy.dtype, cast_dtype: str | None) -> Arithmetic:
         """The device's, or the processor's for what MPS does not know: float64."""
-        device = "cpu" if self.device == "mps" and dtype == torch.float64 else self.device
+        device = "cpu" if self.device == "mps" and dtype == numpy.float64 else self.device
         if (device, cast_dtype) not in self._arithmetic:
             made = Arithmetic(cast_dtype) if device == "cpu" else DeviceArithmetic(device, cast_dtype)
             self._arithmetic[device, cast_dtype] = made
@@ -142,13 +142,13 @@ class Worker:
                 if tensor.vectors == "first_dim":
                     own = self.compute(task, "measure_vectors", block, tensor.vector_width, 0)
                     columns = own if columns is None else columns + own
-                    sums.append(tuple(own.sum(dim=1).tolist()))
+                    sums.append(tuple(own.sum(axis=1).tolist()))
                 else:
                     sums.append(self.compute(task, "measure", block))
                 alike = alike and could_be_equal(sums[-1])
-            identical = identical and alike and torch.equal(primary.view(torch.uint8), secondary.view(torch.uint8))
+            identical = identical and alike and numpy.array_equal(primary.view("u1"), secondary.view("u1"))
         parts = [tuple(row[kind] for row in sums) for kind in range(3)]
-        return Sums(*parts, identical, None if columns is None else columns.numpy())
+        return Sums(*parts, identical, columns)
 
     def blend(self, task: BlendTask) -> int:
         tensor = task.tensor
@@ -158,7 +158,7 @@ class Worker:
         for part, block in self.blocks.read(tensor, task.stretch):
             out = self.out.typed(tensor.dtype)[: len(part)]
             if task.weights.operation == "copy":
-                out.copy_(self.round(task, block[0]))
+                convert(self.round(task, block[0]), out)
             else:
                 self.blend_block(task, block, out)
             if tensor.rows is not None:
@@ -168,7 +168,7 @@ class Worker:
             write(self.out.memory[: len(part) * width])
         return non_finite
 
-    def blend_block(self, task: BlendTask, block: Block, out: torch.Tensor) -> None:
+    def blend_block(self, task: BlendTask, block: Block, out: numpy.ndarray) -> None:
         """out = w0 * v0 + w1 * v1, with the tensor's weights, or those of each of its vectors."""
         tensor = task.tensor
         if tensor.vectors == "tensor":
@@ -176,24 +176,28 @@ class Worker:
             self.compute(task, "blend", block, weights, out)
             return
         if tensor.vectors == "first_dim":
-            own = [part.unsqueeze(0) for part in vector_weights(task.columns, tensor.t)]
+            own = [part[None, :] for part in vector_weights(task.columns, tensor.t)]
         else:
             sums = self.compute(task, "measure_vectors", block, tensor.vector_width, 1)
-            own = [part.unsqueeze(1) for part in vector_weights(sums, tensor.t)]
+            own = [part[:, None] for part in vector_weights(sums, tensor.t)]
         self.compute(task, "blend_vectors", block, own, tensor.vector_width, out)
 
-    def round(self, task: Task, raw: torch.Tensor) -> torch.Tensor:
+    def round(self, task: Task, stored: numpy.ndarray) -> numpy.ndarray:
         """What is copied, rounded to the recipe's dtype where it has one and the values are real numbers."""
-        return self.arithmetic_for(torch.float32, task.cast_dtype).round(raw) if raw.is_floating_point() else raw
+        is_float = task.tensor.is_float
+        return self.arithmetic_for(numpy.dtype("f4"), task.cast_dtype).round(stored) if is_float else stored
 
-    def keep_rows(self, task: BlendTask, part: range, block: Block, out: torch.Tensor) -> None:
+    def keep_rows(self, task: BlendTask, part: range, block: Block, out: numpy.ndarray) -> None:
         """Puts the rows of tokens that a single parent has into `out` as they are."""
         tensor = task.tensor
         width = tensor.row_elements
-        for source, raw in enumerate(block[:2]):
-            rows = torch.from_numpy(numpy.flatnonzero(tensor.rows.is_kept(source)[rows_in(tensor, part)]))
+        for source, stored in enumerate(block[:2]):
+            rows = numpy.flatnonzero(tensor.rows.is_kept(source)[rows_in(tensor, part)])
             if len(rows):
-                out.view(-1, width)[rows] = self.round(task, raw.view(-1, width)[rows]).to(out.dtype)
+                rounded = self.round(task, stored.reshape(-1, width)[rows])
+                kept = numpy.empty(rounded.shape, out.dtype)
+                convert(rounded, kept)
+                plain(out).reshape(-1, width)[rows] = plain(kept)
 
 
 def begin_writing(handles: FileHandles, file: Path, offset: int) -> Callable[[memoryview], None]:
@@ -218,18 +222,16 @@ def write_whole(handle: io.FileIO, file: Path, view: memoryview) -> None:
         raise explain_os_error(error, file, "write") from error
 
 
-def serve(connection: Connection, device: str, torch_threads: list[int]) -> None:
+def serve(connection: Connection, device: str) -> None:
     """Carries out tasks until the other end of the connection is closed, or gone with its process.
 
     The first message, the number of its process, says that it is ready.
     A message is (task, number, rows): rows, a RowMap, comes with the first task that needs it and is None after that;
-    number names it. The answer is (True, result) or (False, what was raised). torch_threads: is told how many threads
-    torch used before.
+    number names it. The answer is (True, result) or (False, what was raised).
     """
     row_maps = {}
-    torch_threads.append(torch.get_num_threads())
-    torch.set_num_threads(1)  # the workers are the parallelism; torch's own would fight them
-    with torch.inference_mode(), contextlib.suppress(OSError), Worker(device) as worker:
+    # What is not finite is told apart where it matters, and counted where it is written.
+    with numpy.errstate(all="ignore"), contextlib.suppress(OSError), Worker(device) as worker:
         connection.send(os.getpid())
         while True:
             try:

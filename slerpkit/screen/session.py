@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.events import Event
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.team import WorkerTeam
+    from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.recipe import RunOptions
     from slerpkit.screen import finder, progress, prompts, wizard
     from slerpkit.screen.progress import MergeView
@@ -85,7 +86,7 @@ class Session:
         return wizard.Wizard(
             prompts.Prompter(self.console, models.start),
             models,
-            lambda primary, answers: self.start_workers(primary.byte_count, answers.options),
+            lambda primary, answers: self.start_workers(primary, answers.options),
         )
 
     def ask(self, given: Answers, questions: tuple[str, ...] = tuple(QUESTIONS)) -> Answers:
@@ -97,15 +98,17 @@ class Session:
             self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
         return self.wizard.complete(given, self.history.answers(), questions)
 
-    def start_workers(self, byte_count: int, options: RunOptions) -> None:
-        """Starts the workers for a primary of so many bytes, where none are there: torch takes a second to load."""
+    def start_workers(self, primary: Checkpoint, options: RunOptions) -> None:
+        """Starts the workers for such a primary, where none are there, so that they are ready when they are needed."""
         if self.workers is None and options.device in ("auto", "cpu"):
             threads = plans.choose_threads(options.threads)
-            self.workers = teams.WorkerTeam(threads, in_processes=2 * byte_count >= teams.SMALL_MERGE_BYTES)
+            in_processes = 2 * primary.byte_count >= teams.SMALL_MERGE_BYTES
+            with_torch = in_processes and "float16" in primary.dtypes
+            self.workers = teams.WorkerTeam(threads, in_processes=in_processes, with_torch=with_torch)
 
     def workers_for(self, plan: MergePlan) -> WorkerTeam | None:
         """The workers that were started, where they can make the plan's child; else the merge has its own."""
-        if self.workers is not None and not self.workers.serves(plan.threads, plan.device):
+        if self.workers is not None and not self.workers.serves(plan.threads, plan.device, plan.dtypes):
             self.close()
         return self.workers
 
