@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slerpkit.merge.blocks import BLOCK_ELEMENTS, TASK_BLOCKS, cut_tasks
+from slerpkit.merge.blocks import BLOCK_ELEMENTS, cut_tasks
 from slerpkit.merge.events import MergeStopped, WorkAdvanced
 from slerpkit.merge.team import WorkerTeam
 from slerpkit.merge.worker import MeasureTask
@@ -25,13 +25,15 @@ from tests.test_crash import after
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are threads where a process cannot be forked")
 ROOT = Path(__file__).resolve().parents[1]
+TASK_BLOCKS = 4
 ELEMENTS = 5 * TASK_BLOCKS * BLOCK_ELEMENTS + 12_345  # of the large tensor: five tasks and a short one
 SHARD_BYTES = 15_000_000
 
 
 @pytest.fixture(autouse=True)
 def in_processes(monkeypatch):
-    """However small the models are."""
+    """However small the models are, with tasks that these can be cut into."""
+    monkeypatch.setattr("slerpkit.merge.blocks.TASK_BLOCKS", TASK_BLOCKS)
     monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 0)
 
 

@@ -22,7 +22,7 @@ from slerpkit.merge.dtypes import convert, is_bfloat16, narrow, narrow_pairs, st
 from slerpkit.parents.tensors import SAFETENSORS_NAMES
 
 ROW = 512  # elements that are added in working precision; measured off by 1e-8 in float32, and by 6e-8 at 4096
-PIECE_ELEMENTS = 1 << 16  # computed at once; whole rows
+PIECE_ELEMENTS = 1 << 17  # computed at once; whole rows
 
 if TYPE_CHECKING:
     Block = Sequence[numpy.ndarray]  # each source of a tensor: flat, of one length, in its stored dtype

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import TensorInputs
 
 BLOCK_ELEMENTS = 1 << 19
-TASK_BLOCKS = 4
+TASK_BLOCKS = 16
 
 
 def block_elements(tensor: TensorInputs) -> int:

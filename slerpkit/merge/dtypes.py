@@ -29,6 +29,7 @@ def stored_dtype(name: str) -> numpy.dtype:
 
 
 def is_bfloat16(array: numpy.ndarray) -> bool:
+    """Whether an array is of the dtype that stands for bfloat16."""
     return array.dtype.names is not None
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,7 @@ class MergePlan:
     @property
     def dtypes(self) -> set[str]:
         """torch's names of all that numbers are read in, rounded to, or written in."""
-        stored = {part.dtype for tensor in self.tensors for part in (*tensor.sources, tensor)}
-        rounded = set() if self.recipe.cast_dtype is None else {self.recipe.cast_dtype}
-        return {TORCH_NAMES.get(name, name) for name in stored} | rounded
+        return dtypes_of(self.tensors, self.recipe)
 
     @property
     def device(self) -> str:
@@ -123,12 +121,14 @@ class MergePlan:
         }
 
 
-PROCESS_BYTES = 285_000_000  # the interpreter, and torch loaded once, measured on Linux
-WORKER_BYTES = 25_000_000  # of a worker's own, beside its buffers
+# Measured on Linux, as proportional set sizes.
+PROCESS_BYTES = 75_000_000  # the main process, and what the workers share
+TORCH_BYTES = 200_000_000  # shared too, where float16 is converted
+WORKER_BYTES = 6_000_000  # of a worker's own, beside its buffers
 PROBE_BYTES = 1 << 20  # per sample of the read probe
 PROBE_SAMPLES = 8
 # Rough costs behind the expected time, measured on one core of a 2023 server.
-ARITHMETIC_SECONDS_PER_ELEMENT = 1.3e-9
+ARITHMETIC_SECONDS_PER_ELEMENT = 1.9e-9
 WRITE_BYTES_PER_SECOND = 1.5e9
 
 
@@ -221,12 +221,19 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     return count / max(seconds, 1e-6)
 
 
-def estimate_memory(threads: int, vectors: str = "tensor") -> int:
+def dtypes_of(tensors: Iterable[TensorPlan], recipe: MergeRecipe) -> set[str]:
+    """torch's names of all that numbers are read in, rounded to, or written in."""
+    stored = {part.dtype for tensor in tensors for part in (*tensor.sources, tensor)}
+    rounded = set() if recipe.cast_dtype is None else {recipe.cast_dtype}
+    return {TORCH_NAMES.get(name, name) for name in stored} | rounded
+
+
+def estimate_memory(threads: int, vectors: str = "tensor", dtypes: Collection[str] = ()) -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
     per_worker = WORKER_BYTES + BLOCK_ELEMENTS * 4 * 2  # three sources and the result, two bytes a value
     if vectors != "tensor":
         per_worker += BLOCK_ELEMENTS * 4 * 8  # and in float64
-    return PROCESS_BYTES + threads * per_worker
+    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * ("float16" in dtypes)
 
 
 def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport) -> MergePlan:
@@ -249,7 +256,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         parity=parity,
         shards=shards,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads, recipe.vectors),
+        peak_memory_bytes=estimate_memory(threads, recipe.vectors, dtypes_of(tensors, recipe)),
         disk_needed_bytes=child_bytes + companion_bytes(models[:2]),
         disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
         kinship=measure_kinship(pairs),
