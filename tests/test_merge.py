@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from slerpkit.child.report import MergeReport
 from slerpkit.maths import TensorWeights
-from slerpkit.merge.arithmetic import Arithmetic, DeviceArithmetic
+from slerpkit.merge.arithmetic import Arithmetic, DeviceArithmetic, vector_weights
 from slerpkit.merge.blocks import BLOCK_ELEMENTS, TASK_BLOCKS
+from slerpkit.merge.dtypes import EPSILON, stored_dtype, widen
 from slerpkit.merge.events import ChildPublished, Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.tensors import TORCH_NAMES
 from slerpkit.schedule import Schedule, ScheduleRule
 from tests.builders import (
     DEVICE,
@@ -557,6 +560,45 @@ def test_a_gradient_and_a_filter_give_each_layer_its_t(tmp_path):
     for name in child:
         t = 1.0 if "mlp" in name else 0.75 if ".layers.1." in name else 0.25
         assert distance(child[name], left[name], right[name], reference_slerp(left[name], right[name], t)) <= 0.51, name
+
+
+# ── An accelerator's arithmetic, where the processor stands for it ──────────────────────────────
+
+
+def stored(values: torch.Tensor, name: str) -> numpy.ndarray:
+    """Values as a worker reads them."""
+    raw = values.to(getattr(torch, TORCH_NAMES[name])).view(torch.uint8).numpy().copy()
+    return raw.view(stored_dtype(name))
+
+
+@pytest.mark.parametrize("cast", [None, "float16"])
+@pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("sources", [2, 3])
+def test_an_accelerator_computes_what_the_processor_does(name, cast, sources):
+    width, rows = 48, 40
+    random = torch.Generator().manual_seed(7)
+    block = [stored(torch.randn(rows * width, generator=random).double(), name) for _ in range(sources)]
+    dtype = numpy.dtype("f8" if name == "F64" else "f4")
+    made = []
+    for arithmetic in (Arithmetic(cast), DeviceArithmetic("cpu", cast)):
+        outs = [numpy.zeros(rows * width, stored_dtype(name)) for _ in range(3)]
+        arithmetic.blend(block, dtype, (0.6, 0.5), outs[0])
+        sums = [numpy.array(arithmetic.measure(block, dtype))]
+        for axis, out in ((0, outs[1]), (1, outs[2])):
+            sums.append(arithmetic.measure_vectors(block, dtype, width, axis))
+            weights = [weight[None, :] if axis == 0 else weight[:, None] for weight in vector_weights(sums[-1], 0.3)]
+            arithmetic.blend_vectors(block, dtype, weights, width, out)
+        made.append((outs, sums))
+    (outs, sums), (device_outs, device_sums) = made
+    for mine, other in zip(sums, device_sums):
+        numpy.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
+    unit = max(EPSILON[name], EPSILON["F16"] if cast else 0)
+    for mine, other in zip(outs, device_outs):
+        wide = [numpy.zeros(rows * width) for _ in range(2)]
+        widen(mine, wide[0])
+        widen(other, wide[1])
+        assert numpy.abs(wide[0]).max() > 1
+        numpy.testing.assert_allclose(*wide, rtol=2 * unit, atol=16 * unit)
 
 
 # ── An accelerator that is short of memory ──────────────────────────────────────────────────────
