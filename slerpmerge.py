@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "rich>=13.7",
+#   "rich>=13.8",
 #   "questionary>=2.0.1",
 #   "prompt_toolkit>=3.0.36",
 #   "colorama>=0.4.6",
@@ -38,9 +38,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from slerpkit.files import write_text
 from slerpkit.lazy import lazy_modules
-from slerpkit.messages import SlerpMergeError, format_names, printable
+from slerpkit.messages import SlerpMergeError, explain_refusal, format_names, printable
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
@@ -93,12 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\nStopped{by}. {session.closing_note if session else NOTHING_WRITTEN}", file=sys.stderr)
         return EXIT_INTERRUPTED if number is None else 128 + number
     except (OSError, MemoryError) as error:
-        fault = SlerpMergeError(
-            f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
-        )
-    if session is not None and session.leaves_something:
-        fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
-    console.show_error(fault)
+        fault = explain_refusal(error)
+    console.show_error(session.with_closing_note(fault) if session is not None else fault)
     return EXIT_REFUSED
 
 
@@ -220,8 +215,8 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
     elif decision == "leave":
         session.show(NOTHING_WRITTEN)
     else:
-        path = session.wizard.ask_recipe_file().resolve()
-        write_text(path, recipe_writer.recipe_text(plan.recipe, plan.parents.by_role, path.parent))
+        roles = plan.parents.by_role
+        path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(plan.recipe, roles, folder))
         session.leave(f"The recipe stands in {path}.")
         session.show(session.closing_note)
         session.show_command(plan, None, path)
@@ -266,6 +261,7 @@ def make_demo_parents(session: Session) -> Answers:
     """--demo: two tiny models, trained on the spot, answer for the person."""
     session.show("Teaching two tiny models, one to sail and one to garden (some seconds) ...")
     primary, secondary = demo.make_demo_parents(session.arguments.save_directory)
+    session.leave(f"The two parents stand in {primary.parent}.")
     return Answers(primary, secondary, primary.with_name(demo.DEMO_CHILD), Blend(), overwrite=True)
 
 

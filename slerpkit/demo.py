@@ -66,8 +66,8 @@ def make_demo_parents(folder: Path | None) -> tuple[Path, Path]:
     folder: where they are put; None: a new one among the system's temporary files. Raises SlerpMergeError, before
     anything is made, where DEMO_CHILD could not stand beside them.
     """
-    folder = folder or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
-    check_save_directory(folder / DEMO_CHILD, (), overwrite=True)
+    if folder is not None:
+        check_save_directory(folder / DEMO_CHILD, (), overwrite=True)
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
     logging.disable_progress_bar()
@@ -89,11 +89,12 @@ def make_demo_parents(folder: Path | None) -> tuple[Path, Path]:
     base = LlamaForCausalLM(config)
     texts = {topic: torch.tensor(tokenizer(demo_text(topic, 120, 1))["input_ids"]) for topic in DEMO_TOPICS}
     teach_demo_model(base, torch.cat(list(texts.values())), steps=50, seed=2)
-    folders = []
+    models = {topic: copy.deepcopy(base) for topic in texts}
     for topic, tokens in texts.items():
-        parent = copy.deepcopy(base)
-        teach_demo_model(parent, tokens, steps=25, seed=3)
-        parent.to(torch.bfloat16).save_pretrained(folder / topic)
+        teach_demo_model(models[topic], tokens, steps=25, seed=3)
+    folder = folder or Path(tempfile.mkdtemp(prefix="slerpmerge-demo-"))
+    for topic, model in models.items():
+        model.to(torch.bfloat16).save_pretrained(folder / topic)
         tokenizer.save_pretrained(folder / topic)
-        folders.append(folder / topic)
-    return folders[0], folders[1]
+    primary, secondary = (folder / topic for topic in texts)
+    return primary, secondary

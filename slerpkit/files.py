@@ -31,7 +31,10 @@ def clean_path(text: str) -> Path:
         text = text[1:-1]
     elif os.name != "nt":
         text = re.sub(r"\\([^\w\\])", r"\1", text)  # as a terminal pastes a dropped folder
-    return Path(os.path.expandvars(text)).expanduser()
+    path = Path(os.path.expandvars(text))
+    with contextlib.suppress(RuntimeError):  # nobody is called so: a folder's name may begin with ~ too
+        return path.expanduser()
+    return path
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -131,10 +134,10 @@ def file_size(path: Path) -> int:
 
 
 def check_path(path: Path, what: str) -> None:
-    """Raises SlerpMergeError for a path that the system cannot even look for, such as one of absurd length."""
+    """Raises SlerpMergeError for a path that the system cannot even look for: absurdly long, or links in a ring."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()
+            path.stat()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         name = printable(shorten(str(path), 200))

@@ -82,6 +82,7 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
         "EACCES": "Check who owns it and its permissions.",
         "EPERM": "Check who owns it and its permissions.",
         "EROFS": "That disk is mounted read-only; choose another place.",
+        "ENAMETOOLONG": "Check the path.",
         "ENOENT": "Check the path; it may have been moved or deleted.",
         "EIO": "The disk reports a fault; copy or download the file again.",
     }
@@ -89,6 +90,13 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
         hints["EIO"] = "The disk reports a fault; choose a save directory on another one."
     name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
     return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
+
+
+def explain_refusal(error: OSError | MemoryError) -> SlerpMergeError:
+    """A refusal of the operating system where none was expected, in words; the error itself knows of which path."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return explain_os_error(error, Path(str(error.filename)), "use")
+    return SlerpMergeError(f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again.")
 
 
 def is_utf8(text: str) -> bool:

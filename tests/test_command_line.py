@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -385,6 +386,29 @@ class TestQuiet:
         assert "nowhere does not exist" in outcome.err
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a pipe has no such error there")
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}], ids=["lines", "live"])
+@pytest.mark.parametrize("flag", [(), ("--json",)], ids=["words", "json"])
+def test_a_merge_whose_output_nobody_reads_goes_on_to_its_child(pair, tmp_path, flag, variables):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, slerpmerge.__file__, *MERGE, *flag],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writing)
+    assert done.returncode == 0
+    assert (tmp_path / "child" / "model.safetensors").exists()
+    assert flag or done.stderr == ""
+    assert "roken pipe" not in done.stderr
+
+
 class TestWithoutTorch:
     """What needs no arithmetic answers before torch could be loaded."""
 
@@ -552,6 +576,27 @@ def file_as_parent(folder: Path) -> list[str]:
     return ["--secondary", "secondary/config.json"]
 
 
+def link_in_a_ring(folder: Path) -> str:
+    if os.name == "nt":
+        pytest.skip("the system has other words for it there")
+    (folder / "ring").symlink_to("ring")
+    return "ring"
+
+
+def parent_named_at_length(folder: Path) -> list[str]:
+    if os.name == "nt":
+        pytest.skip("the system has other words for it there")
+    return ["--secondary", "x" * 300]
+
+
+def nobodys_home(folder: Path) -> list[str]:
+    return ["--secondary", "~models/sailor"]
+
+
+def parent_links_in_a_ring(folder: Path) -> list[str]:
+    return ["--secondary", link_in_a_ring(folder)]
+
+
 def no_weights(folder: Path) -> list[str]:
     (folder / "secondary" / "model.safetensors").unlink()
     return []
@@ -656,6 +701,10 @@ def save_directory_below_a_file(folder: Path) -> list[str]:
     return ["--save-dir", "notes.txt/child"]
 
 
+def save_directory_links_in_a_ring(folder: Path) -> list[str]:
+    return ["--save-dir", link_in_a_ring(folder)]
+
+
 def another_architecture(folder: Path) -> list[str]:
     edit_json(folder / "secondary" / "config.json", model_type="mistral", architectures=["MistralForCausalLM"])
     return []
@@ -691,6 +740,9 @@ def absent_tokenizer(folder: Path) -> list[str]:
 BAD_INPUTS = [
     (missing_folder, "nowhere does not exist", "config.json"),
     (file_as_parent, "is a file, not a folder", "config.json"),
+    (parent_named_at_length, "File name too long", "Check the path"),
+    (nobodys_home, "The folder ~models/sailor does not exist", "config.json"),
+    (parent_links_in_a_ring, "Too many levels of symbolic links", "Check the path"),
     (no_weights, "holds no weights", "Choose the folder"),
     (no_config, "has no config.json", "Download config.json"),
     (broken_config, "config.json does not hold valid JSON", "Download this file again"),
@@ -708,6 +760,7 @@ BAD_INPUTS = [
     (save_directory_not_empty, "is not empty", "--overwrite"),
     (save_directory_is_a_file, "is a file", "another name"),
     (save_directory_below_a_file, "cannot be made", "Choose a place"),
+    (save_directory_links_in_a_ring, "Too many levels of symbolic links", "Check the path"),
     (another_architecture, "Different architectures", "same architecture"),
     (another_depth, "num_hidden_layers: primary 2, secondary 3", "same architecture"),
     (quantised_parent, "GPTQ", "unquantised"),
@@ -754,6 +807,14 @@ class TestBadInput:
         assert_refused(run(*MERGE), "only 1.0 KB are free", "another disk")
         assert not (tmp_path / "child").exists()
 
+    def test_a_place_that_cannot_be_looked_at(self, run, pair, tmp_path, monkeypatch):
+        def refuse(path: Path) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        (tmp_path / "child").mkdir()
+        monkeypatch.setattr(Path, "iterdir", refuse)  # as for anyone but root
+        assert_refused(run(*MERGE), f"Could not use {tmp_path / 'child'}: Permission denied.", "permissions")
+
     @pytest.mark.parametrize(
         ("fault", "cause"),
         [
@@ -774,6 +835,15 @@ class TestBadInput:
         monkeypatch.setattr("slerpkit.merge.stream.create_file", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "Put that right")
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+    def test_what_the_hint_says_of_kept_files_is_said_once(self, run, pair, monkeypatch):
+        def fail(*_: object) -> None:
+            raise SlerpMergeError("A worker ended.", "The same command carries on. Close other programs.")
+
+        monkeypatch.setattr("slerpkit.story.copy_companions", fail)
+        outcome = run(*MERGE)
+        assert_refused(outcome, "A worker ended.", "1 of 1 weight files are finished and kept.")
+        assert outcome.err.lower().count("the same command carries on") == 1
 
     @pytest.mark.parametrize(
         ("place", "words"),
@@ -887,6 +957,27 @@ def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypa
     monkeypatch.setattr(slerpmerge.story, "plan_merge", plan_then_cut)
     assert_refused(run(*MERGE), "it changed since it was opened", "download it again")
     assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("slerpkit.demo.teach_demo_model", "Nothing was written."),
+        ("slerpmerge.prepare_plan", "The two parents stand"),
+    ],
+)
+def test_ctrl_c_in_the_demo_leaves_what_it_says(run, tmp_path, monkeypatch, place, words):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("slerpkit.demo.teach_demo_model", lambda *_, **__: None)
+    monkeypatch.setattr(place, interrupt)
+    outcome = run("--demo")
+    assert outcome.status == 130
+    assert words in outcome.err
+    made = list(tmp_path.glob("slerpmerge-*"))
+    assert [path for path in made if str(path) in outcome.err] == made
 
 
 def test_the_demo_makes_three_models_that_speak(tmp_path):

@@ -933,6 +933,45 @@ def test_an_error_while_taking_over_loses_nothing(tmp_path, monkeypatch, error, 
     assert resumed(*folders) == (2, "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signals")
+@pytest.mark.parametrize(("kept", "restart"), [(0, False), (2, False), (2, True)])
+def test_ctrl_c_while_taking_over_leaves_what_it_says(tmp_path, monkeypatch, kept, restart):
+    """It is held until all is taken over; what the next run can use is then kept, and else nothing stays."""
+    if kept:
+        primary, secondary, child = interrupted(tmp_path)
+    else:
+        primary, secondary = make_pair(tmp_path)
+        child = tmp_path / "new" / "deep" / "child"
+    take_over, told = StagedChild._take_over, []
+
+    def interrupted_take_over(staged: StagedChild) -> None:
+        signal.raise_signal(signal.SIGINT)
+        take_over(staged)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StagedChild, "_take_over", interrupted_take_over)
+        merge(primary, secondary, child, observe=told.append, **INTERRUPTED, restart=restart)
+    if kept and not restart:
+        assert (len(left_behind(child)), told) == (2, [MergeStopped(2, 3)])
+        assert resumed(primary, secondary, child) == (2, "")
+    else:
+        assert (names(tmp_path), told) == (["primary", "secondary"], [])
+
+
+def test_where_another_run_lives_nothing_is_promised(tmp_path):
+    """The plan itself is refused; the lock of a run that was killed holds nobody out."""
+    primary, secondary, child = interrupted(tmp_path)
+    before = fingerprint(tmp_path)
+    other = WorkFolder(staging_area(child))
+    other.enter()
+    with pytest.raises(SlerpMergeError, match="Another run is making this child just now"):
+        plan_of(primary, secondary, child, 0.3, **INTERRUPTED)
+    other.leave()
+    (staging_area(child) / ".lock").touch()
+    assert plan_of(primary, secondary, child, **INTERRUPTED).leftover.kept == 2
+    assert fingerprint(tmp_path) == before
+
+
 def test_a_finished_child_is_kept_where_the_old_one_may_not_be_replaced(tmp_path, area):
     """The old child was aside when the process was killed; the next run was not told to overwrite."""
     primary, secondary = make_pair(tmp_path)

@@ -291,7 +291,7 @@ def sparse_model(folder: Path, rows: int) -> Path:
 
 @pytest.mark.skipif(os.name == "nt", reason="a truncated file takes its whole room there")
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**60))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**60, free=2**60))
     plans = []
     for rows in (16, 4_000_000):
         (tmp_path / str(rows)).mkdir()
@@ -461,6 +461,13 @@ def test_a_new_or_empty_folder_is_welcome_and_not_made_yet(pair, place):
     save_at(pair, pair / place)
     assert not (pair / "child").exists()
     assert not (pair / "new").exists()
+
+
+def test_a_disk_that_holds_no_files_of_anybodys_is_refused(pair, monkeypatch):
+    """Such as /proc, where the system lets root write and makes no folder."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
+    with refused(f"{pair} is not writable"):
+        save_at(pair, pair / "new" / "child")
 
 
 def test_a_folder_that_is_not_empty_needs_permission(pair):

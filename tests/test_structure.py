@@ -40,7 +40,7 @@ FLOORS = (
     "slerpkit.story",
     "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
     " slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
-    "slerpkit.screen.console slerpkit.screen.terminal slerpkit.screen.panels slerpkit.screen.figures"
+    "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
     " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.session"
     " slerpkit.screen.afterwards",

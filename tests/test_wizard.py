@@ -26,6 +26,7 @@ from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
 from slerpkit.screen.finder import ModelFinder
 from slerpkit.screen.flags import answers_given, build_parser, equivalent_command
+from slerpkit.screen.history import History
 from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from tests.builders import (
@@ -85,6 +86,10 @@ class TestCleanPath:
         monkeypatch.setenv("HOME", "/home/ada")
         monkeypatch.setenv("USERPROFILE", "/home/ada")
         assert clean_path("~/models/tiny") == clean_path("$HOME/models/tiny") == Path("/home/ada/models/tiny")
+
+    @pytest.mark.parametrize("text", ["~nobody-of-that-name/tiny", "'~nobody-of-that-name/tiny'"])
+    def test_of_nobody(self, text):
+        assert clean_path(text) == Path("~nobody-of-that-name/tiny")
 
     @pytest.mark.parametrize("text", ["/my models/tiny", "'/my models/tiny'"])
     def test_spaces(self, text):
@@ -884,6 +889,33 @@ class TestWhatAStrangerTried:
         flags = ("--base", "odd", "--yes")
         assert run_script(tmp_path, *FOLDERS, *flags) == 1
 
+    def test_a_path_that_the_system_refuses_is_refused_in_place(self, tmp_path):
+        make_pair(tmp_path)
+        long = "x" * 300
+        with Terminal.start(folder=tmp_path) as terminal:
+            for prompt, wrong, right in (
+                ("? Primary model", long, "primary"),
+                ("? Secondary model", long, "secondary"),
+                ("? Save directory", long, "child"),
+                ("? Blend", f"{long}.yaml", "task"),
+                ("? Base model", long, "\x03"),
+            ):
+                terminal.answer(prompt, wrong)
+                terminal.wait_for("File name too long")  # it goes from the screen with the prompt
+                terminal.send(f"\x15{right}\r")
+            assert terminal.exit_status() == 130
+            assert "Traceback" not in terminal.text
+
+    def test_a_recipe_that_cannot_be_written_is_asked_for_again(self, tmp_path):
+        make_pair(tmp_path)
+        with Terminal.start((*FOLDERS, "--t", "0.5"), folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "s")
+            terminal.answer("Recipe file", "x" * 250 + ".yaml")  # too long to be written beside its place
+            terminal.wait_for("Could not write")
+            terminal.answer("File name too long. Check the path. ? Recipe file", "my.yaml")
+            assert terminal.exit_status() == 0
+        assert names_below(tmp_path) == {"primary", "secondary", "my.yaml"}
+
     def test_a_changed_answer_that_does_not_fit_can_be_changed_again(self, tmp_path):
         make_pair(tmp_path)
         make_checkpoint(tmp_path / "odd", llama_tensors(3), {**LLAMA_CONFIG, "model_type": "mistral"})
@@ -1008,7 +1040,7 @@ class TestMemory:
             start_and_leave(terminal)
         assert names_below(tmp_path / "elsewhere") == {"here", "primary-secondary-slerp"}
         assert run_script(tmp_path, "--forget") == 0
-        assert not kept.exists()
+        assert not kept.parent.exists()
         assert run_script(tmp_path, "--forget") == 0
 
     def test_settings_that_are_torn_or_from_a_stranger_are_no_matter(self, tmp_path):
@@ -1020,6 +1052,27 @@ class TestMemory:
             with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
                 terminal.wait_for("? Blend  (even)")
                 assert terminal.stop() == 130
+
+    def test_remembered_models_that_are_gone_are_not_offered(self, tmp_path):
+        folder = Path(os.environ["XDG_CONFIG_HOME"]) / "slerpmerge"
+        folder.mkdir()
+        for gone in (str(tmp_path / "gone"), "x" * 300):
+            (folder / "settings.json").write_text(json.dumps({"primary": gone, "secondary": gone}))
+            with Terminal.start(folder=tmp_path) as terminal:
+                terminal.wait_for("? Primary model  (Tab lists")
+                assert terminal.stop() == 130
+
+    def test_who_has_no_home_has_no_memory(self, tmp_path, monkeypatch):
+        def nobody() -> None:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CONFIG_HOME")
+        monkeypatch.delenv("APPDATA")
+        monkeypatch.setattr(Path, "home", nobody)
+        history = History()
+        history.remember(MergeRecipe(tmp_path, tmp_path), RunOptions(tmp_path), "even")
+        assert not history.path.exists()
+        assert not history.forget()
 
     def test_nothing_is_remembered_of_a_merge_without_a_person(self, tmp_path):
         make_pair(tmp_path)

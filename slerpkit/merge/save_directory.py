@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -60,11 +61,12 @@ def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrit
     if target.is_dir() and any(target.iterdir()):
         check_replaceable(save_directory, overwrite)
     existing = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not shutil.disk_usage(existing).total or not os.access(existing, os.W_OK | os.X_OK):
         raise SlerpMergeError(
             f"The save directory {save_directory} cannot be made: {existing} is not writable.",
             "Choose a place you may write to, or change the permissions.",
         )
+    WorkFolder(staging_area(target)).check_free()
 
 
 def check_replaceable(save_directory: Path, overwrite: bool) -> None:
@@ -128,6 +130,12 @@ class WorkFolder:
             if isinstance(error, OSError):
                 raise explain_os_error(error, self.path, "make the folder") from error
             raise
+
+    def check_free(self) -> None:
+        """Raises SlerpMergeError where another process works there just now."""
+        if is_plain_file(self._lock_path):  # a killed process leaves it too
+            self.enter()
+            self.leave()
 
     def _acquire(self) -> None:
         try:

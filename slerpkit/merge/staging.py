@@ -105,8 +105,9 @@ class StagedChild:
             if kept := len(self.journal.finished):
                 self.observe(Noted(f"Carrying on: {kept} of {len(self.plan.shards)} files stand already."))
             self._sync = BackgroundSync()
-        except BaseException as error:  # nothing is removed that a later run could use
-            self.area.leave()
+        except BaseException as error:
+            with interruptions_held():
+                self._hand_back()
             if isinstance(error, OSError):
                 raise explain_os_error(error, self.area.path, "prepare the folder") from error
             raise
@@ -134,6 +135,14 @@ class StagedChild:
             self.journal.load(devices.is_available)
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
+
+    def _hand_back(self) -> None:
+        """After an error before anything was merged: nothing is removed that a later run could use."""
+        with contextlib.suppress(OSError):  # not there, or not empty
+            self.folder.rmdir()
+        self.area.leave()
+        if self.journal.finished:
+            self.observe(MergeStopped(len(self.journal.finished), len(self.plan.shards)))
 
     def flush(self, file_name: str, byte_count: int) -> None:
         """So much more of a file is written. Now and then the disk is asked for what it has, so that little is left."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slerpkit.messages import printable
+from slerpkit.screen.terminal import drop_output
 
 if TYPE_CHECKING:
     from slerpkit.messages import SlerpMergeError
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 WIDEST_PANEL = 110  # longer lines are hard to read
 NARROW_COLUMNS = 80  # below this, tables become stacked lines
 MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
+
+
+class OutputConsole(Console):
+    """A console whose reader may go away, as `head` does: the run goes on, and what nobody reads is dropped."""
+
+    def on_broken_pipe(self) -> None:
+        """Says no more; rich itself would end the process."""
+        self.quiet = True
+        drop_output(self.file)
 
 
 def is_unicode(console: Console) -> bool:
@@ -69,6 +79,6 @@ def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
 
 def show_error(error: SlerpMergeError) -> None:
     """The one message that a run ends in when something goes wrong, on stderr."""
-    console = Console(stderr=True, highlight=False)
+    console = OutputConsole(stderr=True, highlight=False)
     with contextlib.suppress(OSError):  # the terminal may be what was lost
         console.print(render_error(console, error), soft_wrap=not console.is_terminal)

@@ -19,14 +19,21 @@ if TYPE_CHECKING:
     from slerpkit.recipe import MergeRecipe, RunOptions
 
 
+def home_folder() -> Path:
+    """This person's own folder; for one who has none, as in some containers, a place where nothing is and can be."""
+    with contextlib.suppress(RuntimeError):
+        return Path.home()
+    return Path(os.devnull)
+
+
 def settings_folder() -> Path:
     """Where this person's programs keep their settings, as the system has it."""
     if os.name == "nt":
-        base = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+        base = Path(os.environ.get("APPDATA") or home_folder() / "AppData" / "Roaming")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
+        base = home_folder() / "Library" / "Application Support"
     else:
-        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config")
     return base / "slerpmerge"
 
 
@@ -39,15 +46,15 @@ class History:
         self.path = settings_folder() / "settings.json"
         try:
             self.content = read_json_if_there(self.path)
-        except SlerpMergeError:  # a torn file is no loss
+        except (SlerpMergeError, OSError):  # a torn file is no loss
             self.content = {}
 
     def answers(self) -> Answers:
-        """The last models, where they are still there, and the last blend, in whatever words it was stored."""
+        """The last models, which may be gone, and the last blend, in whatever words it was stored."""
         folders = {name: self.content.get(name) for name in ("primary", "secondary")}
-        there = {name: Path(path) for name, path in folders.items() if isinstance(path, str) and Path(path).is_dir()}
+        models = {name: Path(path) for name, path in folders.items() if isinstance(path, str)}
         blend = self.content.get("blend")
-        return Answers(**there, blend=Blend(text=blend) if isinstance(blend, str) else None)
+        return Answers(**models, blend=Blend(text=blend) if isinstance(blend, str) else None)
 
     @property
     def recent(self) -> list[Path]:
@@ -73,6 +80,8 @@ class History:
         """Removes what was remembered; whether there was anything."""
         try:
             self.path.unlink()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        with contextlib.suppress(OSError):  # something else may stand there
+            self.path.parent.rmdir()
         return True

@@ -16,7 +16,7 @@ import questionary
 from prompt_toolkit.filters import to_filter
 from prompt_toolkit.layout import FormattedTextControl
 
-from slerpkit.messages import SlerpMergeError, printable
+from slerpkit.messages import SlerpMergeError, explain_refusal, printable
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
@@ -49,7 +49,8 @@ def answer_check(check: Callable[[Any], object]) -> Callable[[Any], bool | str]:
     def validate(answer: Any) -> bool | str:
         try:
             check(answer)
-        except SlerpMergeError as error:
+        except (SlerpMergeError, OSError) as fault:
+            error = explain_refusal(fault) if isinstance(fault, OSError) else fault
             width = max(20, shutil.get_terminal_size().columns - 2)
             return textwrap.fill(printable(f"{error.message} {error.hint}"), width, break_on_hyphens=False)
         return True

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from slerpkit import __version__
 from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
+from slerpkit.screen.console import OutputConsole
 from slerpkit.screen.history import History
+from slerpkit.screen.terminal import drop_output
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,6 +44,9 @@ else:  # a run without questions loads no wizard, and a refused one no view
     finder, progress, prompts, wizard = lazy_modules("slerpkit.screen", "finder", "progress", "prompts", "wizard")
 
 
+CARRIES_ON = "the same command carries on"
+
+
 class Session:
     """One run of the tool, from its flags to its closing note."""
 
@@ -56,7 +59,7 @@ class Session:
             os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = "DEPTH_1_BIT"
         # With --json the report alone goes to stdout; what people read goes beside it.
         # Bound to its stream, so that a bar goes on where a library's own prints are held back.
-        self.console = Console(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
+        self.console = OutputConsole(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
         self.workers: WorkerTeam | None = None
@@ -137,17 +140,28 @@ class Session:
     def print_json(self, content: Mapping[str, Any]) -> None:
         """With --json, the one object that is alone on stdout."""
         if self.arguments.json:
-            print(json.dumps(content))
+            try:
+                print(json.dumps(content), flush=True)
+            except BrokenPipeError:  # what was to be made is there all the same
+                drop_output(sys.stdout)
 
     def leave(self, note: str) -> None:
         """Something stands now; the note tells of it however the run ends."""
         self.closing_note, self.leaves_something = note, True
 
+    def with_closing_note(self, error: SlerpMergeError) -> SlerpMergeError:
+        """An error that also tells what stands now, where something does; what its hint says is not said again."""
+        if not self.leaves_something:
+            return error
+        said = CARRIES_ON in error.hint.lower()
+        note = self.closing_note.replace(f"; {CARRIES_ON}", "") if said else self.closing_note
+        return SlerpMergeError(error.message, f"{error.hint} {note}")
+
     def observe(self, event: Event) -> None:
         """Takes an event: the view shows it, and the closing note follows what was written."""
         if isinstance(event, events.MergeStopped):
             files = f"{event.kept} of {event.total} weight files are finished and kept"
-            self.leave(f"{files}; the same command carries on.")
+            self.leave(f"{files}; {CARRIES_ON}.")
         elif isinstance(event, events.ChildPublished):
             self.leave(f"The child stands in {event.child}.")
         self.view.observe(event)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import colorama
 
@@ -54,14 +54,24 @@ def signals_end_it() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+def drop_output(stream: IO[str]) -> None:
+    """Sends what a stream still holds, and what follows, nowhere: whoever read it is gone."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file, as in a test
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process. Libraries that still load in the background are not waited for."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not spoil the leaving
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            drop_output(stream)  # else Python would complain of it, and change the status
     if threading.active_count() > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
         os._exit(status)
     sys.exit(status)
 

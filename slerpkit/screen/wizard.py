@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,9 @@ from questionary.prompts.path import GreatUXPathCompleter
 from rich.padding import Padding
 from rich.text import Text
 
-from slerpkit.files import clean_path, existing_folder, is_plain_file
+from slerpkit.files import clean_path, existing_folder, is_plain_file, replace_files
 from slerpkit.lazy import LazyModule
-from slerpkit.messages import SlerpMergeError, format_bytes
+from slerpkit.messages import SlerpMergeError, format_bytes, printable
 from slerpkit.schedule import BLENDS, Schedule, order_rules, parse_blend, parse_rule
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 from slerpkit.screen.console import WIDEST_PANEL
@@ -259,16 +260,22 @@ class Wizard:
         only = shown if len(choices) == 1 else None  # Enter alone takes it, as it stands there like a default
         return self.prompt.choose("Change which answer?", choices, "change", shown, only, "is none of them")
 
-    def ask_recipe_file(self) -> Path:
-        """Where to save a recipe: a new file."""
+    def save_recipe(self, text_in: Callable[[Path], str]) -> Path:
+        """Asks for a new file until one takes the recipe. text_in: the recipe's text for a folder that it stands in."""
 
         def parse(text: str) -> Path:
             path = clean_path(text) if text.strip() else Path(recipe_file.RECIPE_NAME)
-            if path.suffix not in (".yaml", ".yml") or path.exists() or not path.resolve().parent.is_dir():
+            if path.suffix not in (".yaml", ".yml") or os.path.lexists(path) or not path.parent.is_dir():
                 raise SlerpMergeError(f"{path} is no new .yaml file in a folder that is there.", "Give another name.")
             return path
 
-        return self.prompt.text("Recipe file", parse, "recipe", f"({recipe_file.RECIPE_NAME})")
+        while True:
+            path = self.prompt.text("Recipe file", parse, "recipe", f"({recipe_file.RECIPE_NAME})").resolve()
+            try:
+                replace_files({path: text_in(path.parent).encode("utf-8", "backslashreplace")})
+                return path
+            except SlerpMergeError as error:
+                self.prompt.say(printable(f"  {error.message} {error.hint}"))
 
 
 def words_of_blend(answers: Answers) -> list[str]:
