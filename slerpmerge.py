@@ -78,9 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
-    except flags.MissingFlags as missing:
-        print(f"slerpmerge: {missing}", file=sys.stderr)
-        return EXIT_USAGE
     except ImportError as error:  # perhaps of what messages are drawn with
         print(f"A package cannot be loaded: {error}. pip install -r requirements.txt", file=sys.stderr)
         return EXIT_REFUSED
@@ -96,10 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = SlerpMergeError(
             f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
         )
+    status = EXIT_USAGE if isinstance(fault, flags.WrongUsage) else EXIT_REFUSED
     if session is not None and session.leaves_something:
         fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
-    console.show_error(fault)
-    return EXIT_REFUSED
+    try:
+        console.show_error(fault)
+    except ImportError:  # of what messages are drawn with, before the flags were understood
+        print(f"{fault.message} {fault.hint}", file=sys.stderr)
+    return status
 
 
 def run(session: Session) -> None:

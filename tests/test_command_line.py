@@ -767,7 +767,7 @@ class TestBadInput:
             raise fault
 
         monkeypatch.setattr("slerpkit.story.copy_companions", fail)
-        assert_refused(run(*MERGE), cause, "1 of 1 weight files are finished and kept; the same command carries on")
+        assert_refused(run(*MERGE), cause, "1 of 1 weight files is finished and kept; the same command carries on")
         assert not (tmp_path / "child").exists()
         monkeypatch.setattr("slerpkit.child.companions.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
@@ -778,7 +778,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("place", "words"),
         [
-            ("slerpkit.story.copy_companions", "1 of 1 weight files are finished"),
+            ("slerpkit.story.copy_companions", "1 of 1 weight files is finished"),
             ("slerpkit.merge.stream.create_file", "removed"),
         ],
     )

@@ -151,7 +151,7 @@ def render_plan(console: Console, plan: MergePlan) -> RenderableType:
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
         ("tokenizer", source + plan.parity.vocabulary.reason),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
-        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
+        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} thread{'s' * (plan.threads > 1)}"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
     facts += [("mind", remark) for remark in plan.remarks]
@@ -176,8 +176,8 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
     """The closing summary: what stands where, how fast it was, what to know, what to do next."""
     plan, result = report.plan, report.merged
     parameters = format_count(sum(tensor.element_count for tensor in plan.tensors))
-    speed = format_bytes(plan.child_bytes / max(result.seconds, 1e-9))
-    merging = f"{format_seconds(result.seconds)} to merge ({speed}/s)"
+    merging = f"{format_seconds(result.seconds)} to merge"
+    merging += f" ({format_bytes(report.bytes_per_second)}/s)" if plan.kept_bytes < plan.child_bytes else ""
     facts = [
         ("child", str(report.child)),
         ("size", f"{parameters} parameters, {format_bytes(plan.child_bytes)}"),
