@@ -93,14 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = SlerpMergeError(
             f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again."
         )
-    status = EXIT_USAGE if isinstance(fault, flags.WrongUsage) else EXIT_REFUSED
     if session is not None and session.leaves_something:
         fault = SlerpMergeError(fault.message, f"{fault.hint} {session.closing_note}")
     try:
         console.show_error(fault)
     except ImportError:  # of what messages are drawn with, before the flags were understood
         print(f"{fault.message} {fault.hint}", file=sys.stderr)
-    return status
+    return EXIT_USAGE if isinstance(fault, flags.WrongUsage) else EXIT_REFUSED
 
 
 def run(session: Session) -> None:
@@ -182,7 +181,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
     plan = story.plan_merge(recipe, options, parents, parity)
-    session.show(panels.render_plan(session.console, plan))
+    session.show(panels.render_plan(session.console, plan, finds_t=answers.blend.objective is not None))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
         session.show(panels.render_curves(session.console, plan))
     if flags.wants_evaluation(arguments) or answers.blend.objective is not None:

@@ -798,7 +798,9 @@ def test_a_signal_ends_it_with_one_line_and_the_same_command_carries_on(tmp_path
     assert process.returncode == status
     assert said.strip().startswith(words)
     assert said.strip().count("\n") == 0
-    kept = int(re.search(r"(\d+) of \d+ weight files (?:is|are) finished and kept; the same command carries on", said)[1])
+    kept = int(
+        re.search(r"(\d+) of \d+ weight files (?:is|are) finished and kept; the same command carries on", said)[1]
+    )
     assert kept >= 1
     again = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
     assert again.returncode == 0

@@ -51,7 +51,7 @@ else:  # what only some flags need
 
 
 class WrongUsage(SlerpMergeError):
-    """Flags that say nothing that could be done, whatever the world is like, or too little where nobody can be asked."""
+    """Flags that ask for what can never be, or that say too little where nobody can be asked."""
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -213,7 +213,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Raises WrongUsage where flags ask for what cannot be had together, SlerpMergeError where a map cannot be saved."""
+    """Raises WrongUsage where flags ask for what cannot be had together, SlerpMergeError where no map can be saved."""
     given = {flag for flag in ("inspect", "child", "demo", "sweep", "dry_run") if getattr(arguments, flag)}
     given |= {flag for flag, name in EVALUATION_FLAGS.items() if getattr(arguments, name)}
     for flag, others in CLASHING_FLAGS.items():
