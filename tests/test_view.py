@@ -355,6 +355,19 @@ class TestLiveDisplay:
         drawn = written(console).rindex("━")
         assert written(console)[drawn:].count("\x1b[2K") >= 2, "both lines of the display are erased"
 
+    @pytest.mark.parametrize(("width", "broken"), [(100, 0), (120, 0), (60, 1), (45, 2)])
+    def test_what_a_narrower_window_broke_off_the_bar_is_erased(self, scene, width, broken):
+        """A terminal breaks what stands there anew: the bar, as wide as it was, stands on more lines then."""
+        console = plain_console(force_terminal=True)
+        view = MergeView(console)
+        view.work = merge_began(scene)
+        view.draw()
+        console.width = width
+        view.draw()
+        assert written(console) == "\x1b[2K\x1b[1A" * broken
+        view.draw()
+        assert written(console) == "\x1b[2K\x1b[1A" * broken, "once"
+
 
 def test_the_pictures_show_the_whole_session(scene):
     pictures = {name: console.export_text() for name, console in draw_pictures(scene)}
