@@ -77,9 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
-    except flags.MissingFlags as missing:
-        print(f"slerpmerge: {missing}", file=sys.stderr)
-        return EXIT_USAGE
     except ImportError as error:  # perhaps of what messages are drawn with
         print(f"A package cannot be loaded: {error}. pip install -r requirements.txt", file=sys.stderr)
         return EXIT_REFUSED
@@ -93,8 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED if number is None else 128 + number
     except (OSError, MemoryError) as error:
         fault = explain_refusal(error)
-    console.show_error(session.with_closing_note(fault) if session is not None else fault)
-    return EXIT_REFUSED
+    status = EXIT_USAGE if isinstance(fault, flags.WrongUsage) else EXIT_REFUSED
+    fault = session.with_closing_note(fault) if session is not None else fault
+    try:
+        console.show_error(fault)
+    except ImportError:  # of what messages are drawn with, before the flags were understood
+        print(f"{fault.message} {fault.hint}", file=sys.stderr)
+    return status
 
 
 def run(session: Session) -> None:
@@ -176,7 +178,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
     plan = story.plan_merge(recipe, options, parents, parity)
-    session.show(panels.render_plan(session.console, plan))
+    session.show(panels.render_plan(session.console, plan, finds_t=answers.blend.objective is not None))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
         session.show(panels.render_curves(session.console, plan))
     if flags.wants_evaluation(arguments) or answers.blend.objective is not None:

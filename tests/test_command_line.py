@@ -181,7 +181,7 @@ class TestExtrapolate:
     @pytest.mark.parametrize(("t", "told"), [("1.5", "1.5"), ("-0.1", "-0.1"), ("0.2,2", "2"), ("mlp=1.25", "1.25")])
     def test_t_outside_0_to_1_needs_the_flag(self, run, pair, tmp_path, t, told):
         rest = ["--t=0.5"] if "=" in t else []
-        assert_refused(run(*MERGE, f"--t={t}", *rest), f"t = {told} lies outside 0 to 1", "--extrapolate")
+        assert_refused(run(*MERGE, f"--t={t}", *rest), f"t = {told} lies outside 0 to 1", "--extrapolate", status=2)
         assert not (tmp_path / "child").exists()
 
     @pytest.mark.parametrize("t", [1.5, -0.25])
@@ -213,7 +213,7 @@ class TestBlend:
 
     def test_a_second_bare_value_is_refused(self, run, pair, tmp_path):
         """Only the first would be used."""
-        assert run(*MERGE, "--t", "0.3", "--t", "0.6").status in (1, 2)
+        assert run(*MERGE, "--t", "0.3", "--t", "0.6").status == 2
         assert not (tmp_path / "child").exists()
 
     def test_a_dry_run_prints_t_over_the_layers(self, run, pair, tmp_path):
@@ -221,7 +221,7 @@ class TestBlend:
         assert outcome.status == 0
         rows = [line.strip("│ ").split() for line in outcome.out.partition("t of every tensor")[2].splitlines()]
         assert ["model.layers", "mlp", "▁█", "0", "to", "1"] in rows
-        assert ["model.layers", "other", "▁▁", "0", "to", "0"] in rows
+        assert ["model.layers", "other", "▁▁", "0"] in rows
         assert not (tmp_path / "child").exists()
 
     def test_a_dry_run_gives_t_of_each_tensor_as_json(self, run, pair, tmp_path):
@@ -235,7 +235,7 @@ class TestBlend:
     @pytest.mark.parametrize("method", [(), ("--method", "slerp-norm"), ("--method", "lerp")], ids=str)
     def test_granularity_goes_with_nuslerp_alone(self, run, pair, tmp_path, method):
         outcome = run(*MERGE, "--granularity", "row", *method)
-        assert_refused(outcome, "'row' goes with the method nuslerp alone", "--method nuslerp")
+        assert_refused(outcome, "'row' goes with the method nuslerp alone", "--method nuslerp", status=2)
         assert not (tmp_path / "child").exists()
 
     def test_nuslerp_takes_each_row_as_a_vector(self, run, pair, tmp_path):
@@ -319,7 +319,7 @@ class TestRecipe:
     )
     def test_a_flag_that_says_what_it_says_is_refused(self, run, pair, recipe, tmp_path, flag, value):
         outcome = run(*self.ARGUMENTS, flag, value)
-        assert_refused(outcome, f"already says what {flag} would", "Leave out")
+        assert_refused(outcome, f"already says what {flag} would", "Leave out", status=2)
         assert not (tmp_path / "child").exists()
 
     def test_other_flags_go_before_it(self, run, pair, recipe, tmp_path):
@@ -539,9 +539,34 @@ class TestWrongUsage:
     )
     def test_a_flag_that_cannot_be_meant(self, run, pair, tmp_path, arguments):
         outcome = run(*MERGE, *arguments)
-        assert outcome.status == 2
-        assert arguments[0] in outcome.err
+        assert_refused(outcome, arguments[0], "--help lists every flag", status=2)
+        assert len(outcome.err.splitlines()) == 2
         assert not (tmp_path / "child").exists()
+
+    def test_without_the_package_that_draws_messages_it_is_told_all_the_same(self, tmp_path):
+        code = (
+            "import sys; sys.modules['rich'] = None; import slerpmerge; sys.exit(slerpmerge.main(['--threads', '0']))"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(Path(slerpmerge.__file__).parent)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"Argument --threads: '0' is not a number of threads")
+
+    @pytest.mark.parametrize(
+        ("address", "hint"),
+        [
+            ("file:///models/my%20model", "Give the folder: /models/my model"),
+            ("https://huggingface.co/ada/finch/tree/main", "hf download ada/finch"),
+            ("'https://hf.co/ada/finch'", "Give ada/finch,"),
+            ("https://example.org/ada/finch", "Give a folder, or the org/name of a model in the Hugging Face cache"),
+        ],
+    )
+    def test_an_address_is_no_model_and_says_what_to_give(self, run, address, hint):
+        outcome = run("--primary", address)
+        assert outcome.status == 2
+        assert f"{address.strip(chr(39))} is an address" in outcome.err
+        assert hint in outcome.err
 
     @pytest.mark.parametrize(
         ("text", "size"),
@@ -775,9 +800,9 @@ def everything_below(folder: Path) -> dict[str, str]:
     return {**fingerprint(folder), **{str(path): "folder" for path in folder.rglob("*") if path.is_dir()}}
 
 
-def assert_refused(outcome: Outcome, cause: str, hint: str) -> None:
-    """Exit status 1 and one message: what happened, then what to do about it."""
-    assert outcome.status == 1
+def assert_refused(outcome: Outcome, cause: str, hint: str, status: int = 1) -> None:
+    """An exit status and one message: what happened, then what to do about it."""
+    assert outcome.status == status
     assert "Traceback" not in outcome.out + outcome.err
     message, arrow, remedy = outcome.err.partition("→")
     assert message.startswith("✗ ")
@@ -828,7 +853,7 @@ class TestBadInput:
             raise fault
 
         monkeypatch.setattr("slerpkit.story.copy_companions", fail)
-        assert_refused(run(*MERGE), cause, "1 of 1 weight files are finished and kept; the same command carries on")
+        assert_refused(run(*MERGE), cause, "1 of 1 weight files is finished and kept; the same command carries on")
         assert not (tmp_path / "child").exists()
         monkeypatch.setattr("slerpkit.child.companions.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
@@ -848,7 +873,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("place", "words"),
         [
-            ("slerpkit.story.copy_companions", "1 of 1 weight files are finished"),
+            ("slerpkit.story.copy_companions", "1 of 1 weight files is finished"),
             ("slerpkit.merge.stream.create_file", "removed"),
         ],
     )

@@ -168,7 +168,7 @@ def test_after_an_interruption_at_any_moment_the_same_merge_carries_on(
     events.clear()
     report = merge(primary, secondary, child, observe=events.append, **settings)
     assert told_of_kept(events) == ([f"Carrying on: {len(kept)} of 3 files stand already."] if kept else [])
-    assert report.plan.leftover == (Leftover(len(kept), 3, "") if kept else None)
+    assert report.plan.leftover == (Leftover(tuple(sorted(kept)), 3, "") if kept else None)
     assert report.as_dict()["resumed_files"] == len(kept)
     assert_same_bits(load_tensors(report.child), undisturbed)
     assert names(child.parent) == ["child"]
@@ -308,12 +308,32 @@ def test_a_finished_file_that_was_changed_is_made_again(tmp_path):
     assert resumed(*folders) == (1, "")
 
 
+def test_what_stands_already_costs_nothing_again(tmp_path):
+    primary, secondary, child = interrupted(tmp_path)
+    plan, whole = (plan_of(primary, secondary, child, **INTERRUPTED, restart=restart) for restart in (False, True))
+    kept = sum(tensor.byte_count for shard in plan.shards[:2] for tensor in shard.tensors)
+    assert (plan.kept_bytes, whole.kept_bytes) == (kept, 0)
+    assert plan.disk_needed_bytes == whole.disk_needed_bytes - kept
+    report = merge(primary, secondary, child, **INTERRUPTED)
+    seconds = report.as_dict()["seconds"]
+    assert report.as_dict()["bytes_per_second"] == pytest.approx((plan.child_bytes - kept) / seconds)
+
+
+def test_the_time_expected_is_that_of_what_is_left(tmp_path, monkeypatch):
+    primary, secondary, child = interrupted(tmp_path)
+    monkeypatch.setattr("slerpkit.merge.plan.probe_reading", lambda parents: 1e6)
+    plan, whole = (plan_of(primary, secondary, child, **INTERRUPTED, restart=restart) for restart in (False, True))
+    left = 1 - plan.kept_bytes / plan.child_bytes
+    assert plan.expected_seconds == pytest.approx(left * whole.expected_seconds, rel=0.01)
+
+
 def test_the_plan_tells_of_finished_files_and_counts_their_room(tmp_path, monkeypatch):
     primary, secondary, child = interrupted(tmp_path)
     plan = plan_of(primary, secondary, child, **INTERRUPTED)
     assert plan.leftover.describe() == "2 of 3 files of an earlier run are kept."
     assert plan.as_dict()["remarks"] == ["2 of 3 files of an earlier run are kept."]
-    room = plan.disk_needed_bytes - sum(file.stat().st_size for file in staging_beside(child).iterdir())
+    half_done = sum(file.stat().st_size for file in staging_beside(child).iterdir()) - plan.kept_bytes
+    room = plan.disk_needed_bytes - half_done
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
     plan_of(primary, secondary, child, **INTERRUPTED)
@@ -778,7 +798,9 @@ def test_a_signal_ends_it_with_one_line_and_the_same_command_carries_on(tmp_path
     assert process.returncode == status
     assert said.strip().startswith(words)
     assert said.strip().count("\n") == 0
-    kept = int(re.search(r"(\d+) of \d+ weight files are finished and kept; the same command carries on", said)[1])
+    kept = int(
+        re.search(r"(\d+) of \d+ weight files (?:is|are) finished and kept; the same command carries on", said)[1]
+    )
     assert kept >= 1
     again = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
     assert again.returncode == 0

@@ -18,6 +18,7 @@ from slerpkit.merge.difference_map import (
     DifferenceMap,
     MapCell,
     TensorDifference,
+    angle_scale,
     build_map,
     map_scales,
     save_map,
@@ -27,7 +28,7 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.tensors import TensorReader
 from slerpkit.recipe import recipe_and_options
 from slerpkit.schedule import parse_blend
-from slerpkit.screen.figures import render_map
+from slerpkit.screen.figures import draw_cell, render_map
 from slerpkit.story import inspect_parents
 from tests.builders import (
     DEVICE,
@@ -227,6 +228,34 @@ def test_the_screen_shows_every_layer_within_its_width(width, encoding, monkeypa
         assert sum(re.match(rf"\W+{layer} ", line) is not None for line in lines) >= 2
     assert "\x1b[31m" not in text
     assert encoding != "ascii" or text.isascii()
+
+
+@pytest.mark.parametrize("width", [40, 45, 60, 100])
+def test_what_a_map_ranges_over_is_never_cut(width):
+    console = RecordingConsole(width)
+    console.print(render_map(console, large_map()))
+    lines = [line.strip("│ ") for line in console.export_text().splitlines()]
+    assert [line for line in lines if " to " in line] == [scale.range_text for scale in map_scales(large_map())]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "width", "shown"),
+    [
+        (21.83, 7, "21.8"),
+        (21.83, 5, "21.8"),
+        (28.7, 4, "29"),
+        (28.7, 3, "29"),
+        (0.99, 4, "1.0"),
+        (9.96, 4, "10"),
+        (113.4, 4, "113"),
+        (113.4, 3, "##"),
+    ],
+)
+def test_a_cell_is_rounded_to_what_fits_beside_a_space(degrees, width, shown):
+    cell = draw_cell(RecordingConsole(), MapCell(degrees, 1.0), angle_scale([0, 180]), width).plain
+    assert cell.strip() == shown
+    assert cell.endswith(" ")
+    assert len(cell) == width
 
 
 def test_headings_too_long_for_their_columns_are_numbers_told_below():

@@ -511,7 +511,7 @@ def test_a_card_that_is_not_utf_8_keeps_its_bytes(family):
 )
 def test_flags_that_would_be_ignored_are_refused(run, family, flags, words):  # noqa: F811
     outcome = run(*flags)
-    assert outcome.status == 1
+    assert outcome.status == 2
     assert words in outcome.err
 
 
@@ -519,7 +519,7 @@ def test_a_folder_that_is_no_child_is_refused(run, family):  # noqa: F811
     outcome = run("--child", "primary", "--taste", "x")
     assert outcome.status == 1
     assert "merge_recipe.yaml" in outcome.err
-    assert run("--child", "child").status == 1
+    assert run("--child", "child").status == 2
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])

@@ -292,6 +292,20 @@ def test_the_readme_names_every_flag_and_no_other():
     assert stated <= known | bench
 
 
+def test_the_readme_names_every_question_that_is_not_always_asked():
+    """What confirm, offers and choose ask, but for the names that are put into it."""
+    asked = [
+        node.args[0]
+        for name in ("slerpmerge", *(module for module in TREES if module.startswith("slerpkit.screen")))
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("confirm", "offers", "choose")
+    ]
+    parts = [part for question in asked for part in getattr(question, "values", [question])]
+    texts = [part.value for part in parts if isinstance(getattr(part, "value", None), str)]
+    assert "Take it?" in texts
+    assert [text for text in texts if text not in " ".join(README.split())] == []
+
+
 def test_the_readmes_tree_says_of_every_module_what_it_says_itself():
     tree = {
         name: " ".join(ast.get_docstring(TREES[module]).split("\n\n")[0].split())

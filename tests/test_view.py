@@ -16,6 +16,7 @@ from rich.console import Console
 from slerpkit.child.report import MergeReport
 from slerpkit.maths import TensorWeights
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan
+from slerpkit.merge.journal import Leftover
 from slerpkit.merge.plan import MergePlan
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
@@ -23,7 +24,7 @@ from slerpkit.parents.tensors import layer_positions
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.schedule import parse_blend
 from slerpkit.screen.console import render_error
-from slerpkit.screen.panels import draw_curve, render_curves, render_parity, render_plan, render_report
+from slerpkit.screen.panels import draw_curve, next_commands, render_curves, render_parity, render_plan, render_report
 from slerpkit.screen.progress import MergeView
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
 from tests.terminal import words
@@ -214,8 +215,18 @@ class TestPlanPanel:
             "files 3 files, 14.5 GB",
             "tokenizer from the primary",
             "14.5 GB needed, 412 GB free",
+            "at the peak, 8 threads",
         ):
             assert value in text
+
+    def test_one_thread_is_one(self, scene):
+        plan = dataclasses.replace(scene.plan, threads=1)
+        assert "1 thread " in words(shown(lambda console: render_plan(console, plan), 100)) + " "
+
+    def test_where_a_sweep_finds_t_the_plan_says_none(self, scene):
+        text = words(shown(lambda console: render_plan(console, scene.plan, finds_t=True), 100))
+        assert "blend slerp, t to be found" in text
+        assert "0.5" not in text.partition("blend")[2].partition("kinship")[0]
 
 
 class TestReportPanel:
@@ -239,6 +250,22 @@ class TestReportPanel:
         assert "1 parallel" in text
         assert "11 s to merge (1.3 GB/s), 15 s in all" in text
         assert "291 tensors stand under the primary's names and shapes" in text
+
+    def test_speed_is_over_what_this_run_merged(self, scene):
+        """Two of three files of about 5 GB stood already."""
+        names = [shard.file_name for shard in scene.plan.shards]
+        for kept, told in ((names[:2], "11 s to merge (411 MB/s)"), (names, "11 s to merge, 15 s in all")):
+            plan = dataclasses.replace(scene.plan, leftover=Leftover(tuple(kept), len(names), ""))
+            report = dataclasses.replace(self.report_with(scene), plan=plan)
+            assert told in words(shown(lambda console, report=report: render_report(console, report), 100))
+
+    def test_a_child_without_a_tokenizer_is_not_said_to_convert(self, scene):
+        vocabulary = dataclasses.replace(scene.plan.parity.vocabulary, tokenizer_source=None)
+        parity = dataclasses.replace(scene.plan.parity, vocabulary=vocabulary)
+        without = dataclasses.replace(scene.report, plan=dataclasses.replace(scene.plan, parity=parity))
+        commands = ["\n".join(next_commands(report)) for report in (scene.report, without)]
+        assert ["convert_hf_to_gguf" in lines for lines in commands] == [True, False]
+        assert all("hf upload" in lines for lines in commands)
 
     @pytest.mark.parametrize("width", WIDTHS)
     def test_warnings_are_shown(self, scene, width):
@@ -328,6 +355,19 @@ class TestLiveDisplay:
         drawn = written(console).rindex("━")
         assert written(console)[drawn:].count("\x1b[2K") >= 2, "both lines of the display are erased"
 
+    @pytest.mark.parametrize(("width", "broken"), [(100, 0), (120, 0), (60, 1), (45, 2)])
+    def test_what_a_narrower_window_broke_off_the_bar_is_erased(self, scene, width, broken):
+        """A terminal breaks what stands there anew: the bar, as wide as it was, stands on more lines then."""
+        console = plain_console(force_terminal=True)
+        view = MergeView(console)
+        view.work = merge_began(scene)
+        view.draw()
+        console.width = width
+        view.draw()
+        assert written(console) == "\x1b[2K\x1b[1A" * broken
+        view.draw()
+        assert written(console) == "\x1b[2K\x1b[1A" * broken, "once"
+
 
 def test_the_pictures_show_the_whole_session(scene):
     pictures = {name: console.export_text() for name, console in draw_pictures(scene)}
@@ -412,7 +452,8 @@ class TestCurves:
         assert found["attention"][1:] == ["0", "to", "1"]
         assert found["mlp"][0] == "".join(sorted(found["mlp"][0], reverse=True))
         assert found["mlp"][1:] == ["1", "to", "0"]
-        assert found["other"][1:] == ["0.25", "to", "0.25"]
+        assert found["other"][1:] == ["0.25"]
+        assert [row[1] for row in rows if row[:1] == ["model.layers"]] == ["attention", "mlp", "other"]
 
     def test_at_60_columns_no_curve_is_broken(self, plan):
         text = shown(lambda console: render_curves(console, plan), 60)

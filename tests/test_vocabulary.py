@@ -197,6 +197,14 @@ def test_tokenizers_that_cannot_be_read_leave_rows_by_number_or_are_refused(tmp_
         merge(tmp_path / "primary", tmp_path / "larger", tmp_path / "other")
 
 
+def test_a_tokenizer_that_is_missing_is_told_by_its_models_role_whatever_its_folder_is_called(tmp_path):
+    make_parent(tmp_path / "secondary", 1, WORDS, rows=40)
+    make_parent(tmp_path / "primary", 2, WORDS, rows=48)
+    (tmp_path / "primary" / "tokenizer.json").unlink()
+    with pytest.raises(SlerpMergeError, match="the secondary has no tokenizer.json"):
+        merge(tmp_path / "secondary", tmp_path / "primary", tmp_path / "child")
+
+
 def test_one_unreadable_tokenizer_on_both_sides_is_still_one(tmp_path):
     for number, (role, rows) in enumerate({"primary": 48, "secondary": 40}.items()):
         make_parent(tmp_path / role, number, WORDS, rows=rows)

@@ -520,6 +520,7 @@ class TestKnowing:
             terminal.wait_for("is not there")
             terminal.send("\x15text.txt\r")
             terminal.answer("A second one")
+            terminal.wait_for("slerp, t to be found")
             terminal.answer("Start the merge?", "y")
             terminal.answer("What now?", timeout=120)
             assert terminal.exit_status() == 0
@@ -946,6 +947,32 @@ class TestWhatAStrangerTried:
                 terminal.wait_for("third: Llama")
                 assert terminal.stop() == 130
 
+    def test_a_save_directory_that_was_refused_is_not_offered_again(self, tmp_path):
+        make_pair(tmp_path)
+        make_checkpoint(tmp_path / "third", llama_tensors(3))
+        with Terminal.start(("--primary", "primary", "--t", "0.5"), folder=tmp_path) as terminal:
+            terminal.answer("? Secondary model", "secondary")
+            terminal.answer("? Save directory", "third/child")
+            terminal.answer("Start the merge?", "c")
+            terminal.answer("Change which answer?", "secondary")
+            terminal.answer("? Secondary model  (secondary)", "third")
+            terminal.wait_for("overlaps a parent's folder")
+            terminal.answer("Change which answer?", "save")
+            terminal.answer("? Save directory  (primary-third-slerp-0.5)")
+            terminal.wait_for("Start the merge?  (Y/n")
+            assert terminal.stop() == 130
+
+    def test_help_is_there_behind_an_answer_that_was_refused(self, tmp_path):
+        make_pair(tmp_path)
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "c")
+            terminal.wait_for("'c' is not a number")
+            terminal.send("?\r")
+            terminal.wait_for("How much of the secondary each layer gets")
+            terminal.send("0.3\r")
+            terminal.wait_for("slerp, t = 0.3")
+            assert terminal.stop() == 130
+
     def test_an_interrupted_merge_is_carried_on_by_plain_enters(self, tmp_path):
         child = slow_pair(tmp_path)
         arguments = ("--max-shard-size", "8000")
@@ -957,11 +984,11 @@ class TestWhatAStrangerTried:
             terminal.wait_for(".weight  slerp, ")
             time.sleep(1)
             assert terminal.stop() == 130
-            assert "files are finished and kept; the same command carries on" in words(terminal.text)
+            assert "finished and kept; the same command carries on" in words(terminal.text)
         with Terminal.start(arguments, folder=tmp_path) as terminal:
             terminal.answer_all(("Primary", ""), ("Secondary", ""), ("Save", "child"), ("Carry on with it?", ""))
             terminal.answer("? Blend  (0.3)")
-            terminal.wait_for("files of an earlier run are kept")
+            terminal.wait_for("files of an earlier run")
             terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
             terminal.wait_for("Carrying on")
             terminal.wait_for("Load the child", timeout=120)

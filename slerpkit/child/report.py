@@ -45,16 +45,20 @@ class MergeReport:
     sync_seconds: float
     total_seconds: float  # of execute_merge
 
+    @property
+    def bytes_per_second(self) -> float:
+        """How fast the merge itself went, without what an earlier run had finished."""
+        return (self.plan.child_bytes - self.plan.kept_bytes) / max(self.merged.seconds, 1e-9)
+
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints: merge_report.json, and what only this run knows."""
-        seconds = self.merged.seconds
         return {
             **self.content,
             "child": str(self.child),
-            "seconds": seconds,
+            "seconds": self.merged.seconds,
             "sync_seconds": self.sync_seconds,
             "total_seconds": self.total_seconds,
-            "bytes_per_second": self.plan.child_bytes / max(seconds, 1e-9),
+            "bytes_per_second": self.bytes_per_second,
             "device": self.merged.device,
             "threads": self.plan.threads,
             "resumed_files": self.merged.resumed_files,

@@ -157,7 +157,7 @@ def forget_sweep(save_directory: Path) -> None:
 
 def trial_storage(plan: MergePlan, area: Path) -> Path:
     """A new folder for trial children: in memory where one fits there beside itself once more, loaded; else on disk."""
-    needed = 1.05 * plan.disk_needed_bytes
+    needed = 1.05 * (plan.disk_needed_bytes + plan.kept_bytes)
     loaded = 2 * plan.child_bytes + WORKING_BYTES
     try:
         fits = shutil.disk_usage(MEMORY_FOLDER).free > needed and free_memory() > needed + loaded

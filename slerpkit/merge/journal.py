@@ -69,15 +69,19 @@ def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) ->
 class Leftover:
     """What a run that ended early left for this one."""
 
-    kept: int  # finished files of weights that are taken over
+    kept_files: tuple[str, ...]  # finished files of weights that are taken over
     total: int
     reason: str  # why none is, or nothing
     device: str = "cpu"  # where they were made
 
+    @property
+    def kept(self) -> int:
+        return len(self.kept_files)
+
     def describe(self) -> str:
         if self.reason:
             return f"An unfinished child stands there and gives way: {self.reason}."
-        return f"{self.kept} of {self.total} files of an earlier run are kept."
+        return f"{self.kept} of {self.total} files of an earlier run {'is' if self.kept == 1 else 'are'} kept."
 
 
 class Journal:
@@ -100,7 +104,7 @@ class Journal:
         if not is_plain_file(self.path):
             return None
         reason = self.load(is_available)
-        return Leftover(len(self.finished), len(self.shards), reason, self.device or "cpu")
+        return Leftover(tuple(self.finished), len(self.shards), reason, self.device or "cpu")
 
     def load(self, is_available: Callable[[str], bool]) -> str:
         """Takes over the finished files that an earlier run left; returns why there are none, or nothing.

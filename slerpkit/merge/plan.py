@@ -48,7 +48,7 @@ class MergePlan:
     shards: tuple[ShardPlan, ...]
     threads: int
     peak_memory_bytes: int
-    disk_needed_bytes: int
+    disk_needed_bytes: int  # beside the finished files of an earlier run
     disk_free_bytes: int
     kinship: Kinship
     leftover: Leftover | None  # of an earlier run that ended early
@@ -64,6 +64,11 @@ class MergePlan:
     @property
     def child_bytes(self) -> int:
         return sum(tensor.byte_count for tensor in self.tensors)
+
+    @property
+    def kept_bytes(self) -> int:
+        """The child's bytes that stand already, in the finished files of an earlier run."""
+        return self.child_bytes - sum(tensor.byte_count for tensor in unfinished_tensors(self.shards, self.leftover))
 
     @property
     def source_bytes(self) -> int:
@@ -248,7 +253,10 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     shards = plan_shards(tensors, options.max_shard_bytes)
     threads = choose_threads(options.threads)
     rate = probe_reading(models)
-    child_bytes = sum(shard.byte_count for shard in shards)
+    leftover = find_leftover(recipe, options, parents, shards)
+    unfinished = unfinished_tensors(shards, leftover)
+    unfinished_bytes = sum(tensor.byte_count for tensor in unfinished)
+    header_bytes = sum(len(shard.header) for shard in shards)
     plan = MergePlan(
         recipe=recipe,
         options=options,
@@ -257,15 +265,15 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         shards=shards,
         threads=threads,
         peak_memory_bytes=estimate_memory(threads, recipe.vectors, dtypes_of(tensors, recipe)),
-        disk_needed_bytes=child_bytes + companion_bytes(models[:2]),
+        disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),
         disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
         kinship=measure_kinship(pairs),
-        leftover=find_leftover(recipe, options, parents, shards),
+        leftover=leftover,
         remarks=(*unmatched_filters(recipe, tensors), *remarks_on_base(pairs)),
         read_bytes_per_second=rate,
-        expected_seconds=sum(tensor.source_bytes for tensor in tensors) / rate
-        + child_bytes / WRITE_BYTES_PER_SECOND
-        + sum(tensor.element_count for tensor in tensors) * ARITHMETIC_SECONDS_PER_ELEMENT / threads,
+        expected_seconds=sum(tensor.source_bytes for tensor in unfinished) / rate
+        + unfinished_bytes / WRITE_BYTES_PER_SECOND
+        + sum(tensor.element_count for tensor in unfinished) * ARITHMETIC_SECONDS_PER_ELEMENT / threads,
     )
     check_disk_space(plan)
     return plan
@@ -279,6 +287,12 @@ def find_leftover(
         return None
     fingerprint = merge_fingerprint(recipe, options, parents, shards)
     return Journal(staging_area(options.save_directory), fingerprint, shards).leftover(devices.is_available)
+
+
+def unfinished_tensors(shards: Sequence[ShardPlan], leftover: Leftover | None) -> list[TensorPlan]:
+    """The tensors that no finished file of an earlier run holds."""
+    kept = leftover.kept_files if leftover is not None else ()
+    return [tensor for shard in shards if shard.file_name not in kept for tensor in shard.tensors]
 
 
 def remarks_on_base(pairs: Sequence[TensorSources]) -> Iterator[str]:
@@ -299,7 +313,8 @@ def unmatched_filters(recipe: MergeRecipe, tensors: Sequence[TensorPlan]) -> Ite
 
 def check_disk_space(plan: MergePlan) -> None:
     """Raises SlerpMergeError where the child does not fit on its disk."""
-    if plan.disk_needed_bytes > plan.disk_free_bytes + staged_bytes(plan.options.save_directory):
+    whole = plan.disk_needed_bytes + plan.kept_bytes
+    if whole > plan.disk_free_bytes + staged_bytes(plan.options.save_directory):
         raise SlerpMergeError(
             f"The child needs {format_bytes(plan.disk_needed_bytes)}, but only {format_bytes(plan.disk_free_bytes)} "
             f"are free at {existing_folder(plan.options.save_directory)}.",

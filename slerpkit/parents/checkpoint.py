@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,13 +108,28 @@ class Checkpoint:
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name, as the Hugging Face hub has it
+ADDRESS = re.compile(r"(\w[\w+.-]+)://([^/]*)(.*)", re.DOTALL)  # scheme, host, path
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+
+def hint_for_address(scheme: str, host: str, path: str) -> str:
+    """What to give instead of a model's address."""
+    if scheme.lower() == "file":
+        return f"Give the folder: {urllib.parse.unquote(path)}"
+    name = HUB_NAME.match(path.lstrip("/"))
+    if host.lower() not in HUB_HOSTS or name is None:
+        return "Give a folder, or the org/name of a model in the Hugging Face cache."
+    return f"Give {name[0]}, once it is in the Hugging Face cache: hf download {name[0]}"
 
 
 def find_model(text: str) -> Path:
     """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache.
 
-    What is neither comes back as the path that it would be; open_checkpoint says what is wrong with it.
+    What is neither comes back as the path that it would be; open_checkpoint says what is wrong with it. Raises
+    SlerpMergeError for an address, which a path would not keep as it was typed.
     """
+    if (address := ADDRESS.fullmatch(text.strip().strip("'\""))) is not None:
+        raise SlerpMergeError(f"{address[0]} is an address, and no folder.", hint_for_address(*address.groups()))
     path = clean_path(text)
     if not path.exists():
         # As Windows writes it, or completed behind a quote that was opened and not closed.

@@ -126,7 +126,8 @@ def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint
         if (owner.folder / "tokenizer.json").is_file():
             added = open_tokenizer(owner.folder / "tokenizer.json").get_added_tokens_decoder()
             marks |= {token.content for token in added.values()}
-        child_tokens = read_tokens(tokenizer_source.folder).keys() | {token.content for token in vocabulary.appended}
+        tokens = read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source)
+        child_tokens = tokens.keys() | {token.content for token in vocabulary.appended}
     except SlerpMergeError:  # it stays unknown what they are
         child_tokens = set()
     return sorted(mark for mark in marks if mark and mark in template and mark not in child_tokens)

@@ -74,10 +74,11 @@ def added_tokens(folder: Path) -> dict[str, int]:
     return {content: token_id for content, token_id in tokens.items() if type(token_id) is int and token_id >= 0}
 
 
-def read_tokens(folder: Path) -> dict[str, int]:
+def read_tokens(folder: Path, role: str) -> dict[str, int]:
     """Every token of a folder's tokenizer with its id.
 
-    Raises SlerpMergeError where there is no tokenizer, or none that can be read without running code.
+    role: whose it is; a folder may be named like another model's. Raises SlerpMergeError where there is no tokenizer,
+    or none that can be read without running code.
     """
     if (folder / "tokenizer.json").is_file():
         tokens = open_tokenizer(folder / "tokenizer.json").get_vocab(with_added_tokens=True)
@@ -87,10 +88,10 @@ def read_tokens(folder: Path) -> dict[str, int]:
         lines = read_bytes(folder / "vocab.txt").decode("utf-8", "replace").rstrip("\n").split("\n")
         tokens = {line.rstrip("\r"): token_id for token_id, line in enumerate(lines)}
     else:
-        what = f"{folder.name} has no tokenizer.json, vocab.json or vocab.txt"
+        what = f"the {role} has no tokenizer.json, vocab.json or vocab.txt"
         raise SlerpMergeError(what, "Load its tokenizer with transformers and save it: that writes tokenizer.json.")
     if not all(type(token_id) is int and token_id >= 0 for token_id in tokens.values()):
-        raise SlerpMergeError(f"{folder.name} has a vocabulary whose ids are no numbers", "Download it again.")
+        raise SlerpMergeError(f"the {role} has a vocabulary whose ids are no numbers", "Download it again.")
     return {**added_tokens(folder), **tokens}
 
 
@@ -195,7 +196,7 @@ def align_vocabularies(
     try:
         if None in rows:
             raise SlerpMergeError("no matrix with a row for each token is known", "State vocab_size in config.json.")
-        tokens = [read_tokens(folder) for folder in folders]
+        tokens = [read_tokens(folder, role) for folder, role in zip(folders, ("primary", "secondary", "base"))]
     except SlerpMergeError as error:
         if not same:
             return by_number, judge_unread_tokens(rows, error, any(map(has_tokenizer, folders)), tokenizer)

@@ -32,8 +32,10 @@ FIGURE = re.compile(r"[-+]?[\d,.]+( (±|\+-) [\d.]+)?")
 def render_map(console: Console, differences: DifferenceMap) -> RenderableType:
     """Two heat maps, layer by component: angles, then norm ratios; then the tensors outside layers."""
     parts: list[RenderableType] = []
-    for number, scale in enumerate(map_scales(differences)):
+    for scale in map_scales(differences):
         lines: list[RenderableType] = []
+        if differences.cells:
+            lines.append(Text(scale.range_text, style="dim"))  # not in the title, which may be cut
         for grid in differences.grids:
             if len(differences.grids) > 1:
                 lines.append(Text(displayable(console, grid.stack), style="bold"))
@@ -42,8 +44,7 @@ def render_map(console: Console, differences: DifferenceMap) -> RenderableType:
             lines.append(
                 Text.assemble(draw_cell(console, cell, scale, MAP_CELL_COLUMNS), " ", displayable(console, name))
             )
-        title = f"{scale.title}: {scale.range_text}"
-        parts += [panel(console, Group(*lines), title)] if number or lines else []
+        parts.append(panel(console, Group(*lines), scale.title))
     return Group(*parts)
 
 
@@ -66,13 +67,13 @@ def draw_grid(console: Console, grid: MapGrid, scale: MapScale) -> list[Text]:
 
 
 def draw_cell(console: Console, cell: MapCell, scale: MapScale, width: int) -> Text:
-    """A value on its colour, in as many digits as there is room for."""
+    """A value on its colour, rounded to the digits for which there is room beside a space."""
     value = scale.value(cell)
     if value is None:
         return Text(f"{'·' if is_unicode(console) else '.':^{width}}", style="dim")
-    text = scale.text(value)
-    if len(text) >= width:
-        text = text[:width].rstrip(".") if "." in text[:width] else "99+"[:width]
+    digits = range(len(scale.text(value).partition(".")[2]), -1, -1)
+    texts = (f"{value:.{count}f}" for count in digits)
+    text = next((text for text in texts if len(text) < width), "#" * (width - 1))  # as spreadsheets have it
     colour = scale.colour(value)
     return Text(f"{text:^{width}}", style=f"{text_colour_on(colour)} on rgb({','.join(map(str, colour))})")
 

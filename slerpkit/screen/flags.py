@@ -7,6 +7,7 @@ end here, so that no library and as little of the house as can be is loaded. Rea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from slerpkit import __version__
 from slerpkit.files import clean_path
@@ -34,6 +35,7 @@ from slerpkit.recipe import (
     VECTORS,
     MergeRecipe,
     RunOptions,
+    check_recipe,
     granularity_of,
 )
 from slerpkit.schedule import order_rules, parse_rule
@@ -48,8 +50,25 @@ else:  # what only some flags need
     objectives, checkpoint = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.parents.checkpoint")
 
 
-class MissingFlags(Exception):
-    """Answers are missing, and nobody can be asked. Its text names the flags that would give them."""
+class WrongUsage(SlerpMergeError):
+    """Flags that ask for what can never be, or that say too little where nobody can be asked."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse, whose refusals are one message like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises WrongUsage in place of argparse's own end, which lists every flag before what is wrong."""
+        raise WrongUsage(f"{message[:1].upper()}{message[1:].rstrip('.')}.", "--help lists every flag.")
+
+
+@contextlib.contextmanager
+def refusals_are_wrong_usage() -> Iterator[None]:
+    """What is refused in here was said by flags alone."""
+    try:
+        yield
+    except SlerpMergeError as error:
+        raise WrongUsage(error.message, error.hint) from error
 
 
 def parse_size(text: str) -> int:
@@ -113,7 +132,7 @@ def parse_map_path(text: str) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its help."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="slerpmerge.py",
         description="Merge two language-model checkpoints by spherical linear interpolation (SLERP). "
         "What no flag gives is asked for.",
@@ -182,8 +201,8 @@ ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_direct
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, checked against each other; `--demo` answers more of them than it was given.
 
-    Raises SlerpMergeError where they ask for what cannot be had together. `--help`, `--version` and wrong usage end the
-    process, as argparse has it.
+    Raises WrongUsage where they mean nothing, or ask for what cannot be had together, and SlerpMergeError where a map
+    cannot be saved. `--help` and `--version` end the process, as argparse has it.
     """
     arguments = build_parser().parse_args(argv)
     check_flags(arguments)
@@ -194,27 +213,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Raises SlerpMergeError where flags ask for what cannot be had together."""
+    """Raises WrongUsage where flags ask for what cannot be had together, SlerpMergeError where no map can be saved."""
     given = {flag for flag in ("inspect", "child", "demo", "sweep", "dry_run") if getattr(arguments, flag)}
     given |= {flag for flag, name in EVALUATION_FLAGS.items() if getattr(arguments, name)}
     for flag, others in CLASHING_FLAGS.items():
         if flag in given and (clashing := sorted(given & others)):
             names = ", ".join(f"--{name.replace('_', '-')}" for name in clashing)
-            raise SlerpMergeError(f"--{flag.replace('_', '-')} does not go with {names}.", "Leave out one of them.")
+            raise WrongUsage(f"--{flag.replace('_', '-')} does not go with {names}.", "Leave out one of them.")
     for path in arguments.maps:
         if not path.resolve().parent.is_dir():
             raise SlerpMergeError(f"The folder of {path} is not there.", "Save the map into one that is.")
         if path.exists() and not arguments.overwrite:
             raise SlerpMergeError(f"{path} exists already.", "Give another name, or --overwrite.")
     if arguments.sweep and (arguments.rules or arguments.recipe):
-        raise SlerpMergeError("A sweep finds t itself.", "Leave out --t and --recipe, or --sweep.")
+        raise WrongUsage("A sweep finds t itself.", "Leave out --t and --recipe, or --sweep.")
     if arguments.sweep and not (arguments.texts or arguments.tasks):
         what = "A sweep needs something to measure children by."
-        raise SlerpMergeError(what, "Give --perplexity FILE, or --score TASK.")
+        raise WrongUsage(what, "Give --perplexity FILE, or --score TASK.")
     if arguments.include_path and not arguments.tasks:
-        raise SlerpMergeError("--include-path goes with --score.", "Name the tasks too.")
+        raise WrongUsage("--include-path goes with --score.", "Name the tasks too.")
     if arguments.child is not None and not (arguments.prompts or arguments.texts or arguments.tasks):
-        raise SlerpMergeError("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
+        raise WrongUsage("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
 
 
 def wants_evaluation(arguments: argparse.Namespace) -> bool:
@@ -225,14 +244,16 @@ def wants_evaluation(arguments: argparse.Namespace) -> bool:
 def answers_given(arguments: argparse.Namespace) -> Answers:
     """What flags and a recipe file answer. A flag goes before the file.
 
-    Raises SlerpMergeError where the file cannot be read, or says what a flag says.
+    Raises WrongUsage where flags ask for what cannot be, or say what the file says; SlerpMergeError where the file
+    cannot be read.
     """
     asked = {*QUESTIONS, "schedule", "overwrite", "restart"}
     given = {name: getattr(arguments, name, None) for name in (*RECIPE_FIELDS, *OPTION_FIELDS) if name not in asked}
     settings = {name: value for name, value in given.items() if value is not None}
     if "vectors" in settings:
         settings["vectors"] = VECTORS[settings["vectors"]]
-    blend = Blend(order_rules(arguments.rules)) if arguments.rules else None
+    with refusals_are_wrong_usage():
+        blend = Blend(order_rules(arguments.rules)) if arguments.rules else None
     if arguments.sweep:
         texts = tuple(arguments.texts)
         blend = Blend(objective=objectives.Objective(texts, () if texts else arguments.tasks, arguments.include_path))
@@ -245,17 +266,21 @@ def answers_given(arguments: argparse.Namespace) -> Answers:
         arguments.restart,
         settings,
     )
-    return answers if arguments.recipe is None else answers_of_recipe(arguments.recipe, answers)
+    if arguments.recipe is not None:
+        return answers_of_recipe(arguments.recipe, answers)
+    with refusals_are_wrong_usage():
+        check_recipe(answers.recipe)
+    return answers
 
 
 def answers_of_recipe(path: Path, given: Answers) -> Answers:
-    """A recipe file's answers, and those that flags give beside it. Raises SlerpMergeError where both say the same."""
+    """A recipe file's answers, and those that flags give beside it. Raises WrongUsage where both say the same."""
     decided = {"primary": given.primary, "secondary": given.secondary, "base": given.settings.get("base"),
                "t": given.blend, "method": given.settings.get("method"),
                "granularity": given.settings.get("vectors")}  # fmt: skip
     if clashing := [f"--{flag}" for flag, value in decided.items() if value is not None]:
         what = f"The recipe already says what {', '.join(clashing)} would."
-        raise SlerpMergeError(what, "Leave out the one or the other.")
+        raise WrongUsage(what, "Leave out the one or the other.")
     recipe = recipe_file.read_recipe(path)
     blend = Blend(recipe.schedule, recipe=recipe, recipe_file=path)
     return dataclasses.replace(given, primary=recipe.primary, secondary=recipe.secondary, blend=blend)
@@ -264,7 +289,7 @@ def answers_of_recipe(path: Path, given: Answers) -> Answers:
 def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
     """What flags answer, with what --yes and --dry-run take without asking.
 
-    Raises MissingFlags where more must be known and nobody can be asked; SlerpMergeError as answers_given does.
+    Raises WrongUsage where more must be known and nobody can be asked, and as answers_given does.
     """
     given = answers_given(arguments)
     if not interactive:
@@ -274,15 +299,15 @@ def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
 
 
 def check_nothing_is_missing(arguments: argparse.Namespace, given: Answers) -> None:
-    """Raises MissingFlags where flags leave a question open, or whether to start."""
+    """Raises WrongUsage where flags leave a question open, or whether to start."""
     unneeded = {"save_directory"} if arguments.inspect else set()
     takes_defaults = arguments.yes or arguments.dry_run or arguments.inspect
     unneeded |= {"blend"} if takes_defaults else set()
     missing = [ANSWER_FLAGS[name] for name in given.unanswered() if name not in unneeded]
     missing += [] if takes_defaults else ["--yes"]
     if missing:
-        text = f"no terminal to ask at; give {', '.join(missing)}"
-        raise MissingFlags(text + " (--yes takes every default that is left)." * ("--yes" in missing))
+        defaults = "--yes takes every default that is left." if "--yes" in missing else "--help lists every flag."
+        raise WrongUsage(f"There is no terminal to ask at; give {', '.join(missing)}.", defaults)
 
 
 def equivalent_command(

@@ -73,6 +73,7 @@ def describe_rules(plan: MergePlan) -> str:
     return f"{sum(1 for _ in plan.tensors)} ({', '.join(parts)})"
 
 
+SHOWN_ORDER = ("attention", "mlp", "other")  # of components
 CURVE_LEVELS = "▁▂▃▄▅▆▇█"
 CURVE_COLUMNS = 24  # a curve is drawn with at most this many cells
 
@@ -90,7 +91,7 @@ def draw_curve(console: Console, values: Sequence[float]) -> str:
 
 def schedule_curves(console: Console, schedule: Schedule, layers: int = 16) -> list[tuple[str, str]]:
     """(component, curve) of a schedule before any model is known, as a decoder of so many layers would have it."""
-    examples = {"attention": "self_attn.q_proj.weight", "mlp": "mlp.up_proj.weight", "other": "input_layernorm.weight"}
+    examples = dict(zip(SHOWN_ORDER, ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")))
     positions = [layer / (layers - 1) for layer in range(layers)]
     rows = []
     for component, name in examples.items():
@@ -111,9 +112,11 @@ def t_by_component(plan: MergePlan) -> list[tuple[str, str, list[float]]]:
         values = tuple(by_layer[layer] for layer in sorted(by_layer))
         groups.setdefault((stack, component_of(rest), values), []).append(rest)
     alone = Counter((stack, component) for stack, component, _ in groups)
+    stacks = list(dict.fromkeys(stack for stack, _, _ in groups))
+    in_order = sorted(groups.items(), key=lambda group: (stacks.index(group[0][0]), SHOWN_ORDER.index(group[0][1])))
     return [
         (stack, component if alone[stack, component] == 1 else format_names(names, 2), list(values))
-        for (stack, component, values), names in groups.items()
+        for (stack, component, values), names in in_order
     ]
 
 
@@ -122,7 +125,8 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     lines: list[RenderableType] = []
     for stack, component, values in t_by_component(plan):
         name = displayable(console, f"{stack}  {component:<10}")
-        curve = f"{draw_curve(console, values)}  {values[0]:.4g} to {values[-1]:.4g}"
+        ends = f"{values[0]:.4g} to {values[-1]:.4g}" if len(set(values)) > 1 else f"{values[0]:.4g}"
+        curve = f"{draw_curve(console, values)}  {ends}"
         narrow = console.width < NARROW_COLUMNS or len(name) > 50
         lines.append(Text(f"{name}\n  {curve}" if narrow else f"{name:<26}  {curve}"))
     outside: dict[float, list[str]] = {}
@@ -134,24 +138,25 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     return panel(console, Group(*lines), "t of every tensor")
 
 
-def render_plan(console: Console, plan: MergePlan) -> RenderableType:
-    """What will be made, from what, and what it will cost."""
+def render_plan(console: Console, plan: MergePlan, finds_t: bool = False) -> RenderableType:
+    """What will be made, from what, and what it will cost. finds_t: a sweep will decide on t, not the plan."""
     recipe = plan.recipe
     shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
     speed = format_bytes(plan.read_bytes_per_second)
     source = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
     facts = [
         ("primary", describe_checkpoint(plan.parents.primary)),
         ("secondary", describe_checkpoint(plan.parents.secondary)),
         ("child", str(plan.options.save_directory)),
-        ("blend", f"{recipe.describe_method()}, {recipe.describe_blend()}"),
+        ("blend", f"{recipe.describe_method()}, {'t to be found' if finds_t else recipe.describe_blend()}"),
         *([("base", describe_checkpoint(plan.parents.base))] if plan.parents.base is not None else []),
         ("kinship", plan.kinship.describe()),
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
         ("tokenizer", source + plan.parity.vocabulary.reason),
         ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
-        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {plan.threads} threads"),
+        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {threads}"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
     facts += [("mind", remark) for remark in plan.remarks]
@@ -176,8 +181,8 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
     """The closing summary: what stands where, how fast it was, what to know, what to do next."""
     plan, result = report.plan, report.merged
     parameters = format_count(sum(tensor.element_count for tensor in plan.tensors))
-    speed = format_bytes(plan.child_bytes / max(result.seconds, 1e-9))
-    merging = f"{format_seconds(result.seconds)} to merge ({speed}/s)"
+    merging = f"{format_seconds(result.seconds)} to merge"
+    merging += f" ({format_bytes(report.bytes_per_second)}/s)" if plan.kept_bytes < plan.child_bytes else ""
     facts = [
         ("child", str(report.child)),
         ("size", f"{parameters} parameters, {format_bytes(plan.child_bytes)}"),
@@ -226,6 +231,6 @@ def next_commands(report: MergeReport) -> list[str]:
     folder = shlex.quote(str(report.child))
     return [
         speak,
-        f"python llama.cpp/convert_hf_to_gguf.py {folder}",
+        *([f"python llama.cpp/convert_hf_to_gguf.py {folder}"] if report.plan.tokenizer_role else []),
         f"hf upload {shlex.quote(report.child.name)} {folder}",
     ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import ControlType
 from rich.text import Text
 
 from slerpkit.merge.difference_map import angle_scale
@@ -87,6 +89,7 @@ class MergeView:
         self.next_percent = PLAIN_STEP_PERCENT
         self.bar = self.bar_of(self.work)
         self.live: Live | None = None
+        self.drawn: list[int] = []  # columns that each line of the live picture takes
         self.strip = LayerStrip(())
         self.line = ""  # the tensor at hand
 
@@ -131,9 +134,10 @@ class MergeView:
         self.work, self.done, self.next_percent = work, 0, PLAIN_STEP_PERCENT
         self.bar, self.strip, self.line = self.bar_of(work), LayerStrip(work.tensors), ""
         if self.console.is_terminal:
+            self.drawn = []
             self.live = Live(
                 console=self.console,
-                get_renderable=self.render,
+                get_renderable=self.draw,
                 refresh_per_second=REFRESHES_PER_SECOND,
                 transient=True,
             )
@@ -152,6 +156,17 @@ class MergeView:
             self.next_percent = percent - percent % PLAIN_STEP_PERCENT + PLAIN_STEP_PERCENT
             text = f"{percent:3d} %  {format_bytes(self.done)} of {format_bytes(self.work.total)}"
             self.console.print(text, highlight=False, markup=False)
+
+    def draw(self) -> RenderableType:
+        """The next live picture. Where the window has become narrower, what that broke off the last one goes first."""
+        width = self.console.width
+        for length in self.drawn:
+            for _ in range((length - 1) // width if length else 0):
+                self.console.control(Control((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)))
+        picture = self.render()
+        lines = self.console.render_lines(picture, pad=False)
+        self.drawn = [sum(segment.cell_length for segment in line) for line in lines]
+        return picture
 
     def render(self) -> RenderableType:
         """The live picture: a bar, and of a merge the layers and the tensor at hand."""

@@ -97,18 +97,26 @@ class Prompter:
         completer: Completer | None = None,
         check: Callable[[Any], object] = lambda value: None,
     ) -> Any:
-        """What `parse` makes of the answer. Where it or `check` raises SlerpMergeError, that is refused in place."""
+        """What `parse` makes of the answer. Where it or `check` raises SlerpMergeError, that is refused in place.
+
+        A ? asks for help, also behind an answer that was refused and stays in the line.
+        """
+
+        def asks_help(text: str) -> bool:
+            refused = answer_check(lambda text: check(parse(text)))
+            return text.rstrip().endswith("?") and (text.strip() == "?" or refused(text) is not True)
+
         while True:
             question = questionary.text(
                 message,
                 completer=completer,
                 complete_while_typing=False,
-                validate=answer_check(lambda text: text.strip() == "?" or check(parse(text))),
+                validate=answer_check(lambda text: asks_help(text) or check(parse(text))),
                 validate_while_typing=False,
                 instruction=instruction,
             )
             answer = self.ask(question)
-            if answer.strip() != "?":
+            if not asks_help(answer):
                 return parse(answer)
             self.say(HELP[subject])
 

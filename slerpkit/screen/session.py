@@ -160,7 +160,8 @@ class Session:
     def observe(self, event: Event) -> None:
         """Takes an event: the view shows it, and the closing note follows what was written."""
         if isinstance(event, events.MergeStopped):
-            files = f"{event.kept} of {event.total} weight files are finished and kept"
+            are = "is" if event.kept == 1 else "are"
+            files = f"{event.kept} of {event.total} weight files {are} finished and kept"
             self.leave(f"{files}; {CARRIES_ON}.")
         elif isinstance(event, events.ChildPublished):
             self.leave(f"The child stands in {event.child}.")

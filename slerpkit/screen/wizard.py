@@ -119,7 +119,13 @@ class Wizard:
         free = shutil.disk_usage(existing_folder(Path())).free
         self.prompt.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
         self.proposed = save_directory.proposed_save_directory(*parents, words_of_blend(answers))
+
+        def check_folder(folder: Path) -> None:
+            save_directory.check_save_directory(folder, parents, overwrite=True)
+
         proposed = before.save_directory or self.proposed
+        if answer_check(check_folder)(proposed) is not True:
+            proposed = self.proposed
         while True:
             folder = self.prompt.path(
                 "Save directory",
@@ -127,7 +133,7 @@ class Wizard:
                 "save_directory",
                 str(proposed),
                 ModelCompleter(None),
-                lambda folder: save_directory.check_save_directory(folder, parents, overwrite=True),
+                check_folder,
                 proposed,
             )
             answers = dataclasses.replace(answers, save_directory=folder)
