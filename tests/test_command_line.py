@@ -867,7 +867,7 @@ class TestBadInput:
 
         monkeypatch.setattr("slerpkit.story.copy_companions", fail)
         outcome = run(*MERGE)
-        assert_refused(outcome, "A worker ended.", "1 of 1 weight files are finished and kept.")
+        assert_refused(outcome, "A worker ended.", "1 of 1 weight files is finished and kept.")
         assert outcome.err.lower().count("the same command carries on") == 1
 
     @pytest.mark.parametrize(
