@@ -256,8 +256,8 @@ def staging_beside(save_directory: Path) -> Path:
 
 
 def set_block_elements(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    """Cuts tensors into blocks of so many elements, and these into pieces, so that small ones have several of both."""
+    """Cuts tensors into blocks of so many elements, and these into rows, so that small ones have several of both."""
     row = max(1, elements // 4)
     monkeypatch.setattr("slerpkit.merge.blocks.BLOCK_ELEMENTS", elements)
     monkeypatch.setattr("slerpkit.merge.arithmetic.ROW", row)
-    monkeypatch.setattr("slerpkit.merge.arithmetic.PIECE_ELEMENTS", 2 * row)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.FEW_ELEMENTS", 2 * row)

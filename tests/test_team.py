@@ -25,7 +25,7 @@ from tests.test_crash import after
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are threads where a process cannot be forked")
 ROOT = Path(__file__).resolve().parents[1]
-TASK_BLOCKS = 4
+TASK_BLOCKS = 8
 ELEMENTS = 5 * TASK_BLOCKS * BLOCK_ELEMENTS + 12_345  # of the large tensor: five tasks and a short one
 SHARD_BYTES = 15_000_000
 

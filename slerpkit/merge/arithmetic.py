@@ -1,8 +1,7 @@
 """The arithmetic on one block: three sums over a pair of vectors, and their blend.
 
-Knows arrays of numbers alone: no file, no name, no plan. `Arithmetic` is the processor's, with numpy, in pieces that
-fit its second-level cache; `DeviceArithmetic` does the same on an accelerator, with torch, a block at once. On the
-processor torch would take longer to load than most merges take.
+Knows arrays of numbers alone: no file, no name, no plan. `Arithmetic` is the processor's, with numpy, for torch would
+take longer to load than most merges take; `DeviceArithmetic` does the same on an accelerator, with torch.
 
 Precision: float32, or float64 where a source is float64. Sums are taken in that precision over rows of ROW elements and
 added in float64; results are rounded once, to the child's dtype.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from slerpkit.merge.dtypes import convert, is_bfloat16, narrow, narrow_pairs, st
 from slerpkit.parents.tensors import SAFETENSORS_NAMES
 
 ROW = 512  # elements that are added in working precision; measured off by 1e-8 in float32, and by 6e-8 at 4096
-PIECE_ELEMENTS = 1 << 17  # computed at once; whole rows
+FEW_ELEMENTS = 1 << 17  # a shorter block is added in float64: it has too few rows for their roundings to even out
 
 if TYPE_CHECKING:
     Block = Sequence[numpy.ndarray]  # each source of a tensor: flat, of one length, in its stored dtype
@@ -59,15 +58,16 @@ class Arithmetic:
     def __init__(self, cast_dtype: str | None = None) -> None:
         """cast_dtype: torch's name of the dtype that sources and results are rounded to first."""
         self.cast = stored_dtype(SAFETENSORS_NAMES[cast_dtype]) if cast_dtype else None
-        self._rooms: dict[tuple[numpy.dtype, int], numpy.ndarray] = {}
+        self._rooms: dict[numpy.dtype, numpy.ndarray] = {}
         # (rows, ROW) and (rows, ROW) to (rows,); numpy before 2.0 has no vecdot, and takes twice as long.
         self._row_products = getattr(numpy, "vecdot", None) or functools.partial(numpy.einsum, "ij,ij->i")
 
     def room(self, dtype: numpy.dtype, elements: int) -> numpy.ndarray:
-        """Scratch memory for a piece: (3, elements) of working precision, a row for each source."""
-        if (dtype, elements) not in self._rooms:
-            self._rooms[dtype, elements] = numpy.empty((3, -(-elements // ROW) * ROW), dtype)
-        return self._rooms[dtype, elements]
+        """Scratch memory for a block: (3, at least `elements`) of working precision, a row for each source."""
+        room = self._rooms.get(dtype)
+        if room is None or room.shape[1] < elements:
+            room = self._rooms[dtype] = numpy.empty((3, -(-elements // ROW) * ROW), dtype)
+        return room
 
     def round(self, stored: numpy.ndarray) -> numpy.ndarray:
         """Stored numbers rounded to the recipe's dtype, where it has one."""
@@ -86,47 +86,36 @@ class Arithmetic:
             narrow(values, rounded)
             convert(rounded, out)
 
-    def pieces(self, block: Block, width: int = 1) -> Iterator[Block]:
-        """A block piece by piece, whole rows of `width`; the last may be shorter."""
-        step = max(1, PIECE_ELEMENTS // width) * width
-        for start in range(0, len(block[0]), step):
-            yield [part[start : start + step] for part in block]
-
-    def are_pairs(self, piece: Block) -> bool:
+    def are_pairs(self, block: Block) -> bool:
         """Whether two numbers can be taken at once: bfloat16 throughout, and as it is stored."""
-        return len(piece[0]) % 2 == 0 and all(map(is_bfloat16, piece)) and self.cast in (None, piece[0].dtype)
+        return len(block[0]) % 2 == 0 and all(map(is_bfloat16, block)) and self.cast in (None, block[0].dtype)
 
-    def load(self, piece: Block, room: numpy.ndarray, in_pairs: bool = False) -> numpy.ndarray:
-        """The sources of a piece in working precision, (sources, elements), in the room.
+    def load(self, block: Block, room: numpy.ndarray, in_pairs: bool = False) -> numpy.ndarray:
+        """The sources of a block in working precision, (sources, elements), in the room.
 
         With a base, v0 and v1 become what each learned since.
         """
-        loaded = room[: len(piece), : len(piece[0])]
-        for stored, values in zip(piece, loaded):
+        loaded = room[: len(block), : len(block[0])]
+        for stored, values in zip(block, loaded):
             if in_pairs:
                 widen_pairs(stored, values)
             else:
                 widen(self.round(stored), values)
-        if len(piece) == 3:
+        if len(block) == 3:
             numpy.subtract(loaded[:2], loaded[2], out=loaded[:2])
         return loaded
 
     def measure(self, block: Block, dtype: numpy.dtype) -> tuple[float, float, float]:
-        """(v0 . v0, v1 . v1, v0 . v1) of a block. A short one has too few rows for their roundings to even out."""
-        if len(block[0]) < PIECE_ELEMENTS:
+        """(v0 . v0, v1 . v1, v0 . v1) of a block."""
+        count = len(block[0])
+        if count < FEW_ELEMENTS:
             dtype = numpy.dtype("f8")
-        room = self.room(dtype, PIECE_ELEMENTS)
-        products = numpy.empty((3, -(-len(block[0]) // ROW)), dtype)
-        done = 0
-        for piece in self.pieces(block):
-            in_pairs = dtype == numpy.float32 and self.are_pairs(piece)
-            count = self.load(piece, room, in_pairs).shape[1]
-            until = done - (-count // ROW)
-            room[:2, count : (until - done) * ROW] = 0  # what fills the last row up adds nothing
-            v0, v1 = room[:2, : (until - done) * ROW].reshape(2, -1, ROW)
-            for (left, right), out in zip(((v0, v0), (v1, v1), (v0, v1)), products):
-                self._row_products(left, right, out=out[done:until])
-            done = until
+        room = self.room(dtype, count)
+        self.load(block, room, in_pairs=dtype == numpy.float32 and self.are_pairs(block))
+        rows = -(-count // ROW)
+        room[:2, count : rows * ROW] = 0  # what fills the last row up adds nothing
+        v0, v1 = room[:2, : rows * ROW].reshape(2, rows, ROW)
+        products = numpy.stack([self._row_products(a, b) for a, b in ((v0, v0), (v1, v1), (v0, v1))])
         sums = products.sum(axis=1, dtype="f8").tolist()
         if dtype == numpy.float32 and not math.isfinite(sum(sums)):
             return self.measure(block, numpy.dtype("f8"))  # large values overflow a float32 square
@@ -134,19 +123,21 @@ class Arithmetic:
 
     def blend(self, block: Block, dtype: numpy.dtype, weights: tuple[float, float], out: numpy.ndarray) -> None:
         """out = w0 * v0 + w1 * v1, and the base where there is one, rounded to out's dtype."""
-        room = self.room(dtype, PIECE_ELEMENTS)
-        for *piece, made in self.pieces([*block, out]):
-            in_pairs = dtype == numpy.float32 and self.are_pairs([*piece, made])
-            loaded = self.load(piece, room, in_pairs)
-            for values, weight in zip(loaded, weights):
-                numpy.multiply(values, dtype.type(weight), out=values)
-            result, scratch = loaded[:2]
-            for values in loaded[1:]:
-                numpy.add(result, values, out=result)
-            if in_pairs:
-                narrow_pairs(result, scratch, made)
-            else:
-                self.store(result, made)
+        in_pairs = dtype == numpy.float32 and self.are_pairs([*block, out])
+        loaded = self.load(block, self.room(dtype, len(out)), in_pairs)
+        for values, weight in zip(loaded, weights):
+            numpy.multiply(values, dtype.type(weight), out=values)
+        result = self.add(loaded)
+        if in_pairs:
+            narrow_pairs(result, loaded[1], out)
+        else:
+            self.store(result, out)
+
+    def add(self, terms: numpy.ndarray) -> numpy.ndarray:
+        """The sum of the rows, in the first of them."""
+        for values in terms[1:]:
+            numpy.add(terms[0], values, out=terms[0])
+        return terms[0]
 
     def measure_vectors(self, block: Block, dtype: numpy.dtype, width: int, axis: int) -> numpy.ndarray:
         """The three sums for each vector of a block of whole rows `width` long: (3, vectors), float64.
@@ -154,14 +145,11 @@ class Arithmetic:
         axis 1: the rows are the vectors; axis 0: the columns are. In float64, for a vector is short and its sum has no
         digits to spare.
         """
-        room = self.room(numpy.dtype("f8"), max(width, PIECE_ELEMENTS))
-        parts = []
-        for piece in self.pieces(block, width):
-            v0, v1, *base = self.load(piece, room).reshape(len(block), -1, width)
-            if dtype == numpy.float32 and base:  # what each learned, as float32 has it
-                v0, v1 = v0.astype("f4").astype("f8"), v1.astype("f4").astype("f8")
-            parts.append([(a * b).sum(axis=axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))])
-        return numpy.concatenate(parts, axis=1) if axis else numpy.sum(parts, axis=0)
+        wide = numpy.dtype("f8")
+        v0, v1, *base = self.load(block, self.room(wide, len(block[0]))).reshape(len(block), -1, width)
+        if dtype == numpy.float32 and base:  # what each learned, as float32 has it
+            v0, v1 = v0.astype("f4").astype("f8"), v1.astype("f4").astype("f8")
+        return numpy.stack([(a * b).sum(axis=axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))])
 
     def blend_vectors(
         self,
@@ -172,17 +160,10 @@ class Arithmetic:
         out: numpy.ndarray,
     ) -> None:
         """The same as blend, with weights of its own for each vector."""
-        room = self.room(dtype, max(width, PIECE_ELEMENTS))
-        done = 0
-        for *piece, made in self.pieces([*block, out], width):
-            loaded = self.load(piece, room)
-            rows = slice(done, done + len(made) // width)
-            for values, own in zip(loaded.reshape(len(block), -1, width), weights):
-                numpy.multiply(values, (own if len(own) == 1 else own[rows]).astype(dtype), out=values)
-            for values in loaded[1:]:
-                numpy.add(loaded[0], values, out=loaded[0])
-            self.store(loaded[0], made)
-            done = rows.stop
+        loaded = self.load(block, self.room(dtype, len(out)))
+        for values, own in zip(loaded.reshape(len(block), -1, width), weights):
+            numpy.multiply(values, own.astype(dtype), out=values)
+        self.store(self.add(loaded), out)
 
     def give_back(self) -> None:
         """Gives the scratch memory back."""

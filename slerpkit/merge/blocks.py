@@ -1,9 +1,9 @@
 """One way to cut and to read tensors, for merging, inspecting and verifying.
 
-Three sizes of one thing. A task is a stretch of a tensor that a worker takes at a time: long enough that handing it
-over costs nothing, short enough that a large tensor is spread over all workers. A block is read and written at once:
-few calls to the system. A piece, of arithmetic.py, is computed at once: it fits a processor's second-level cache.
-All three depend on the tensor alone, so that the child's bits depend on nothing else.
+Two sizes of one thing. A task is a stretch of a tensor that a worker takes at a time: long enough that handing it over
+costs nothing, short enough that a large tensor is spread over all workers. A block is read, computed and written at
+once: large enough that calls cost little, small enough to stay in a processor's caches. Both depend on the tensor
+alone, so that the child's bits depend on nothing else.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import TensorInputs
 
-BLOCK_ELEMENTS = 1 << 19
-TASK_BLOCKS = 16
+BLOCK_ELEMENTS = 1 << 18
+TASK_BLOCKS = 32
 
 
 def block_elements(tensor: TensorInputs) -> int:

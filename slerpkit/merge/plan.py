@@ -235,9 +235,10 @@ def dtypes_of(tensors: Iterable[TensorPlan], recipe: MergeRecipe) -> set[str]:
 
 def estimate_memory(threads: int, vectors: str = "tensor", dtypes: Collection[str] = ()) -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
-    per_worker = WORKER_BYTES + BLOCK_ELEMENTS * 4 * 2  # three sources and the result, two bytes a value
+    # Three sources and the result, as they are stored, and three sources as they are computed with.
+    per_worker = WORKER_BYTES + BLOCK_ELEMENTS * (4 * 2 + 3 * 4)
     if vectors != "tensor":
-        per_worker += BLOCK_ELEMENTS * 4 * 8  # and in float64
+        per_worker += BLOCK_ELEMENTS * 4 * 8  # and these in float64
     return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * ("float16" in dtypes)
 
 
