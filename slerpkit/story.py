@@ -73,8 +73,9 @@ def inspect_parents(
     parity = check_parity(parents, recipe)
     parity.raise_if_blocking()
     device = "cpu" if options.device == "auto" else options.device
-    byte_count = parents.primary.byte_count + parents.secondary.byte_count
-    dtypes = {*parents.primary.dtypes, *parents.secondary.dtypes, *filter(None, [recipe.cast_dtype])}
+    models = parents.by_role.values()
+    byte_count = sum(model.byte_count for model in models)
+    dtypes = {dtype for model in models for dtype in model.dtypes} | {recipe.cast_dtype or "float32"}
     with team_for(choose_threads(options.threads), device, byte_count, dtypes, team) as team:
         return measure_differences(parity.pairs, recipe, team, observe)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy
 import pytest
 import torch
@@ -23,10 +21,9 @@ def as_in_a_worker():
 
 
 @pytest.fixture(params=[True, False], ids=["with torch", "without"])
-def torch_loaded(request, monkeypatch) -> bool:
-    """Whether the module may find torch."""
-    if not request.param:
-        monkeypatch.setattr(dtypes, "sys", type("sys", (), {"modules": {}}))
+def by_torch(request, monkeypatch) -> bool:
+    """Whether float16 is converted by torch."""
+    monkeypatch.setattr(dtypes, "float16_by_torch", request.param)
     return request.param
 
 
@@ -54,7 +51,7 @@ def awkward_floats() -> numpy.ndarray:
 
 @pytest.mark.parametrize("working", ["f4", "f8"])
 @pytest.mark.parametrize("name", HALVES)
-def test_every_number_of_16_bits_is_widened_exactly(torch_loaded, name, working):
+def test_every_number_of_16_bits_is_widened_exactly(by_torch, name, working):
     found = numpy.empty(len(EVERY_16_BITS), working)
     widen(EVERY_16_BITS.view(stored_dtype(name)), found)
     dtype = torch.float32 if working == "f4" else torch.float64
@@ -62,7 +59,7 @@ def test_every_number_of_16_bits_is_widened_exactly(torch_loaded, name, working)
 
 
 @pytest.mark.parametrize("name", HALVES)
-def test_a_float32_is_rounded_to_the_nearest_and_to_even_on_a_tie(torch_loaded, name):
+def test_a_float32_is_rounded_to_the_nearest_and_to_even_on_a_tie(by_torch, name):
     values = awkward_floats()
     found = numpy.empty(len(values), stored_dtype(name))
     narrow(values, found)
@@ -71,7 +68,7 @@ def test_a_float32_is_rounded_to_the_nearest_and_to_even_on_a_tie(torch_loaded, 
 
 @pytest.mark.parametrize("name", FLOAT_DTYPES)
 @pytest.mark.parametrize("out", FLOAT_DTYPES)
-def test_every_stored_dtype_is_converted_as_torch_does(torch_loaded, name, out):
+def test_every_stored_dtype_is_converted_as_torch_does(by_torch, name, out):
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(1)).double() * 3e-5
     once = 1 + 2**-11 + 2**-40  # rounded twice, by way of float32, it would become 1
     values[:5] = torch.tensor([0.0, -0.0, float("inf"), 7e4, once], dtype=torch.float64)
@@ -104,6 +101,28 @@ def test_infinite_and_undefined_values_are_counted(name):
     assert count_non_finite(EVERY_16_BITS.view(stored_dtype(name))) == expected > 0
 
 
+def test_who_converts_float16_leaves_no_trace(monkeypatch):
+    """Not in the bits of what is no number either."""
+    made = []
+    for by_torch in (True, False):
+        monkeypatch.setattr(dtypes, "float16_by_torch", by_torch)
+        wide, narrowed = numpy.empty(len(EVERY_16_BITS), "f4"), numpy.empty(len(awkward_floats()), "f2")
+        widen(EVERY_16_BITS.view("f2"), wide)
+        narrow(awkward_floats(), narrowed)
+        made.append((wide.tobytes(), narrowed.tobytes()))
+    assert made[0] == made[1]
+
+
+def test_torch_converts_float16_where_it_is_asked_to(monkeypatch):
+    asked = []
+    stand_in = type("torch", (), {"from_numpy": lambda array: asked.append(array) or torch.from_numpy(array)})
+    monkeypatch.setattr(dtypes, "torch", stand_in)
+    monkeypatch.setattr(dtypes, "float16_by_torch", False)
+    for wanted, count in ((False, 0), (True, 2)):
+        dtypes.convert_float16_by_torch(wanted)
+        narrow(numpy.ones(3, "f4"), numpy.empty(3, "f2"))
+        assert len(asked) == count
+
+
 def test_every_dtype_has_its_width():
     assert {name: stored_dtype(name).itemsize for name in DTYPE_BYTES} == DTYPE_BYTES
-    assert "torch" in sys.modules  # or half of the tests above would try nothing

@@ -159,7 +159,7 @@ def refused_alike(folder: Path, capsys: pytest.CaptureFixture[str], settings: di
     with pytest.raises(SlerpMergeError) as refusal:
         merge_models("primary", "secondary", "child", **{"device": DEVICE, **settings})
     folders = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "child")
-    assert slerpmerge.main([*folders, "--device", DEVICE, "--yes", *flags]) == 1
+    assert slerpmerge.main([*folders, "--device", DEVICE, "--yes", *flags]) in (1, 2)  # 2 where flags cannot be
     shown = words_of(capsys.readouterr().err)
     assert words_of(refusal.value.message) in shown
     assert refusal.value.hint

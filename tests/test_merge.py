@@ -137,6 +137,13 @@ def test_tensors_of_more_than_one_block_are_right(tmp_path, dtype):
     assert_right({name: child[name] for name in left}, left, right, 0.3)
 
 
+def test_a_numpy_without_vecdot_adds_as_well(tmp_path, monkeypatch):
+    expected, _ = merge_tensors(tmp_path / "a", llama_tensors(1), llama_tensors(2), t=0.3)
+    monkeypatch.setattr("slerpkit.merge.arithmetic.numpy.vecdot", None)
+    child, _ = merge_tensors(tmp_path / "b", llama_tensors(1), llama_tensors(2), t=0.3)
+    assert_same_bits(child, expected)
+
+
 def test_roles_swapped_and_t_mirrored_give_the_same_child(tmp_path):
     primary, secondary = make_pair(tmp_path, F32)
     here = load_tensors(merge(primary, secondary, tmp_path / "here", 0.3).child)

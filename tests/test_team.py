@@ -15,6 +15,7 @@ import torch
 
 from slerpkit.merge.blocks import BLOCK_ELEMENTS, cut_tasks
 from slerpkit.merge.events import MergeStopped, WorkAdvanced
+from slerpkit.merge.plan import choose_workers
 from slerpkit.merge.team import WorkerTeam
 from slerpkit.merge.worker import MeasureTask
 from slerpkit.messages import SlerpMergeError
@@ -34,7 +35,7 @@ SHARD_BYTES = 15_000_000
 def in_processes(monkeypatch):
     """However small the models are, with tasks that these can be cut into."""
     monkeypatch.setattr("slerpkit.merge.blocks.TASK_BLOCKS", TASK_BLOCKS)
-    monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 0)
+    monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 0)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def weights_of(child: Path) -> dict[str, str]:
 def test_the_bits_are_those_of_threads(pair, tmp_path, monkeypatch, threads, parents):
     parents.watch(*pair)
     child = merge(*pair, tmp_path / "child", 0.3, threads=threads, device="cpu").child
-    monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 1 << 60)
+    monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 1 << 60)
     alike = merge(*pair, tmp_path / "alike", 0.3, threads=2, device="cpu").child
     assert weights_of(child) == weights_of(alike)
 
@@ -77,7 +78,7 @@ def test_rows_that_follow_tokens_reach_the_processes(tmp_path, monkeypatch, sett
     tokenizer["model"]["vocab"] = {word: (number * 7) % 48 for word, number in numbers.items()}
     path.write_text(json.dumps(tokenizer), "utf-8")
     child = merge(*folders, tmp_path / "child", 0.3, device="cpu", **settings).child
-    monkeypatch.setattr("slerpkit.merge.team.SMALL_MERGE_BYTES", 1 << 60)
+    monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 1 << 60)
     alike = merge(*folders, tmp_path / "alike", 0.3, device="cpu", **settings).child
     assert weights_of(child) == weights_of(alike)
 
@@ -94,6 +95,25 @@ def test_a_large_tensor_is_spread_over_all_workers(pair, tmp_path):
         team._deal()
         assert [len(member.tasks) for member in team._members] == [2, 2, 2]
         assert {team.next_answer()[0] for _ in stretches} == set(stretches)
+
+
+@pytest.mark.parametrize(
+    ("started_for", "needed_for", "serves"),
+    [
+        ((1000, ["bfloat16"]), (1000, ["bfloat16"]), True),
+        ((1000, ["float16"]), (1000, ["bfloat16"]), True),
+        ((1000, ["bfloat16"]), (1000, ["bfloat16", "float16"]), False),
+        ((10, ["bfloat16"]), (10, ["float16"]), True),
+        ((10, ["bfloat16"]), (1000, ["bfloat16"]), False),
+        ((1000, ["bfloat16"]), (10, ["bfloat16"]), False),
+    ],
+)
+def test_workers_that_were_started_early_serve_a_merge_of_their_kind(monkeypatch, started_for, needed_for, serves):
+    monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 100)
+    with WorkerTeam(1, "cpu", *choose_workers("cpu", *started_for)) as team:
+        assert team.serves(1, "cpu", *needed_for) == serves
+        assert not team.serves(2, "cpu", *needed_for)
+        assert not team.serves(1, "cuda", *needed_for)
 
 
 def test_a_fault_in_a_process_is_told_with_its_remedy_and_nobody_writes_after_it(pair, tmp_path):

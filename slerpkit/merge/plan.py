@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import shutil
 import time
@@ -128,8 +129,9 @@ class MergePlan:
 
 # Measured on Linux, as proportional set sizes.
 PROCESS_BYTES = 75_000_000  # the main process, and what the workers share
-TORCH_BYTES = 200_000_000  # shared too, where float16 is converted
-WORKER_BYTES = 6_000_000  # of a worker's own, beside its buffers
+TORCH_BYTES = 200_000_000  # shared too, where it is loaded
+WORKER_BYTES = 16_000_000  # of a worker's own, beside its buffers: most of it while the child is checked
+SMALL_MERGE_BYTES = 200_000_000  # of what is read once; below this threads are as fast
 PROBE_BYTES = 1 << 20  # per sample of the read probe
 PROBE_SAMPLES = 8
 # Rough costs behind the expected time, measured on one core of a 2023 server.
@@ -233,13 +235,23 @@ def dtypes_of(tensors: Iterable[TensorPlan], recipe: MergeRecipe) -> set[str]:
     return {TORCH_NAMES.get(name, name) for name in stored} | rounded
 
 
-def estimate_memory(threads: int, vectors: str = "tensor", dtypes: Collection[str] = ()) -> int:
+def choose_workers(device: str, byte_count: int, dtypes: Collection[str]) -> tuple[bool, bool]:
+    """(whether the workers of a merge are processes, whether they load torch).
+
+    byte_count: of all that is read once. dtypes: torch's names. torch converts float16 ten times as fast as numpy, and
+    takes a second to load.
+    """
+    is_large = byte_count >= SMALL_MERGE_BYTES and device == "cpu"
+    return is_large and hasattr(os, "fork"), is_large and "float16" in dtypes
+
+
+def estimate_memory(threads: int, vectors: str = "tensor", with_torch: bool = False) -> int:
     """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
     # Three sources and the result, as they are stored, and three sources as they are computed with.
     per_worker = WORKER_BYTES + BLOCK_ELEMENTS * (4 * 2 + 3 * 4)
     if vectors != "tensor":
         per_worker += BLOCK_ELEMENTS * 4 * 8  # and these in float64
-    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * ("float16" in dtypes)
+    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch
 
 
 def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport) -> MergePlan:
@@ -258,6 +270,8 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     unfinished = unfinished_tensors(shards, leftover)
     unfinished_bytes = sum(tensor.byte_count for tensor in unfinished)
     header_bytes = sum(len(shard.header) for shard in shards)
+    source_bytes = sum(tensor.source_bytes for tensor in tensors)
+    _, with_torch = choose_workers("cpu", source_bytes, dtypes_of(tensors, recipe))
     plan = MergePlan(
         recipe=recipe,
         options=options,
@@ -265,7 +279,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         parity=parity,
         shards=shards,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads, recipe.vectors, dtypes_of(tensors, recipe)),
+        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch),
         disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),
         disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
         kinship=measure_kinship(pairs),

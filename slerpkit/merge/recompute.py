@@ -1,6 +1,6 @@
 """A stretch of the child computed again, in float64, straight from the parents' bytes.
 
-Shares with the merge how bytes are read and roundings to the recipe's dtype, and none of its arithmetic.
+Shares with the merge how bytes are read, what a stored number is worth, and NuSLERP's weights; none of its sums.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def recompute(
 ) -> bool:
     """Whether a stretch of the child is what its parents make, but for the rounding to the child's dtype.
 
-    recipe: where it is given, the weights are found again from all of the tensor, held in float64 at once.
+    recipe: where it is given, the weights are found again from all of the tensor.
     """
     used: Sequence[Any] = weights.primary_weight, weights.secondary_weight
     if recipe is not None:
@@ -95,15 +95,14 @@ def recompute_weights(
     if tensor.weights is not None:
         return tensor.weights
     every = range(tensor.element_count)
-    pairs = [sources for _, sources, _ in read_wide(blocks, tensor, every, cast_dtype, blended=True)]
+    pairs = (sources for _, sources, _ in read_wide(blocks, tensor, every, cast_dtype, blended=True))
     if tensor.vectors != "tensor":
         axis = 0 if tensor.vectors == "first_dim" else 1
-        rows = [[source.reshape(-1, tensor.vector_width) for source in pair] for pair in pairs]
+        rows = ([source.reshape(-1, tensor.vector_width) for source in pair] for pair in pairs)
         sums = [[(a * b).sum(axis) for a, b in ((v0, v0), (v1, v1), (v0, v1))] for v0, v1 in rows]
         return vector_weights(numpy.concatenate(sums, axis=1) if axis else numpy.sum(sums, axis=0), tensor.t)
-    squared, other_squared, dot = (
-        math.fsum(float(numpy.dot(pair[i], pair[j])) for pair in pairs) for i, j in ((0, 0), (1, 1), (0, 1))
-    )
+    products = [[float(numpy.dot(a, b)) for a, b in ((v0, v0), (v1, v1), (v0, v1))] for v0, v1 in pairs]
+    squared, other_squared, dot = map(math.fsum, zip(*products))
     found = slerp_coefficients(
         dot,
         math.sqrt(squared),

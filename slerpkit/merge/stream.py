@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.lazy import numpy
 from slerpkit.maths import TensorWeights, cosine_between, degrees_of, slerp_coefficients
 from slerpkit.merge.arithmetic import total_sums
 from slerpkit.merge.blocks import cut_tasks
@@ -222,7 +223,8 @@ class MergeStream(TensorStream):
             progress.weights = weights_of(tensor, self.recipe, dot, norms[0], norms[1])
             if tensor.vectors == "first_dim":
                 # In the order of the stretches, so that the sum's bits do not depend on who was first.
-                progress.columns = functools.reduce(lambda total, columns: total + columns, (s.columns for s in sums))
+                with numpy.errstate(all="ignore"):  # what is not finite gets LERP's weights
+                    progress.columns = functools.reduce(numpy.add, (part.columns for part in sums))
         simple = len(tensor.sources) == 2 and tensor.vectors == "tensor" and tensor.rows is None
         progress.check_finite = not simple or could_overflow(tensor, progress.weights, norms[0], norms[1])
         progress.sums = []

@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
 from slerpkit.lazy import numpy, torch
+from slerpkit.merge.dtypes import convert_float16_by_torch
+from slerpkit.merge.plan import choose_workers
 from slerpkit.merge.worker import serve
 from slerpkit.messages import SlerpMergeError
 
 if TYPE_CHECKING:
     from slerpkit.merge.worker import Task
 
-SMALL_MERGE_BYTES = 200_000_000  # of both parents; below this threads are as fast
 TASKS_AHEAD = 2  # that a worker has at most: one at hand, and one so that it need not wait for the next
-SECONDS_TO_END = 5.0  # that workers have to finish what they are at
+SECONDS_TO_END = 20.0  # that workers have to finish what they are at; a slow disk takes some for two tasks of each
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,8 +62,7 @@ class WorkerTeam:
     def __init__(self, count: int, device: str = "cpu", in_processes: bool = False, with_torch: bool = False) -> None:
         """Starts them; they load meanwhile what they need.
 
-        in_processes: where the system can; else threads. with_torch: load it, for it converts float16 ten times as fast
-        as numpy.
+        in_processes: where the system can; else threads. with_torch: load it, to convert float16.
         """
         self.count = count
         self.device = device
@@ -106,9 +106,10 @@ class WorkerTeam:
         self._members = [Member(ours) for ours, _ in pairs]
 
     def _start_threads(self) -> None:
-        if self.device != "cpu":
+        if self.with_torch or self.device != "cpu":
             self._torch_threads = torch.get_num_threads()
             torch.set_num_threads(1)  # its own would fight the workers
+            convert_float16_by_torch(self.with_torch)
         for number in range(self.count):
             ours, theirs = Pipe()
             self._members.append(Member(ours))
@@ -173,10 +174,11 @@ class WorkerTeam:
         if any(member.tasks for member in self._members):
             self.close()
 
-    def serves(self, threads: int, device: str, dtypes: Collection[str]) -> bool:
-        """Whether these are still there, and as many, on such a device, with what a merge of such dtypes needs."""
+    def serves(self, threads: int, device: str, byte_count: int, dtypes: Collection[str]) -> bool:
+        """Whether these are still there, and are what team_for would start."""
+        in_processes, with_torch = choose_workers(device, byte_count, dtypes)
         is_there = len(self._members) == self.count == threads and self.device == device
-        return is_there and (self.with_torch or not self.in_processes or "float16" not in dtypes)
+        return is_there and self.in_processes == in_processes and self.with_torch >= with_torch
 
     def close(self) -> None:
         """Ends the workers: they finish what they are at, and are killed where that takes too long."""
@@ -187,6 +189,8 @@ class WorkerTeam:
             thread.join(SECONDS_TO_END)
         if self._torch_threads:
             torch.set_num_threads(self._torch_threads)
+            convert_float16_by_torch(False)
+            self._torch_threads = 0
         if self._server is not None:
             try:
                 self._server.wait(None if is_idle else SECONDS_TO_END)  # with a limit it looks only now and then
@@ -253,6 +257,7 @@ def fork_workers(with_torch: int, fates_number: int, *numbers: int) -> None:
         numpy.errstate  # noqa: B018  loaded here, so that the workers share it
         if with_torch:
             torch.set_num_threads(1)
+            convert_float16_by_torch(True)
     except Exception as error:  # whatever a library does when it loads; the main process says it
         fates.send((None, f"a library cannot be loaded ({error})"))
         return
@@ -300,6 +305,5 @@ def team_for(
         yield team
         return
     devices.check_device(device)
-    in_processes = byte_count >= SMALL_MERGE_BYTES
-    with WorkerTeam(threads, device, in_processes, with_torch=in_processes and "float16" in dtypes) as own:
+    with WorkerTeam(threads, device, *choose_workers(device, byte_count, dtypes)) as own:
         yield own

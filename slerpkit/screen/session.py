@@ -105,13 +105,14 @@ class Session:
         """Starts the workers for such a primary, where none are there, so that they are ready when they are needed."""
         if self.workers is None and options.device in ("auto", "cpu"):
             threads = plans.choose_threads(options.threads)
-            in_processes = 2 * primary.byte_count >= teams.SMALL_MERGE_BYTES
-            with_torch = in_processes and "float16" in primary.dtypes
-            self.workers = teams.WorkerTeam(threads, in_processes=in_processes, with_torch=with_torch)
+            kind = plans.choose_workers("cpu", 2 * primary.byte_count, primary.dtypes)
+            self.workers = teams.WorkerTeam(threads, "cpu", *kind)
 
     def workers_for(self, plan: MergePlan) -> WorkerTeam | None:
         """The workers that were started, where they can make the plan's child; else the merge has its own."""
-        if self.workers is not None and not self.workers.serves(plan.threads, plan.device, plan.dtypes):
+        if self.workers is not None and not self.workers.serves(
+            plan.threads, plan.device, plan.source_bytes, plan.dtypes
+        ):
             self.close()
         return self.workers
 
