@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 WRAPPER_PARTS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
 # What DDP and DeepSpeed, PEFT and Lightning put before every name. A model's own names may begin so too.
 WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
-DOUBLED = "model.model."
+# Of one more `model.` before all names these tell: no class has a model inside so, or its head.
+DOUBLED = ("model.model.", "model.lm_head.")
 # What names begin with in the classes of transformers: the model inside, by its usual names, and heads.
 USUAL_ROOTS = (
-    "model", "transformer", "backbone", "lm_head", "embed_out", "score", "cls", "final_logits_bias", "shared",
-    "encoder", "decoder", "language_model", "vision_tower", "multi_modal_projector", "visual",
+    "model", "transformer", "backbone", "lm_head", "embed_out", "score", "cls", "bert", "roberta",
+    "final_logits_bias", "shared", "encoder", "decoder", "language_model", "vision_tower", "multi_modal_projector",
+    "visual",
 )  # fmt: skip
 
 

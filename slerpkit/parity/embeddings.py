@@ -100,14 +100,16 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
     return next((value for value in stated if isinstance(value, bool)), None)
 
 
+def is_untied(config: Mapping[str, Any]) -> bool:
+    """Whether the head does not share the embedding's weights, as the config tells or its class is known to mean."""
+    stated = [scope.get("tie_word_embeddings") for scope in language_scopes(config)]
+    stated = [value for value in stated if isinstance(value, bool)]
+    return not any(stated) if stated else config.get("model_type") in UNTIED_BY_DEFAULT
+
+
 def lacks_head(checkpoint: Checkpoint) -> bool:
-    """Whether the head is not tied, by its config or the known default of its class, and is not stored either."""
-    scopes = language_scopes(checkpoint.config)
-    stated = [scope["tie_word_embeddings"] for scope in scopes if type(scope.get("tie_word_embeddings")) is bool]
-    untied = (bool(stated) and not any(stated)) or (
-        not stated and checkpoint.config.get("model_type") in UNTIED_BY_DEFAULT
-    )
-    return untied and len(token_matrices(checkpoint)) == 1 and not stores_head(checkpoint)
+    """Whether the head is not tied, and is not stored either."""
+    return is_untied(checkpoint.config) and bool(token_matrices(checkpoint)) and not stores_head(checkpoint)
 
 
 def stores_head(checkpoint: Checkpoint) -> bool:
@@ -118,7 +120,12 @@ def stores_head(checkpoint: Checkpoint) -> bool:
 
 def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
     """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
-    if is_tied(other.config) is False or len(head.shape) != 2 or head.name not in token_tensors(owner):
+    if (
+        is_tied(other.config) is False
+        or lacks_head(other)
+        or len(head.shape) != 2
+        or head.name not in token_tensors(owner)
+    ):
         return None
     candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
     return candidates[0] if len(candidates) == 1 else None
