@@ -62,12 +62,17 @@ def without_parts(name: str) -> str:
 def wrapper_prefix(names: Collection[str], config: Mapping[str, Any], others: Iterable[Collection[str]]) -> str:
     """What wrappers put before all of a model's names; empty where that cannot be said."""
     sure, prefix, rest = "", "", set(names)
-    while (wrapper := next((w for w in WRAPPER_PREFIXES if may_wrap(w, rest)), None)) is not None:
+    while wrapper := unsure_prefix(rest):
         prefix += wrapper
         rest = {name[len(wrapper) :] for name in rest}
         if is_usual(rest, config) or any(meets_more(rest, names, set(other)) for other in others):
             sure = prefix
     return sure
+
+
+def unsure_prefix(names: Collection[str]) -> str:
+    """What all names begin with as if a wrapper had put it there; empty where there is none."""
+    return next((wrapper for wrapper in WRAPPER_PREFIXES if may_wrap(wrapper, names)), "")
 
 
 def may_wrap(wrapper: str, names: Collection[str]) -> bool:

@@ -30,11 +30,9 @@ def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) ->
     """What keeps a base model from being one, beyond the shapes of its tensors."""
     if base is None:
         return []
-    mismatches = [
-        *check_quantisation(primary, base),
-        *check_soundness(primary, base),
-        *compare_configs(primary, base, any_depth),
-    ]
+    of_primary = {m.subject for m in (*check_quantisation(primary, primary), *check_soundness(primary, primary))}
+    broken = [*check_quantisation(primary, base), *check_soundness(primary, base)]
+    mismatches = [m for m in broken if m.subject not in of_primary] + compare_configs(primary, base, any_depth)
     return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in mismatches if m.severity == "blocking"]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import natural_order
+from slerpkit.parents.wrappers import unsure_prefix
 from slerpkit.parity.embeddings import UNSTORED_HEAD, belied_sizes, lacks_head, stores_head, vocabulary_rows
 from slerpkit.parity.report import Mismatch
 
@@ -110,9 +111,17 @@ def check_stated_rows(primary: Checkpoint, secondary: Checkpoint) -> list[Mismat
 
 
 def check_wrappers(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
-    """One line where names were not the model's own."""
-    taken = primary.wrappers, secondary.wrappers
-    if not any(taken):
-        return []
-    why = "What a wrapper around the model put into its tensors' names is taken off; the child is without it."
-    return [Mismatch("resolved", "wrappers", *(", ".join(parts) or "none" for parts in taken), why)]
+    """What to know of names that were not the model's own, or may not be."""
+    parents = primary, secondary
+    taken = [", ".join(parent.wrappers) or "none" for parent in parents]
+    left = [unsure_prefix(parent.tensors) or "none" for parent in parents]
+    mismatches = []
+    if taken != ["none", "none"]:
+        why = "What a wrapper around the model put into its tensors' names is taken off; the child is without it."
+        mismatches.append(Mismatch("resolved", "wrappers", *taken, why))
+    if left != ["none", "none"]:
+        why = (
+            "All names begin so, as a wrapper leaves them. The child keeps the primary's; see that its class has them."
+        )
+        mismatches.append(Mismatch("notice", "prefix of names", *left, why))
+    return mismatches
