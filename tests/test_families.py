@@ -222,6 +222,34 @@ def test_a_checkpoint_of_an_older_version_merges_with_one_of_todays(tmp_path, pa
     assert loaded[0] == loaded[1]
 
 
+WRAPPED = {
+    "GPTNeoXForCausalLM": "module.",
+    "GPT2LMHeadModel": "_orig_mod.",
+    "T5ForConditionalGeneration": "base_model.model.",
+    "Gemma2ForCausalLM": "model.",
+    "BertForMaskedLM": "_forward_module.module.",
+}
+
+
+@pytest.mark.parametrize("wrapped", [*ROLES, "both"])
+@pytest.mark.parametrize("architecture", WRAPPED)
+def test_a_child_of_a_wrapped_model_has_the_names_of_its_class(tmp_path, parents, architecture, wrapped):
+    folders = {role: make_family_parent(tmp_path / role, architecture, seed) for seed, role in enumerate(ROLES)}
+    plain = {role: load_tensors(folder) for role, folder in folders.items()}
+    for role, folder in folders.items():
+        if wrapped in (role, "both"):
+            rename(folder, lambda name: WRAPPED[architecture] + name)
+    parents.watch(*folders.values())
+    child = merge(*folders.values(), tmp_path / "child", 0.3).child
+    found = load_tensors(child)
+    assert found.keys() == plain["primary"].keys()
+    for name, left in plain["primary"].items():
+        right = plain["secondary"][name]
+        assert distance(found[name], left, right, reference_slerp(left, right, 0.3)) <= 0.51, name
+    _, report = getattr(transformers, architecture).from_pretrained(child, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+
+
 def test_names_are_exchanged_only_where_nothing_is_in_doubt(tmp_path):
     """A projector and a resampler of one shape are not each other's, whatever else pairs."""
     primary, secondary = (make_family_parent(tmp_path / role, "LlamaForCausalLM", n) for n, role in enumerate(ROLES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tests.builders import (
 )
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+INTEGERS, FLOATS = torch.ones(4, 2).long(), torch.ones(4)
 
 
 def parity_of(primary: Path, secondary: Path, dtype: str = "auto") -> ParityReport:
@@ -49,7 +51,7 @@ def compare_tensors(
 ) -> ParityReport:
     """The report on two Llamas with these tensors changed; a value of ... removes a tensor."""
     for seed, role, changes in ((1, "primary", left), (2, "secondary", right)):
-        tensors = {name: t for name, t in {**llama_tensors(seed), **changes}.items() if t is not ...}
+        tensors = {name: t.clone() for name, t in {**llama_tensors(seed), **changes}.items() if t is not ...}
         make_checkpoint(folder / role, tensors, config)
     return parity_of(folder / "primary", folder / "secondary")
 
@@ -258,6 +260,13 @@ def test_a_quantised_parent_is_named_from_its_config(tmp_path, settings, name, r
         ({"q_proj.weight": torch.ones(2).to(torch.float8_e4m3fn)}, "FP8"),
         ({"q_proj.weight": torch.ones(2).to(torch.float8_e5m2)}, "FP8"),
         ({"q_proj.weight_packed": torch.ones(2).int()}, "compressed-tensors"),
+        ({"q_proj.weight": INTEGERS.int(), "q_proj.scales": FLOATS, "q_proj.biases": FLOATS}, "MLX"),
+        ({"q_proj.q_weight": INTEGERS.int(), "q_proj.q_scale_max": FLOATS}, "EXL2"),
+        ({"q_proj.W_q": INTEGERS.byte(), "q_proj.scale": FLOATS, "q_proj.zero": FLOATS}, "HQQ"),
+        ({"q_proj.weight._data": INTEGERS.char(), "q_proj.weight._scale": FLOATS}, "quanto"),
+        ({"q_proj.weight": INTEGERS.char(), "q_proj.weight_scale": FLOATS}, "int8 for weights beside weight_scale"),
+        ({"q_proj.weight": INTEGERS.byte(), "q_proj.bias": FLOATS}, "uint8 for weights"),
+        ({"experts.up_proj": INTEGERS.byte(), "experts.up_proj_scale": FLOATS}, "uint8 for weights beside"),
     ],
 )
 @pytest.mark.parametrize("role", ["primary", "secondary"])
@@ -280,6 +289,86 @@ def test_a_quantised_parent_is_refused_with_the_remedy_that_fits(tmp_path, metho
     edit_json(primary / "config.json", quantization_config={"quant_method": method})
     found = only(parity_of(primary, secondary), "blocking").consequence
     assert (remedy in found) if remedy else found.endswith("use the original, unquantised model.")
+
+
+@pytest.mark.parametrize("stated", [{}, {"quantization_config": {"bits": 4}}], ids=["alone", "twice"])
+def test_a_model_of_mlx_is_named_from_its_config(tmp_path, stated):
+    primary, secondary = make_pair(tmp_path)
+    edit_json(secondary / "config.json", quantization={"group_size": 64, "bits": 4}, **stated)
+    report = parity_of(primary, secondary)
+    (found,) = (found for found in report.of_severity("blocking") if found.subject == "quantisation")
+    assert (found.primary, found.secondary) == ("not quantised", "MLX 4-bit")
+
+
+def test_integers_that_are_no_weights_are_not_quantised(tmp_path):
+    more = {
+        "window.relative_position_index": INTEGERS, "window.logit_scale": FLOATS, "hash.table": INTEGERS.int(),
+        "window.mask": INTEGERS.bool(), "router.ids": torch.ones(4).int(), "router.scale": FLOATS,
+    }  # fmt: skip
+    assert compare_tensors(tmp_path, more, more).mismatches == ()
+
+
+# ── Blocking: parents that are broken by themselves ───────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ending", ["lora_A.default.weight", "lora_magnitude_vector", "modules_to_save.weight"])
+@pytest.mark.parametrize("both", [True, False])
+def test_adapters_among_the_weights_are_refused_with_the_remedy(tmp_path, ending, both):
+    left = {f"model.layers.1.mlp.up_proj.{ending}": torch.ones(4, HIDDEN)}
+    report = compare_tensors(tmp_path, left, left if both else {})
+    found = report.of_severity("blocking")[0]
+    assert (found.subject, found.secondary == "none") == ("adapters", not both)
+    assert "up_proj" in found.primary
+    assert "merge_and_unload" in found.consequence
+
+
+def test_adapters_that_are_the_models_own_are_weights(tmp_path):
+    own = {"model.layers.1.mlp.up_proj.lora_A.speech.weight": torch.ones(4, HIDDEN)}
+    assert compare_tensors(tmp_path, own, own, {**LLAMA_CONFIG, "speech_lora": {"r": 4}}).mismatches == ()
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ({EMBEDDING: torch.zeros(0), "model.norm.weight": torch.zeros(0)}, {}),
+        ({EMBEDDING: torch.zeros(0)}, {EMBEDDING: torch.zeros(0)}),
+        ({"router.bias": torch.ones(4)}, {"router.bias": torch.zeros(0)}),
+    ],
+    ids=["one", "both", "a bias that the other has"],
+)
+def test_weights_that_were_not_gathered_are_refused(tmp_path, left, right):
+    found = compare_tensors(tmp_path, left, right).of_severity("blocking")[0]
+    assert found.subject == "empty weights"
+    assert ("all there" in (found.primary, found.secondary)) is (left.keys() != right.keys() or "router.bias" in left)
+    assert "gather" in found.consequence
+
+
+@pytest.mark.parametrize("tied", [False, ...], ids=["stated", "by its class"])
+@pytest.mark.parametrize("lacking", ["primary", "secondary", "both"])
+def test_a_head_that_is_neither_tied_nor_stored_is_refused(tmp_path, tied, lacking):
+    config = {**LLAMA_CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config = {key: value for key, value in {**config, "tie_word_embeddings": tied}.items() if value is not ...}
+    sides = [{HEAD: ...} if lacking in (role, "both") else {} for role in ("primary", "secondary")]
+    found = only(compare_tensors(tmp_path, *sides, config), "blocking")
+    assert found.subject == ("head" if lacking == "both" else HEAD)
+    assert "none is stored" in found.consequence
+
+
+@pytest.mark.parametrize("broken", ["primary", "base"])
+def test_a_broken_base_is_told_and_a_broken_primary_once(tmp_path, broken):
+    for seed, role in enumerate(("primary", "secondary", "base")):
+        tensors = llama_tensors(seed)
+        if role == broken:
+            tensors["model.norm.weight"] = torch.zeros(0)
+        make_checkpoint(tmp_path / role, tensors)
+    recipe = MergeRecipe(tmp_path / "primary", tmp_path / "secondary", base=tmp_path / "base")
+    found = [name for name in subjects(check_parity(open_parents(recipe), recipe), "blocking") if "empty" in name]
+    assert found == ["empty weights" if broken == "primary" else "empty weights of the base"]
+
+
+def test_a_model_without_a_head_by_nature_lacks_none(tmp_path):
+    config = {**LLAMA_CONFIG, "architectures": ["LlamaModel"]}
+    assert compare_tensors(tmp_path, {HEAD: ...}, {HEAD: ...}, config).mismatches == ()
 
 
 def test_a_gguf_parent_is_named_as_such(tmp_path):
@@ -319,6 +408,63 @@ def test_everything_that_blocks_is_said_at_once_with_both_values(tmp_path):
 # ── Resolved ──────────────────────────────────────────────────────────────────────────────────────
 
 
+WRAPPERS = {
+    "_orig_mod.": lambda name: f"_orig_mod.{name}",
+    "module.": lambda name: f"module.{name}",
+    "base_model.model.": lambda name: f"base_model.model.{name}",
+    "model.": lambda name: f"model.{name}",
+    "_fsdp_wrapped_module.": lambda name: re.sub(r"(layers\.\d+)", r"\1._fsdp_wrapped_module", name),
+    "_forward_module., module.": lambda name: f"_forward_module.module.{name}",
+}
+
+
+@pytest.mark.parametrize("wrapped", ["primary", "secondary", "both"])
+@pytest.mark.parametrize("taken", WRAPPERS)
+def test_what_wrappers_put_into_names_is_taken_off_and_told(tmp_path, wrapped, taken):
+    for seed, role in enumerate(("primary", "secondary")):
+        wrap = WRAPPERS[taken] if wrapped in (role, "both") else str
+        make_checkpoint(tmp_path / role, {wrap(name): tensor for name, tensor in llama_tensors(seed).items()})
+    report = parity_of(tmp_path / "primary", tmp_path / "secondary")
+    found = only(report, "resolved")
+    told = [taken if wrapped in (role, "both") else "none" for role in ("primary", "secondary")]
+    assert (found.subject, found.primary, found.secondary) == ("wrappers", *told)
+    assert {pair.name for pair in report.pairs} == llama_tensors(0).keys()
+    assert all(pair.name == pair.primary.name == pair.secondary.name for pair in report.pairs)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "more"),
+    [
+        ("module.", {"auto_map": {"AutoModel": "modeling.Made"}}),  # a class that nobody here knows
+        ("model.", {"auto_map": {"AutoModel": "modeling.Made"}}),
+        ("module.inner.", {}),
+    ],
+)
+def test_names_that_may_be_the_models_own_stay_and_are_told(tmp_path, prefix, more):
+    sides = [{prefix + name: tensor for name, tensor in llama_tensors(seed).items()} for seed in (1, 2)]
+    for role, tensors in zip(("primary", "secondary"), sides):
+        make_checkpoint(tmp_path / role, tensors, {**LLAMA_CONFIG, **more})
+    report = parity_of(tmp_path / "primary", tmp_path / "secondary")
+    found = only(report, "notice")
+    assert (found.subject, found.primary) == ("prefix of names", re.match(r"\w+\.", prefix)[0])
+    assert {pair.name for pair in report.pairs} == sides[0].keys()
+
+
+def test_names_stay_where_two_would_become_one(tmp_path):
+    twice = {f"_orig_mod.{EMBEDDING}": torch.ones(VOCABULARY, HIDDEN)}
+    assert compare_tensors(tmp_path, twice, twice).mismatches == ()
+
+
+@pytest.mark.parametrize("wrong", ["primary", "secondary"])
+def test_a_vocab_size_that_its_rows_belie_is_told(tmp_path, wrong):
+    primary, secondary = make_pair(tmp_path)
+    edit_json(tmp_path / wrong / "config.json", vocab_size=VOCABULARY + 16)
+    found = only(parity_of(primary, secondary), "resolved")
+    told = [f"{VOCABULARY} rows", f"{VOCABULARY} rows"]
+    told[wrong == "secondary"] = f"{VOCABULARY + 16} stated, {VOCABULARY} rows"
+    assert (found.subject, found.primary, found.secondary) == ("vocab_size", *told)
+
+
 @pytest.mark.parametrize("tied", [True, ...], ids=["stated", "not stated"])
 @pytest.mark.parametrize("scope", ["top", "text_config"])
 def test_a_secondary_without_a_head_lends_its_embedding(tmp_path, tied, scope):
@@ -327,6 +473,7 @@ def test_a_secondary_without_a_head_lends_its_embedding(tmp_path, tied, scope):
         inner = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied}
         changes = dict.fromkeys(inner, ...)
         changes[scope] = {key: value for key, value in inner.items() if value is not ...}
+    changes["model_type"] = "granite"  # what its silence means is not known
     config = {key: value for key, value in {**LLAMA_CONFIG, **changes}.items() if value is not ...}
     left, right = llama_tensors(1), llama_tensors(2)
     del right[HEAD]

@@ -431,7 +431,22 @@ def test_two_tokens_of_one_id_are_told(tmp_path):
     assert "gives 1 of its tokens the id of another" in warning
 
 
+@pytest.mark.parametrize("source", ["primary", "secondary"])
+@pytest.mark.parametrize("inner", [{}, {"text_config": {"vocab_size": 7}}], ids=["top", "inside too"])
+def test_a_vocab_size_that_its_rows_belie_is_put_right_in_the_child(tmp_path, source, inner):
+    primary = make_parent(tmp_path / "primary", 1, WORDS)
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN)
+    edit_json(primary / "config.json", vocab_size=32_000, **inner)
+    child = merge(primary, secondary, tmp_path / "child", tokenizer=source).child
+    config, rows = json.loads((child / "config.json").read_text()), len(load_tensors(child)[EMBEDDING])
+    assert rows == len(load_tensors(tmp_path / source)[EMBEDDING])
+    assert {config["vocab_size"], *(config[key]["vocab_size"] for key in inner)} == {rows}
+
+
 # ── Heads ───────────────────────────────────────────────────────────────────────────────────────
+
+
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
 
 
 def make_head(folder: Path, seed: int, head: str, **config: Any) -> Path:
@@ -464,7 +479,8 @@ def make_head(folder: Path, seed: int, head: str, **config: Any) -> Path:
 )
 def test_the_child_says_of_its_head_what_its_weights_are(tmp_path, parents, primary, secondary, stored, tied):
     folders = [
-        make_head(tmp_path / role, seed, head, tie_word_embeddings=tie)
+        # Of a class whose silence is not known to mean anything.
+        make_head(tmp_path / role, seed, head, tie_word_embeddings=tie, **(GRANITE if tie is ... else {}))
         for seed, (role, (head, tie)) in enumerate({"primary": primary, "secondary": secondary}.items())
     ]
     parents.watch(*folders)

@@ -21,6 +21,7 @@ from slerpkit.messages import SlerpMergeError, format_bytes, format_count, forma
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
 from slerpkit.parents.tensors import TORCH_NAMES, broken_file
+from slerpkit.parents.wrappers import unwrap
 
 if TYPE_CHECKING:
     from slerpkit.parents.tensors import TensorInfo
@@ -80,6 +81,7 @@ class Checkpoint:
     storage: str  # "safetensors" or "pickle"
     # Of each file that a merge reads, by name: (bytes, nanoseconds of its last change).
     file_stats: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()  # what was taken off the names that its tensors are stored under
 
     @property
     def parameter_count(self) -> int:
@@ -372,7 +374,16 @@ class Parents:
         return {"primary": self.primary, "secondary": self.secondary, **base}
 
 
+def without_wrappers(*models: Checkpoint) -> tuple[Checkpoint, ...]:
+    """Models that are to be merged, their tensors under the names that their classes have for them."""
+    unwrapped = unwrap([model.tensors for model in models], [model.config for model in models])
+    return tuple(
+        dataclasses.replace(model, tensors=tensors, wrappers=taken)
+        for model, (tensors, taken) in zip(models, unwrapped)
+    )
+
+
 def open_parents(recipe: MergeRecipe) -> Parents:
     """The models that a recipe names. Reads headers only; raises SlerpMergeError as open_checkpoint does."""
-    base = None if recipe.base is None else open_checkpoint(recipe.base)
-    return Parents(open_checkpoint(recipe.primary), open_checkpoint(recipe.secondary), base)
+    folders = [folder for folder in (recipe.primary, recipe.secondary, recipe.base) if folder is not None]
+    return Parents(*without_wrappers(*map(open_checkpoint, folders)))

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
-from slerpkit.parents.checkpoint import open_checkpoint, open_parents
+from slerpkit.parents.checkpoint import open_checkpoint, open_parents, without_wrappers
 from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_companions
-from slerpkit.parity.configs import check_quantisation, compare_configs
+from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
+from slerpkit.parity.quantisation import check_quantisation
 from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.parity.soundness import check_soundness, check_wrappers
 from slerpkit.parity.vocabulary import align_vocabularies
 from slerpkit.recipe import MergeRecipe
 
@@ -28,7 +30,9 @@ def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) ->
     """What keeps a base model from being one, beyond the shapes of its tensors."""
     if base is None:
         return []
-    mismatches = [*check_quantisation(primary, base), *compare_configs(primary, base, any_depth)]
+    of_primary = {m.subject for m in (*check_quantisation(primary, primary), *check_soundness(primary, primary))}
+    broken = [*check_quantisation(primary, base), *check_soundness(primary, base)]
+    mismatches = [m for m in broken if m.subject not in of_primary] + compare_configs(primary, base, any_depth)
     return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in mismatches if m.severity == "blocking"]
 
 
@@ -44,9 +48,11 @@ def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
     """Why a model cannot be merged with the primary, in a few words; None where headers show no reason."""
     if primary.folder.resolve() == other.folder.resolve():
         return "the primary itself"
+    primary, other = without_wrappers(primary, other)
     renamed, _ = rename_to_match(other, primary)
     _, unpaired = pair_tensors(primary, renamed)
-    for m in (*check_quantisation(primary, other), *compare_configs(primary, other), *unpaired):
+    own = *check_quantisation(primary, other), *check_soundness(primary, renamed)
+    for m in (*own, *compare_configs(primary, other), *unpaired):
         if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
             return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
     return None
@@ -69,10 +75,12 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     mismatches = [
         *row_mismatches,
         *check_quantisation(primary, secondary),
+        *check_soundness(primary, renamed_secondary),
         *compare_configs(primary, secondary, any_depth=bool(slices)),
         *check_base(primary, base, any_depth=bool(slices)),
         *check_slices(slices, primary, renamed_secondary),
         *tied_copies,
+        *check_wrappers(primary, secondary),
         *other_names,
         *unpaired,
         *check_dtypes(primary, renamed_secondary, recipe.dtype),

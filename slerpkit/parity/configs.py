@@ -1,7 +1,7 @@
-"""Two config.json files held against each other; what a config says of layers, tokens, quantisation.
+"""Two config.json files held against each other; what a config says of layers and tokens.
 
-Of tensors it asks names and dtypes alone, and those only to tell quantised models. Settings are judged by their names,
-whatever the architecture; none has code of its own here. Read report.py before this.
+Settings are judged by their names, whatever the architecture; none has code of its own here. Read report.py before
+this.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import shorten
-from slerpkit.parents.tensors import TORCH_NAMES
 from slerpkit.parity.report import Mismatch
 
 if TYPE_CHECKING:
@@ -40,21 +39,6 @@ CAPACITY_KEY = re.compile(r"max_position_embeddings|n_positions|n_ctx|max_seq_le
 DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
 DTYPE_KEYS = ("dtype", "torch_dtype")
-# Tensors that only quantised checkpoints have, and the scheme that leaves them.
-QUANTISED_NAMES = (
-    (re.compile(r"\.(g_idx|qzeros)$"), "GPTQ or AWQ"),
-    (re.compile(r"\.(absmax|quant_map|quant_state\S*)$"), "bitsandbytes 4-bit"),
-    (re.compile(r"\.(SCB|weight_format)$"), "bitsandbytes 8-bit"),
-    (re.compile(r"_proj_(blocks|scales)$"), "MXFP4"),
-    (re.compile(r"\.(weight_packed|weight_zero_point)$"), "compressed-tensors"),
-    (re.compile(r"\.weight_scale_inv$"), "FP8"),
-)
-# What to do about a scheme, where there is more to do than to take the original model.
-QUANTISATION_REMEDIES = {
-    "bitsandbytes": "or load it with transformers, call dequantize() on it and save that",
-    "FP8": "or load it with FineGrainedFP8Config(dequantize=True) of transformers 5 and save that",
-    "MXFP4": "or load it with Mxfp4Config(dequantize=True) of transformers and save that",
-}
 # Rotary settings that stood by themselves, and their names among the others.
 ROPE_KEYS = {
     "rope_theta": "rope_theta",
@@ -182,36 +166,6 @@ def judge_config_key(key: str, primary_value: Any, secondary_value: Any) -> Mism
     else:
         why = "The child keeps the primary's value."
     return Mismatch("notice", key, *values, why)
-
-
-def quantisation_scheme(checkpoint: Checkpoint) -> str | None:
-    """The name of the scheme a checkpoint is quantised with, from its config or its tensors; None where it is not."""
-    settings = checkpoint.config.get("quantization_config")
-    if isinstance(settings, dict):
-        bits = next((f" {number}-bit" for number in (4, 8) if settings.get(f"load_in_{number}bit")), "")
-        method = str(settings.get("quant_method") or ("bitsandbytes" if bits else "an unnamed scheme"))
-        spellings = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "mxfp4": "MXFP4"}
-        return spellings.get(method.lower(), method) + bits
-    for name, info in checkpoint.tensors.items():
-        for pattern, scheme in QUANTISED_NAMES:
-            if pattern.search(name):
-                return scheme
-        if info.dtype.startswith("F8_"):
-            return "FP8"
-        if info.dtype not in TORCH_NAMES:
-            return f"packed {info.dtype}"
-    return None
-
-
-def check_quantisation(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
-    """One blocking line where either parent is quantised."""
-    schemes = quantisation_scheme(primary), quantisation_scheme(secondary)
-    if not any(schemes):
-        return []
-    remedies = [QUANTISATION_REMEDIES.get(scheme.partition(" ")[0]) for scheme in schemes if scheme]
-    advice = ["use the original, unquantised model", *dict.fromkeys(remedy for remedy in remedies if remedy)]
-    why = f"Quantised weights cannot be interpolated; {', '.join(advice)}."
-    return [Mismatch("blocking", "quantisation", *(scheme or "not quantised" for scheme in schemes), why)]
 
 
 def stated_depth(config: Mapping[str, Any]) -> int | None:

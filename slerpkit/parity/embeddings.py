@@ -22,13 +22,27 @@ if TYPE_CHECKING:
 
 # Words in the names of tensors; which tensor is which follows from its shape where that is clear.
 EMBEDDING_NAME = re.compile(
-    r"embed_tokens\.weight|word_embeddings?\.weight|wte\.weight|embed_in\.weight|shared\.weight"
+    r"embed_tokens\.weight|word_embeddings?\.weight|wte\.weight|embed_in\.weight|shared\.weight|tok_embeddings\.weight"
+    r"|^(\w+\.)?embeddings?\.weight"
 )
 # Where several matrices share their weights, the embedding is stored under its own name or as the shared one.
 INPUT_EMBEDDING_NAMES = (
     re.compile(r"shared"), EMBEDDING_NAME, re.compile(r"embeddings|embed_tokens|wte"), re.compile("emb"),
 )  # fmt: skip
 TOKEN_NAME = re.compile(r"emb|wte|shared|head|output|proj_out|decoder\.(weight|bias)$|predictions\.bias$|logits")
+# What else is called a head, of however many rows, outside layers.
+HEAD_NAME = re.compile(
+    r"(^|\.)(\w*head\w*|embed_out|output\w*|\w*proj_out|\w*projector|\w*logits\w*|score|cls|lm_loss)\."
+)
+UNSTORED_HEAD = (
+    "By its config the head is not tied to the embedding, and none is stored, so a random one would be made. If they "
+    "are tied, state tie_word_embeddings true in its config.json; otherwise save the model again with its head."
+)
+# Models whose class does not tie where the config is silent.
+UNTIED_BY_DEFAULT = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_neox", "phi", "phi3", "stablelm",
+    "olmo", "olmo2", "deepseek_v3",
+)  # fmt: skip
 OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
 
 
@@ -44,6 +58,13 @@ def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
         if EMBEDDING_NAME.search(info.name) and len(info.shape) == 2 and has_token_rows(info, info.shape[0])
     }
     return row_counts.pop() if len(row_counts) == 1 else None
+
+
+def belied_sizes(checkpoint: Checkpoint) -> list[int]:
+    """What a config states as vocab_size, where the rows of the embedding are others; empty where they agree."""
+    stated = [scope.get("vocab_size") for scope in language_scopes(checkpoint.config)]
+    sizes, rows = [size for size in stated if type(size) is int], vocabulary_rows(checkpoint)
+    return [] if rows is None or rows in sizes else list(dict.fromkeys(sizes))
 
 
 def has_token_rows(info: TensorInfo, rows: int | None) -> bool:
@@ -79,9 +100,32 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
     return next((value for value in stated if isinstance(value, bool)), None)
 
 
+def is_untied(config: Mapping[str, Any]) -> bool:
+    """Whether the head does not share the embedding's weights, as the config tells or its class is known to mean."""
+    stated = [scope.get("tie_word_embeddings") for scope in language_scopes(config)]
+    stated = [value for value in stated if isinstance(value, bool)]
+    return not any(stated) if stated else config.get("model_type") in UNTIED_BY_DEFAULT
+
+
+def lacks_head(checkpoint: Checkpoint) -> bool:
+    """Whether the head is not tied, and is not stored either."""
+    return is_untied(checkpoint.config) and bool(token_matrices(checkpoint)) and not stores_head(checkpoint)
+
+
+def stores_head(checkpoint: Checkpoint) -> bool:
+    """Whether there is a head beside the embedding, as rows or names tell."""
+    named = any(HEAD_NAME.search(name) and find_layer(name) is None for name in checkpoint.tensors)
+    return named or len(token_matrices(checkpoint)) > 1
+
+
 def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
     """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
-    if is_tied(other.config) is False or len(head.shape) != 2 or head.name not in token_tensors(owner):
+    if (
+        is_tied(other.config) is False
+        or lacks_head(other)
+        or len(head.shape) != 2
+        or head.name not in token_tensors(owner)
+    ):
         return None
     candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
     return candidates[0] if len(candidates) == 1 else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import TORCH_NAMES, find_layer, layer_positions, natural_order, renumber
 from slerpkit.parity.configs import stated_depth
-from slerpkit.parity.embeddings import find_tied_source, shape_per_token
+from slerpkit.parity.embeddings import UNSTORED_HEAD, find_tied_source, lacks_head, shape_per_token, token_tensors
 from slerpkit.parity.report import LayerSource, Mismatch, TensorSources
 
 if TYPE_CHECKING:
@@ -212,8 +212,8 @@ def judge_unpaired(
         return [*resolved, Mismatch("blocking", f"layout of {len(sizes[0])} layers", *examples, why)]
     return [
         *resolved,
-        *missing_tensors(primary, only_primary, "primary"),
-        *missing_tensors(secondary, unexplained, "secondary"),
+        *missing_tensors(primary, only_primary, "primary", secondary),
+        *missing_tensors(secondary, unexplained, "secondary", primary),
     ]
 
 
@@ -320,13 +320,15 @@ def same_shape_per_token(info: TensorInfo, counterpart: TensorInfo | None) -> bo
     return info.shape == counterpart.shape or (len(info.shape) == 2 and info.shape[1] == counterpart.shape[1])
 
 
-def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str) -> list[Mismatch]:
-    """One blocking line for all the tensors that a single parent, `holder`, has."""
+def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str, other: Checkpoint) -> list[Mismatch]:
+    """One blocking line for all the tensors that a single parent, `holder`, has and the other lacks."""
     if not names:
         return []
     presence = ("present", "missing") if role == "primary" else ("missing", "present")
     subject = format_names(sorted(names, key=natural_order))
     why = f"{len(names)} tensor{'s' * (len(names) > 1)} of {holder.name} without a counterpart."
+    if lacks_head(other) and token_tensors(holder).keys() >= set(names):
+        why = UNSTORED_HEAD
     return [Mismatch("blocking", subject, *presence, why)]
 
 
