@@ -29,8 +29,9 @@ FLOORS = (
     "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
     " slerpkit.parents.checkpoint",
     "slerpkit.recipe_file slerpkit.recipe_writer",
-    "slerpkit.parity.report slerpkit.parity.configs slerpkit.parity.embeddings slerpkit.parity.vocabulary"
-    " slerpkit.parity.pairing slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
+    "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.embeddings"
+    " slerpkit.parity.vocabulary slerpkit.parity.pairing slerpkit.parity.chat slerpkit.parity.kinship"
+    " slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
     " slerpkit.merge.journal"
     " slerpkit.merge.plan slerpkit.merge.events slerpkit.merge.arithmetic slerpkit.merge.recompute"
