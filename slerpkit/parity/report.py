@@ -6,6 +6,7 @@ Descriptions alone: what differs is found and judged by the modules after this o
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -169,7 +170,7 @@ class ParityReport:
         ]
         hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
         if self.acceptable:
-            flags = " ".join(f"--accept {name}" for name in self.acceptable)
+            flags = " ".join(f"--accept {shlex.quote(name)}" for name in self.acceptable)
             hint += f" If you know that the child comes out right all the same: {printable(flags)}"
         if any(m.subject == "quantisation" for m in blocking):
             hint = "Choose the original, unquantised models; quantise the child afterwards."

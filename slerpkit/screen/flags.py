@@ -334,7 +334,7 @@ def equivalent_command(
         if value != usual[name]:
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
             words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
-    words += [word for key in recipe.accept if key not in defaults.accept for word in ("--accept", key)]
+    words += [word for key in recipe.accept if recipe.accept != defaults.accept for word in ("--accept", key)]
     words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
     return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])
