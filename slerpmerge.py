@@ -171,6 +171,9 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if not arguments.dry_run:
         session.start_workers(parents.primary, options)  # they load what they need meanwhile
     parity = story.check_parity(parents, recipe)
+    if parity.acceptable and session.accepts(parity):
+        recipe = dataclasses.replace(recipe, accept=(*recipe.accept, *parity.acceptable))
+        parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
     role = None if arguments.dry_run else parity.offered_template

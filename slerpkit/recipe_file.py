@@ -36,7 +36,7 @@ RECIPE_PARAMETERS = {
 }
 OWN_SETTINGS = (
     "version", "method", "t", "slices_t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base",
-    "chat_template",
+    "chat_template", "accept",
 )  # fmt: skip
 
 
@@ -339,6 +339,9 @@ class RecipeReader:
                 found[name] = self.file.number(keys[name], name)
         if "chat_template" in keys:
             found["chat_template"] = self.file.text(keys["chat_template"], "chat_template")
+        if "accept" in keys:
+            nodes = self.file.items(keys["accept"], "accept")
+            found["accept"] = tuple(self.file.text(node, "accept") for node in nodes)
         if "extrapolate" in keys:
             found["extrapolate"] = self.file.truth(keys["extrapolate"], "extrapolate")
         if "t" in keys:  # t as it was given, which weights would only reproduce up to a rounding

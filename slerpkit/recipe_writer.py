@@ -63,6 +63,7 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         "epsilon": recipe.epsilon,
         "extrapolate": recipe.extrapolate,
         "chat_template": recipe.chat_template,
+        **({"accept": list(recipe.accept)} if recipe.accept else {}),
     }
     if method != "slerp" and recipe.slices and recipe.slices[0].weights is None:
         own["slices_t"] = [recipe_rules(part.schedule) for part in recipe.slices]

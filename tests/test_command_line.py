@@ -812,6 +812,36 @@ def assert_refused(outcome: Outcome, cause: str, hint: str, status: int = 1) -> 
     assert hint in remedy
 
 
+class TestAccept:
+    def test_the_refusal_names_the_flag_and_the_flag_lets_it_pass_with_a_warning(self, run, tmp_path):
+        make_pair(tmp_path)
+        edit_json(tmp_path / "secondary" / "config.json", rope_theta=5e5, rms_norm_eps=1e-5)
+        refused = run(*MERGE)
+        assert_refused(refused, "rms_norm_eps: primary 1e-06, secondary 1e-05", "--accept rms_norm_eps")
+        flags = refused.err[refused.err.index("--accept") :].split()
+        assert flags[::2] == ["--accept", "--accept"]
+        assert_refused(run(*MERGE, *flags[:2]), flags[3], f"--accept {flags[3]}")
+        report = json.loads(run(*MERGE, *flags, "--json").out)
+        assert [entry["subject"] for entry in report["accepted"]] == flags[1::2]
+        warned = [warning for warning in report["warnings"] if "accepted" in warning]
+        assert [warning.partition(":")[0] for warning in warned] == flags[1::2]
+        card = (tmp_path / "child" / "README.md").read_text(encoding="utf-8")
+        assert "## Warning" in card
+        assert "`rms_norm_eps`: 1e-06 in the primary and in the child, 1e-05 in the secondary" in card
+        again = run("--recipe", tmp_path / "child" / "merge_recipe.yaml", "--save-dir", "again", "--yes")
+        assert again.status == 0
+
+    def test_a_base_that_differs_is_accepted_by_the_same_name(self, run, pair, tmp_path):
+        base = make_checkpoint(tmp_path / "base", llama_tensors(3), {**LLAMA_CONFIG, "hidden_act": "gelu"})
+        assert_refused(run(*MERGE, "--base", base), "hidden_act of the base", "--accept hidden_act")
+        assert run(*MERGE, "--base", base, "--accept", "hidden_act").status == 0
+
+    def test_what_is_another_architecture_cannot_be_accepted(self, run, tmp_path):
+        make_pair(tmp_path)
+        edit_json(tmp_path / "secondary" / "config.json", model_type="mistral")
+        assert_refused(run(*MERGE, "--accept", "model_type"), "Different architectures", "same architecture")
+
+
 class TestBadInput:
     @pytest.mark.parametrize(("spoil", "cause", "hint"), BAD_INPUTS, ids=[case[0].__name__ for case in BAD_INPUTS])
     def test_is_refused_with_cause_and_hint_and_nothing_changes(self, run, tmp_path, spoil, cause, hint):

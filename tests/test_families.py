@@ -5,7 +5,9 @@ slerpmerge names none of these families; what differs between them it finds in n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 import transformers
 
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import Checkpoint
+from slerpkit.parity.configs import compare_configs
 from tests.builders import distance, edit_json, load_tensors, merge, reference_slerp, replace_tensors
 
 TOKENS, WIDTH, SEEN = 96, 32, 8
@@ -142,6 +146,86 @@ def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, arch
     shown = output.logits if hasattr(output, "logits") else output.logits_per_text
     assert torch.isfinite(shown).all()
     assert shown.std() > 0
+
+
+# ── Settings that change what the weights mean ──────────────────────────────────────────────────
+
+# What follows the tokenizer or bounds a text is told and not refused; whether a head is tied, its weights tell.
+TOLD = re.compile(
+    r"token_(id|index)|vocab_size|max_position|n_positions|id2label|label2id|dtype|architectures|model_type"
+)
+
+
+def other_values(value: Any) -> list[Any]:
+    """Values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value * 2, value + 1, value - 1]
+    if isinstance(value, float):
+        return [value * 3 + 0.1, value / 2]
+    if value in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"):
+        return ["tanh", "relu"]
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        return [[item * 2 + 0.1 for item in value]]
+    if isinstance(value, list) and len(set(map(str, value))) > 1:
+        return [value[::-1], [value[0]] * len(value)]
+    return [2, 0.5, True] if value is None else []
+
+
+def changed_configs(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(a key's name, the config with another value there) for every key at every depth."""
+    for key, value in config.items():
+        if isinstance(value, dict) and not TOLD.search(key):
+            for name, changed in changed_configs(value, (*path, key)):
+                yield name, {**config, key: changed}
+        elif not TOLD.search(key) and key != "transformers_version":
+            for other in other_values(value):
+                yield ".".join((*path, key)), {**config, key: other}
+
+
+def logits_of(model: torch.nn.Module, architecture: str) -> torch.Tensor:
+    with torch.no_grad():
+        output = model.eval()(**inputs_of(architecture))
+    return output.logits if hasattr(output, "logits") else output.logits_per_text
+
+
+def logits_under(config: dict[str, Any], model: torch.nn.Module, architecture: str) -> torch.Tensor | None:
+    """What a model's weights say under another config; None where that cannot be, or has other shapes."""
+    try:
+        other = type(model)(type(model.config).from_dict(copy.deepcopy(config)))
+        other.load_state_dict(model.state_dict())
+        return logits_of(other, architecture)
+    except Exception:  # whatever a library makes of a value that makes no sense
+        return None
+
+
+QUICK = ("Gemma2ForCausalLM", "FalconForCausalLM", "MixtralForCausalLM", "BertForMaskedLM")
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_setting_that_moves_the_logits_blocks(tmp_path, architecture):
+    config_name, values = FAMILIES[architecture]
+    torch.manual_seed(1)
+    model = getattr(transformers, architecture)(getattr(transformers, config_name)(**copy.deepcopy(values)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    config = {**model.config.to_dict(), "architectures": [architecture]}
+    expected, moving, unsaid = logits_of(model, architecture), set(), set()
+    for key, changed in changed_configs(config):
+        found = logits_under(changed, model, architecture)
+        if found is None or found.shape != expected.shape or torch.allclose(found, expected, atol=1e-4):
+            continue
+        moving.add(key)
+        sides = [Checkpoint(tmp_path, role, side, {}, "safetensors") for role, side in zip(ROLES, (config, changed))]
+        for left, right in (sides, sides[::-1]):
+            if not any(mismatch.severity == "blocking" for mismatch in compare_configs(left, right)):
+                unsaid.add(key)
+    assert moving, "nothing moves the logits"
+    assert unsaid == set()
 
 
 # ── Checkpoints that older versions saved ───────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity
+from slerpkit.parity.config_meaning import flatten_config, readable_config
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.recipe import MergeRecipe
 from tests.builders import (
@@ -168,6 +170,88 @@ def test_nested_language_settings_are_compared(tmp_path):
         "text_config.num_key_value_heads",
         "text_config.rope_parameters.rope_theta",
     ]
+
+
+def of_type(model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a Llama's config one of another type, which keeps no rotary settings unless they are given."""
+    return {"model_type": model_type, "architectures": ..., "rope_theta": ..., **changes}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "default", "other"),
+    [
+        ("olmo2", "rope_theta", 10000.0, 500000.0),
+        ("granite", "residual_multiplier", 1.0, 0.22),
+        ("granite", "attention_multiplier", 1.0, 0.0156),
+        ("stablelm", "use_qkv_bias", False, True),
+        ("starcoder2", "use_bias", True, False),
+        ("glm", "partial_rotary_factor", 0.5, 0.25),
+    ],
+)
+def test_a_setting_left_to_the_class_is_its_default(tmp_path, model_type, key, default, other):
+    silent = of_type(model_type, {})
+    assert compare_configs(tmp_path, silent, {**silent, key: default}).mismatches == ()
+    for number, sides in enumerate(((silent, {**silent, key: other}), ({**silent, key: other}, silent))):
+        found = only(compare_configs(tmp_path / str(number), *sides), "blocking")
+        assert found.accepted_as == found.subject
+        assert key in found.subject
+        assert " by default" in found.primary + found.secondary
+
+
+def test_what_no_class_reads_is_compared_as_it_stands(tmp_path):
+    stranger = {"model_type": "nobody", "architectures": ["Nobody"]}
+    assert compare_configs(tmp_path, stranger, stranger).mismatches == ()
+    for number, changes in enumerate(({"scale_depth": 1.4}, {"rope_theta": ...}, {"mlp_bias": False})):
+        found = only(compare_configs(tmp_path / str(number), stranger, {**stranger, **changes}), "blocking")
+        assert "not stated" in (found.primary, found.secondary)
+
+
+@pytest.mark.parametrize(
+    "refused", [{"num_attention_heads": "four"}, {"rope_scaling": 4}, {"num_hidden_layers": 10**9}], ids=str
+)
+def test_a_config_that_its_class_refuses_is_compared_as_it_stands(tmp_path, refused):
+    report = compare_configs(tmp_path, refused, {**refused, "mlp_bias": False})
+    assert "mlp_bias" in subjects(report, "blocking")
+
+
+def test_what_the_class_does_not_read_is_noted(tmp_path):
+    found = only(compare_configs(tmp_path, {}, {"quiet_alpha": 2}), "notice")
+    assert (found.subject, found.primary, found.secondary) == ("quiet_alpha", "not stated", "2")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_position_embeddings": 128}, {"eos_token_id": 3}, {"use_cache": False}], ids=str
+)
+def test_no_class_is_asked_where_nothing_that_matters_differs(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr("slerpkit.parity.configs.read_meanings", lambda *_: pytest.fail("a class was asked"))
+    assert subjects(compare_configs(tmp_path, {}, changes), "blocking") == []
+
+
+def test_settings_of_another_architecture_are_not_missing(tmp_path):
+    report = compare_configs(tmp_path, {}, {"model_type": "gpt2", "n_inner": 24})
+    assert subjects(report, "blocking") == ["model_type"]
+
+
+def test_a_difference_that_is_accepted_is_noted_and_no_other(tmp_path):
+    both = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    for role, config in (("primary", both), ("secondary", {"rms_norm_eps": 1e-5, "hidden_act": "gelu"})):
+        make_checkpoint(tmp_path / role, llama_tensors(1), {**LLAMA_CONFIG, **config})
+    recipe = MergeRecipe(tmp_path / "primary", tmp_path / "secondary", accept=("hidden_act", "model_type"))
+    report = check_parity(open_parents(recipe), recipe)
+    assert (subjects(report, "blocking"), subjects(report, "notice")) == (["rms_norm_eps"], ["hidden_act"])
+    assert [found.subject for found in report.accepted] == ["hidden_act"]
+    assert report.acceptable == ("rms_norm_eps",)
+    with pytest.raises(SlerpMergeError) as caught:
+        report.raise_if_blocking()
+    assert caught.value.hint.endswith("--accept rms_norm_eps")
+
+
+def test_what_cannot_be_accepted_is_offered_to_nobody(tmp_path):
+    report = compare_configs(tmp_path, {}, {"model_type": "mistral", "hidden_act": "gelu"})
+    assert report.acceptable == ()
+    with pytest.raises(SlerpMergeError) as caught:
+        report.raise_if_blocking()
+    assert "--accept" not in caught.value.hint
 
 
 # ── Blocking: tensors ───────────────────────────────────────────────────────────────────────────
@@ -668,6 +752,26 @@ def test_one_model_given_twice_is_noted(tmp_path):
         ({"pad_token_id": None, "sliding_window": None}, {}),
         ({"transformers_version": "4.30.0", "_name_or_path": "a/b"}, {"transformers_version": "5.0.0"}),
         ({"use_cache": True, "attention_dropout": 0.1}, {"use_cache": False, "attention_dropout": 0.0}),
+        ({"architectures": ...}, {}),
+        ({"time_step_limit": [0.0, math.inf]}, {"time_step_limit": [0.0, {"__float__": "Infinity"}]}),
+        ({"layer_types": ["mamba", "attention"]}, {"layer_types": ["linear_attention", "full_attention"]}),
+        *(
+            (
+                {"rope_scaling": {"type": first, "short_factor": [1.0]}},
+                {"rope_scaling": {"rope_type": second, "short_factor": [1.0]}},
+            )
+            for first, second in (("su", "longrope"), ("default", "axial"), ("mrope", "default"))
+        ),
+        (
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {
+                "rope_theta": ...,
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            },
+        ),
         ({"text_config": {"rope_theta": 1e4}}, {"text_config": {"rope_parameters": {"rope_theta": 1e4}}}),
         (
             {"text_config": {"num_attention_heads": 4, "hidden_size": 16}},
@@ -677,6 +781,22 @@ def test_one_model_given_twice_is_noted(tmp_path):
 )
 def test_one_meaning_under_two_spellings_is_no_difference(tmp_path, left, right):
     assert compare_configs(tmp_path, left, right).mismatches == ()
+
+
+@pytest.mark.parametrize(
+    "scaling", [{"rope_type": "default"}, {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0}], ids=str
+)
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_rotary_settings_stand_apart_for_an_older_class(scaling, place):
+    together = {"rope_parameters": {**scaling, "rope_theta": 5e5, "partial_rotary_factor": 0.5}, "hidden_size": 16}
+    config = together if place == "top" else {place: together}
+    read = readable_config(config, apart=True)
+    inner = read if place == "top" else read[place]
+    assert "rope_parameters" not in inner
+    assert (inner["rope_theta"], inner["partial_rotary_factor"]) == (5e5, 0.5)
+    assert inner["rope_scaling"] == (scaling if scaling["rope_type"] == "yarn" else None)
+    assert flatten_config(read) == flatten_config(config)
+    assert readable_config(config, apart=False) == config
 
 
 def test_models_saved_by_transformers_have_nothing_to_report(tmp_path):

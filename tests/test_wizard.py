@@ -348,6 +348,21 @@ class TestSession:
             assert terminal.exit_status() == 0
         assert (tmp_path / "child" / "chat_template.jinja").exists() is (answer == "y")
 
+    @pytest.mark.parametrize("answer", ["y", ""])
+    def test_settings_that_alone_forbid_the_merge_are_asked_about_and_enter_says_no(self, tmp_path, parents, answer):
+        primary, secondary = make_pair(tmp_path)
+        edit_json(secondary / "config.json", rms_norm_eps=1e-5)
+        parents.watch(primary, secondary)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("in different ways. Merge all the same?", answer)
+            if answer:
+                terminal.answer("Start the merge?", "y")
+                terminal.answer("Load the child with transformers", "n")
+                terminal.answer("What now?")
+            assert terminal.exit_status() == (0 if answer else 1)
+            assert ("--accept rms_norm_eps" in terminal.text) or not answer
+        assert (tmp_path / "child").exists() is bool(answer)
+
     def test_strangers_are_not_merged_by_a_plain_enter(self, tmp_path, parents):
         for seed, name in enumerate(("primary", "secondary"), 1):
             make_checkpoint(tmp_path / name, llama_tensors(seed, likeness=0))

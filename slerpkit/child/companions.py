@@ -97,6 +97,8 @@ def adapt_tokenizer(plan: MergePlan, folder: Path) -> None:
 def write_child_config(plan: MergePlan, folder: Path) -> None:
     """config.json: the primary's, key by key, with what is another in the child."""
     config = dict(plan.parents.primary.config)
+    if not config.get("architectures") and plan.parents.secondary.config.get("architectures"):
+        config["architectures"] = plan.parents.secondary.config["architectures"]  # some versions leave them out
     vocabulary = plan.parity.vocabulary
     if vocabulary.tokenizer_source == "secondary":
         config = follow_tokens(config, plan.parents.secondary.config, vocabulary, "primary")

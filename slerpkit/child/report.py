@@ -111,6 +111,7 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
         "tokenizer_from": plan.tokenizer_role,
         "chat_template_from": plan.template_role,
         **plan.parity.as_dict(),
+        "accepted": [mismatch.as_dict() for mismatch in plan.parity.accepted],
         "checks": list(verified.checks),
         "warnings": list(verified.warnings),
         "findings": [],
@@ -188,7 +189,7 @@ def card_front(report: Mapping[str, Any]) -> str:
 def card_block(report: Mapping[str, Any]) -> str:
     """The part of a card that tells what the report tells, between two marks."""
     parts = [CARD_MARKS[0], ""]
-    for section in (card_recipe, card_rules, card_resolved):
+    for section in (card_recipe, card_rules, card_resolved, card_accepted):
         lines = section(report)
         parts += [*lines, ""] if lines else []
     return "\n".join([*parts, findings_block(report) + CARD_MARKS[1], ""])
@@ -241,3 +242,14 @@ def card_resolved(report: Mapping[str, Any]) -> list[str]:
     resolved = report.get("resolved", [])
     lines = [f"- `{table_cell(entry['subject'])}`: {table_cell(entry['consequence'])}" for entry in resolved]
     return ["## What was resolved", "", *lines] if lines else []
+
+
+def card_accepted(report: Mapping[str, Any]) -> list[str]:
+    """The differences that the person let pass, as a warning."""
+    lines = [
+        f"- `{table_cell(entry['subject'])}`: {table_cell(entry['primary'])} in the primary and in the child,"
+        f" {table_cell(entry['secondary'])} in the secondary"
+        for entry in report.get("accepted", [])
+    ]
+    warning = "The parents use their weights in different ways; this was accepted, and the child may be worse for it."
+    return ["## Warning", "", warning, "", *lines] if lines else []

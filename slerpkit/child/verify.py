@@ -68,6 +68,10 @@ def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, team:
     ]
     warnings = [plan.kinship.warning] if plan.kinship.warning else []
     warnings += [
+        f"{m.subject}: primary {m.primary}, secondary {m.secondary}; accepted, though both use their weights by it"
+        for m in plan.parity.accepted
+    ]
+    warnings += [
         f"{merged.tensor.name}: {merged.non_finite} values are infinite or not a number"
         for merged in result.tensors
         if merged.non_finite

@@ -35,7 +35,8 @@ def merge_fingerprint(
 ) -> dict[str, Any]:
     """All that the bits of the child's files depend on, as JSON can hold it."""
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    del values["chat_template"]  # it changes no weight
+    for name in ("accept", "chat_template"):  # they change no weight
+        del values[name]
     settings = {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
     return {
         "version": __version__,

@@ -7,6 +7,7 @@ written, and nothing is shown.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,25 @@ from slerpkit.recipe import MergeRecipe
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint, Parents
 
+ACCEPTED = "Accepted; the child uses all its weights by the primary's."
 
-def check_base(primary: Checkpoint, base: Checkpoint | None, any_depth: bool) -> list[Mismatch]:
+
+def accept(mismatches: list[Mismatch], names: Sequence[str]) -> list[Mismatch]:
+    """The mismatches, of which those that the person let pass by name are notices."""
+    return [
+        dataclasses.replace(m, severity="notice", consequence=ACCEPTED) if m.accepted_as in names else m
+        for m in mismatches
+    ]
+
+
+def check_base(primary: Checkpoint, base: Checkpoint | None, recipe: MergeRecipe) -> list[Mismatch]:
     """What keeps a base model from being one, beyond the shapes of its tensors."""
     if base is None:
         return []
     of_primary = {m.subject for m in (*check_quantisation(primary, primary), *check_soundness(primary, primary))}
     broken = [*check_quantisation(primary, base), *check_soundness(primary, base)]
-    mismatches = [m for m in broken if m.subject not in of_primary] + compare_configs(primary, base, any_depth)
+    settings = accept(compare_configs(primary, base, any_depth=bool(recipe.slices)), recipe.accept)
+    mismatches = [m for m in broken if m.subject not in of_primary] + settings
     return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in mismatches if m.severity == "blocking"]
 
 
@@ -76,8 +88,8 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *row_mismatches,
         *check_quantisation(primary, secondary),
         *check_soundness(primary, renamed_secondary),
-        *compare_configs(primary, secondary, any_depth=bool(slices)),
-        *check_base(primary, base, any_depth=bool(slices)),
+        *accept(compare_configs(primary, secondary, any_depth=bool(slices)), recipe.accept),
+        *check_base(primary, base, recipe),
         *check_slices(slices, primary, renamed_secondary),
         *tied_copies,
         *check_wrappers(primary, secondary),
@@ -94,10 +106,14 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
 
 
 def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
-    """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first."""
+    """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first.
+
+    What the person may accept is asked later.
+    """
     recipe = MergeRecipe(primary_folder, secondary_folder)
-    blocking = check_parity(open_parents(recipe), recipe).of_severity("blocking")
-    if blocking:
+    parity = check_parity(open_parents(recipe), recipe)
+    blocking = parity.of_severity("blocking")
+    if blocking and not parity.acceptable:
         worst = blocking[0]
         more = f" And {len(blocking) - 1} more." if len(blocking) > 1 else ""
         what = f"It does not fit the primary: {worst.subject} is {worst.secondary}, not {worst.primary}.{more}"

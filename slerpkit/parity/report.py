@@ -5,8 +5,8 @@ Descriptions alone: what differs is found and judged by the modules after this o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,11 @@ class Mismatch:
     primary: str
     secondary: str
     consequence: str  # why it blocks, the rule that resolves it, or what to know
+    accepted_as: str | None = None  # the name by which the person may let it pass; None: nobody can
+
+    def as_dict(self) -> dict[str, str]:
+        """What reports hold of it."""
+        return {field: getattr(self, field) for field in ("severity", "subject", "primary", "secondary", "consequence")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +137,17 @@ class ParityReport:
     vocabulary: Vocabulary = Vocabulary(None, "neither parent has a tokenizer", (None, None), None)
     offered_template: str | None = None  # the parent whose chat template would fit a child that has none
 
+    @property
+    def acceptable(self) -> tuple[str, ...]:
+        """The settings to accept where they alone forbid the merge; none where something else does too."""
+        names = dict.fromkeys(mismatch.accepted_as for mismatch in self.of_severity("blocking"))
+        return () if None in names else tuple(names)
+
+    @property
+    def accepted(self) -> tuple[Mismatch, ...]:
+        """The differences that the person let pass."""
+        return tuple(m for m in self.of_severity("notice") if m.accepted_as)
+
     def of_severity(self, severity: str) -> tuple[Mismatch, ...]:
         """The mismatches of a severity, as Mismatch has it."""
         return tuple(mismatch for mismatch in self.mismatches if mismatch.severity == severity)
@@ -140,8 +156,8 @@ class ParityReport:
         """What reports hold of it."""
         return {
             "vocabulary": self.vocabulary.as_dict(),
-            "resolved": [dataclasses.asdict(m) for m in self.of_severity("resolved")],
-            "notices": [dataclasses.asdict(m) for m in self.of_severity("notice")],
+            "resolved": [m.as_dict() for m in self.of_severity("resolved")],
+            "notices": [m.as_dict() for m in self.of_severity("notice")],
         }
 
     def raise_if_blocking(self) -> None:
@@ -153,6 +169,9 @@ class ParityReport:
             printable(f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}") for m in blocking
         ]
         hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
+        if self.acceptable:
+            flags = " ".join(f"--accept {shlex.quote(name)}" for name in self.acceptable)
+            hint += f" If you know that the child comes out right all the same: {printable(flags)}"
         if any(m.subject == "quantisation" for m in blocking):
             hint = "Choose the original, unquantised models; quantise the child afterwards."
         raise SlerpMergeError("These parents cannot make a right child:\n  " + "\n  ".join(lines), hint)

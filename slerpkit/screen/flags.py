@@ -159,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
     add("--tokenizer", choices=TOKENIZER_CHOICES, help="whose tokenizer the child gets; union: with the other's tokens")
     add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose it gets (default: the tokenizer's)")
+    add("--accept", action="append", metavar="KEY", help="let a setting differ; refusals name it; may be given again")
     add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
     count = parse_within(int, 1, 1024, "a number of threads from 1 on")
     add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
@@ -252,6 +253,8 @@ def answers_given(arguments: argparse.Namespace) -> Answers:
     settings = {name: value for name, value in given.items() if value is not None}
     if "vectors" in settings:
         settings["vectors"] = VECTORS[settings["vectors"]]
+    if "accept" in settings:
+        settings["accept"] = tuple(settings["accept"])
     with refusals_are_wrong_usage():
         blend = Blend(order_rules(arguments.rules)) if arguments.rules else None
     if arguments.sweep:
@@ -331,6 +334,7 @@ def equivalent_command(
         if value != usual[name]:
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
             words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
+    words += [word for key in recipe.accept if recipe.accept != defaults.accept for word in ("--accept", key)]
     words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
     return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.team import WorkerTeam
     from slerpkit.parents.checkpoint import Checkpoint
+    from slerpkit.parity.report import ParityReport
     from slerpkit.recipe import RunOptions
     from slerpkit.screen import finder, progress, prompts, wizard
     from slerpkit.screen.progress import MergeView
@@ -125,6 +126,15 @@ class Session:
     def offers(self, what: str) -> bool:
         """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""
         return self.asks and self.wizard.prompt.confirm(what, default=True)
+
+    def accepts(self, parity: ParityReport) -> bool:
+        """Whether the person lets pass the settings that alone forbid the merge; Enter alone does not."""
+        if not self.asks or self.arguments.dry_run:
+            return False
+        for mismatch in parity.of_severity("blocking"):
+            line = f"  {mismatch.subject}: primary {mismatch.primary}, secondary {mismatch.secondary}."
+            self.show(printable(line), markup=False)
+        return self.wizard.prompt.confirm("The parents use their weights in different ways. Merge all the same?", False)
 
     def show(self, picture: RenderableType, **how: Any) -> None:
         """Prints for people; nothing with --quiet or --json."""

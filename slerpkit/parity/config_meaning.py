@@ -1,0 +1,186 @@
+"""What a config.json means: one spelling for each setting, and the defaults of the class that reads it.
+
+A class is one of the installed transformers; no code of a model's own runs and nothing is fetched. What follows from a
+difference is not known here (configs.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.lazy import transformers
+from slerpkit.parents.tensors import MAX_LAYER_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Rotary settings that stood by themselves, and their names among the others.
+ROPE_KEYS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "global_rope_theta": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+}
+LOCAL_THETA_KEYS = ("rope_local_base_freq", "local_rope_theta")  # of layers with a sliding window, by themselves
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Sections of a position are told by keys of their own, whatever a version calls their kind.
+ROPE_TYPES = {"su": "longrope", "mrope": "default", "axial": "default"}
+LAYER_TYPES = {"mamba": "linear_attention", "attention": FULL}
+LAYER_TYPE_KEYS = ("layer_types", "layers_block_type")
+LAYER_COUNT_KEY = re.compile(r"layers?$|depth$")
+# What classes need not read: it is judged by other means, and versions disagree on what they take.
+UNREAD_KEYS = ("quantization_config", "auto_map", "dtype", "torch_dtype", "id2label", "label2id")
+UNNESTED_KEYS = ("id2label", "label2id", "quantization_config")  # dicts that are one value
+
+
+def canonical_value(value: Any) -> Any:
+    """A value as every version writes it: lists for tuples, numbers for what JSON has no number for."""
+    if isinstance(value, (list, tuple)):
+        return [canonical_value(item) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"]) if value["__float__"] in ("Infinity", "-Infinity", "NaN") else value
+        return {str(key): canonical_value(item) for key, item in value.items()}
+    return value
+
+
+def canonical_rope_types(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of one kind of layer, with one name for their kind."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rest = {key: value for key, value in rope.items() if key not in ("type", "rope_type")}
+    return {"rope_type": ROPE_TYPES.get(kind, kind) if isinstance(kind, str) else kind, **rest}
+
+
+def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings under one spelling: transformers 5 keeps them together, earlier versions apart."""
+    canonical = dict(config)
+    together = canonical.pop("rope_parameters", None)
+    scaling = canonical.pop("rope_scaling", None)
+    rope = dict(together) if isinstance(together, dict) else {}
+    rope.update(scaling if isinstance(scaling, dict) else {})
+    shared = {name: canonical.pop(key) for key, name in reversed(ROPE_KEYS.items()) if canonical.get(key) is not None}
+    local = [canonical.pop(key) for key in LOCAL_THETA_KEYS if canonical.get(key) is not None]
+    by_layer_type = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    if by_layer_type:
+        canonical["rope_parameters"] = {
+            key: canonical_rope_types({**shared, **value}) for key, value in by_layer_type.items()
+        }
+    elif local:
+        both = {FULL: {**shared, **rope}, SLIDING: {"rope_theta": local[0]}}
+        canonical["rope_parameters"] = {key: canonical_rope_types(value) for key, value in both.items()}
+    elif rope or shared or "num_attention_heads" in canonical:
+        canonical["rope_parameters"] = canonical_rope_types({**shared, **rope})  # unscaled, where nothing is said
+    return canonical
+
+
+def canonical_window(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A sliding window that is switched off is none, however wide it would be; a null says so too."""
+    canonical = dict(config)
+    if not {"sliding_window", "use_sliding_window"} & canonical.keys():
+        return canonical
+    if not (canonical.get("sliding_window") and canonical.get("use_sliding_window", True)):
+        canonical["sliding_window"] = False
+    if canonical.get("use_sliding_window") is False:
+        canonical.pop("max_window_layers", None)
+    return canonical
+
+
+def canonical_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Head counts that are implied, written out, so that saying less is not a difference."""
+    canonical = dict(config)
+    heads, hidden = canonical.get("num_attention_heads"), canonical.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        if canonical.get("head_dim") is None:
+            canonical["head_dim"] = hidden // heads
+        if canonical.get("num_key_value_heads") is None:
+            canonical["num_key_value_heads"] = heads
+    return canonical
+
+
+def canonical_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Kinds of layers under the names of transformers 5."""
+    canonical = dict(config)
+    for key in LAYER_TYPE_KEYS:
+        if isinstance(canonical.get(key), list):
+            canonical[key] = [LAYER_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in canonical[key]]
+    return canonical
+
+
+def flatten_config(config: Mapping[str, Any], with_nulls: bool = False, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys, each in its one spelling.
+
+    with_nulls: of a class's settings a null is a value. In a file it says the same as silence, and is left out.
+    """
+    flat: dict[str, Any] = {}
+    if "rope_type" not in config:  # else these are the rotary settings themselves
+        config = canonical_layers(canonical_window(canonical_heads(canonical_rope(config))))
+    for key, value in config.items():
+        value = canonical_value(value)
+        if isinstance(value, dict) and key not in UNNESTED_KEYS:
+            flat.update(flatten_config(value, with_nulls, f"{prefix}{key}."))
+        elif value is not None or with_nulls:
+            flat[prefix + key] = value
+    return flat
+
+
+def is_too_deep(config: Mapping[str, Any]) -> bool:
+    """Whether a config states more layers than any model has; a class would write out a setting for each."""
+    for key, value in config.items():
+        if key in UNREAD_KEYS:
+            continue
+        if isinstance(value, dict) and is_too_deep(value):
+            return True
+        if LAYER_COUNT_KEY.search(key) and isinstance(value, (int, float)) and value > MAX_LAYER_INDEX:
+            return True
+    return False
+
+
+def readable_config(config: Mapping[str, Any], apart: bool) -> dict[str, Any]:
+    """A config as a class of the installed transformers reads it. apart: its rotary settings stand by themselves."""
+    readable = {}
+    for key, value in config.items():
+        if key in UNREAD_KEYS:
+            continue
+        nested = isinstance(value, dict) and "rope" not in key and value.keys() != {"__float__"}
+        readable[key] = readable_config(value, apart) if nested else canonical_value(copy.deepcopy(value))
+    if apart and isinstance(readable.get("rope_parameters"), dict):
+        rope = readable.pop("rope_parameters")
+        if isinstance(rope.get(SLIDING), dict):
+            theta = rope[SLIDING].get("rope_theta")
+            readable |= {key: theta for key in LOCAL_THETA_KEYS if theta is not None}
+        rope = rope[FULL] if isinstance(rope.get(FULL), dict) else rope
+        readable |= {key: rope[name] for key, name in ROPE_KEYS.items() if rope.get(name) is not None}
+        scaling = {key: value for key, value in rope.items() if key not in ROPE_KEYS}
+        readable["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    return readable
+
+
+def read_meaning(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config's settings as the class of its model_type fills them in; None where no class reads it."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or is_too_deep(config):
+        return None
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        if model_type not in transformers.CONFIG_MAPPING:
+            return None
+        config_class: type[PretrainedConfig] = transformers.CONFIG_MAPPING[model_type]
+        apart = int(transformers.__version__.partition(".")[0]) < 5
+        return config_class.from_dict(readable_config(config, apart)).to_dict()
+    except Exception:  # a class refuses in ways of its own; the caller then compares what the files say, strictly
+        return None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def read_meanings(*configs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The meanings of configs of one model_type; None where a class cannot read every one."""
+    if len({str(config.get("model_type")) for config in configs}) > 1:
+        return None
+    meanings = [read_meaning(config) for config in configs]
+    return None if None in meanings else meanings
