@@ -150,9 +150,10 @@ def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, arch
 
 # ── Settings that change what the weights mean ──────────────────────────────────────────────────
 
-# What follows the tokenizer or bounds a text is told and not refused; whether a head is tied, its weights tell.
+# What follows the tokenizer or bounds a text is told and not refused; whether a head is tied, its weights tell; what is
+# put out beside the logits chooses among implementations of one meaning.
 TOLD = re.compile(
-    r"token_(id|index)|vocab_size|max_position|n_positions|id2label|label2id|dtype|architectures|model_type"
+    r"token_(id|index)|vocab_size|max_position|n_positions|id2label|label2id|dtype|architectures|model_type|^tie_|^output_"
 )
 
 
