@@ -358,7 +358,6 @@ class TestSession:
             if answer:
                 terminal.answer("Start the merge?", "y")
                 terminal.answer("Load the child with transformers", "n")
-                terminal.answer("What now?")
             assert terminal.exit_status() == (0 if answer else 1)
             assert ("--accept rms_norm_eps" in terminal.text) or not answer
         assert (tmp_path / "child").exists() is bool(answer)
