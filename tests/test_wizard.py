@@ -48,6 +48,15 @@ from tests.test_judgement import write_text
 posix_paths = pytest.mark.skipif(os.name == "nt", reason="a backslash separates folders on Windows")
 
 
+def change_secondary_to_third(terminal: Terminal, save_directory: str) -> None:
+    """Answers the questions behind the primary's, and then has another secondary."""
+    terminal.answer("? Secondary model", "secondary")
+    terminal.answer("? Save directory", save_directory)
+    terminal.answer("Start the merge?", "c")
+    terminal.answer("Change which answer?", "secondary")
+    terminal.answer("? Secondary model  (secondary)", "third")
+
+
 def start_and_leave(terminal: Terminal) -> None:
     """Answers the last two questions: start the merge, and do not load the child. All must end well."""
     terminal.answer("Start the merge?", "y")
@@ -951,11 +960,7 @@ class TestWhatAStrangerTried:
         make_checkpoint(tmp_path / "third", llama_tensors(3))
         for typed, asked in (("", True), ("mine", False)):
             with Terminal.start(("--primary", "primary", "--t", "0.5"), folder=tmp_path) as terminal:
-                terminal.answer("? Secondary model", "secondary")
-                terminal.answer("? Save directory", typed)
-                terminal.answer("Start the merge?", "c")
-                terminal.answer("Change which answer?", "secondary")
-                terminal.answer("? Secondary model  (secondary)", "third")
+                change_secondary_to_third(terminal, save_directory=typed)
                 if asked:
                     terminal.answer("? Save directory  (primary-third-slerp-0.5)")
                 terminal.wait_for("third: Llama")
@@ -965,11 +970,7 @@ class TestWhatAStrangerTried:
         make_pair(tmp_path)
         make_checkpoint(tmp_path / "third", llama_tensors(3))
         with Terminal.start(("--primary", "primary", "--t", "0.5"), folder=tmp_path) as terminal:
-            terminal.answer("? Secondary model", "secondary")
-            terminal.answer("? Save directory", "third/child")
-            terminal.answer("Start the merge?", "c")
-            terminal.answer("Change which answer?", "secondary")
-            terminal.answer("? Secondary model  (secondary)", "third")
+            change_secondary_to_third(terminal, save_directory="third/child")
             terminal.wait_for("overlaps a parent's folder")
             terminal.answer("Change which answer?", "save")
             terminal.answer("? Save directory  (primary-third-slerp-0.5)")

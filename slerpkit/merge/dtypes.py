@@ -70,6 +70,15 @@ def convert(stored: numpy.ndarray, out: numpy.ndarray) -> None:
     narrow(values, out)
 
 
+def converted(stored: numpy.ndarray, dtype: numpy.dtype) -> numpy.ndarray:
+    """Stored numbers in a stored dtype: the same array where that is theirs already."""
+    if stored.dtype == dtype:
+        return stored
+    out = numpy.empty(stored.shape, dtype)
+    convert(stored, out)
+    return out
+
+
 def convert_plain(values: numpy.ndarray, out: numpy.ndarray) -> None:
     """Between dtypes that numpy knows. What is not a number becomes the same one, whoever converts float16."""
     is_half = {values.dtype.name, out.dtype.name} == {"float16", "float32"}

@@ -14,7 +14,7 @@ from slerpkit.lazy import numpy
 from slerpkit.maths import slerp_coefficients
 from slerpkit.merge.arithmetic import vector_weights
 from slerpkit.merge.blocks import BlockReader, rows_in
-from slerpkit.merge.dtypes import EPSILON, SMALLEST_NORMAL, convert, stored_dtype, widen
+from slerpkit.merge.dtypes import EPSILON, SMALLEST_NORMAL, converted, stored_dtype, widen
 from slerpkit.merge.tensor_plan import TensorInputs
 from slerpkit.parents.tensors import MAX_FINITE, SAFETENSORS_NAMES, TensorInfo
 
@@ -77,10 +77,7 @@ def read_wide(
     """
     for part, block in blocks.read(tensor, stretch, blended):
         if cast_dtype is not None:
-            rounded = [numpy.empty(stored.shape, stored_dtype(SAFETENSORS_NAMES[cast_dtype])) for stored in block]
-            for stored, out in zip(block, rounded):
-                convert(stored, out)
-            block = rounded
+            block = [converted(stored, stored_dtype(SAFETENSORS_NAMES[cast_dtype])) for stored in block]
         sources = [wide(stored) for stored in block]
         if len(sources) == 3:
             yield part, [sources[0] - sources[2], sources[1] - sources[2]], sources[2]

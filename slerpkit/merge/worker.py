@@ -29,7 +29,7 @@ from slerpkit.merge.arithmetic import (
     vector_weights,
 )
 from slerpkit.merge.blocks import BlockBuffer, BlockReader, rows_in
-from slerpkit.merge.dtypes import convert, count_non_finite, plain
+from slerpkit.merge.dtypes import convert, converted, count_non_finite, plain
 from slerpkit.merge.recompute import recompute, working_dtype
 from slerpkit.merge.tensor_plan import TensorInputs
 from slerpkit.messages import SlerpMergeError, explain_os_error
@@ -194,9 +194,7 @@ class Worker:
         for source, stored in enumerate(block[:2]):
             rows = numpy.flatnonzero(tensor.rows.is_kept(source)[rows_in(tensor, part)])
             if len(rows):
-                rounded = self.round(task, stored.reshape(-1, width)[rows])
-                kept = numpy.empty(rounded.shape, out.dtype)
-                convert(rounded, kept)
+                kept = converted(self.round(task, stored.reshape(-1, width)[rows]), out.dtype)
                 plain(out).reshape(-1, width)[rows] = plain(kept)
 
 
