@@ -69,7 +69,7 @@ class Scene:
 
 def make_parents(folder: Path) -> tuple[Path, Path]:
     """Two tiny fine-tunes of one base that differ as real ones do."""
-    shared = {**LLAMA_CONFIG, "num_hidden_layers": LAYERS, "vocab_size": 32000}
+    shared = {**LLAMA_CONFIG, "num_hidden_layers": LAYERS}
     base = llama_tensors(0, torch.float32, layers=LAYERS)
     folders = []
     for seed, name, dtype, changes in (
