@@ -220,11 +220,11 @@ def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers
     elif decision == "leave":
         session.show(NOTHING_WRITTEN)
     else:
-        roles = plan.parents.by_role
-        path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(plan.recipe, roles, folder))
+        settled, roles = dataclasses.replace(plan, recipe=plan.settled_recipe), plan.parents.by_role
+        path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(settled.recipe, roles, folder))
         session.leave(f"The recipe stands in {path}.")
         session.show(session.closing_note)
-        session.show_command(plan, None, path)
+        session.show_command(settled, None, path)
         if answers.blend.objective is not None:
             session.show("It has t = 0.5, where a search begins. The command that searches:")
             session.show_command(plan, answers.blend.objective)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.files import clean_path, read_bytes
 from slerpkit.lazy import yaml
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.checkpoint import has_tokenizer
 from slerpkit.parents.tensors import MAX_LAYER_INDEX
 from slerpkit.recipe import CHILD_DTYPES, LayerSlice, MergeRecipe
 from slerpkit.schedule import Schedule, ScheduleRule
@@ -314,7 +315,7 @@ class RecipeReader:
                 what = f"chat_template {chosen!r} is not done here"
                 raise self.file.fault(self.top["chat_template"], what, "Leave it out, or write auto.")
         if node is None:
-            return {}
+            return self.tokenizer_of_base_model(sides)
         source = self.file.text(node, "tokenizer_source")
         if source == "base":
             return {"tokenizer": "primary"}
@@ -325,6 +326,12 @@ class RecipeReader:
             what = f"the tokenizer's source {source!r} is not one of the two models"
             raise self.file.fault(node, what, "Name one of them.")
         return {"tokenizer": "primary" if folder == sides[0] else "secondary"}
+
+    def tokenizer_of_base_model(self, sides: tuple[Path, Path]) -> dict[str, Any]:
+        """base_model's, as mergekit has it, where that is one of the two models and has one; else nothing is said."""
+        stated = self.model(self.top["base_model"], "base_model") if "base_model" in self.top else None
+        roles = [role for role, folder in zip(("primary", "secondary"), sides) if folder == stated]
+        return {"tokenizer": roles[0]} if roles and has_tokenizer(stated) else {}
 
     def own_settings(self) -> dict[str, Any]:
         """What this tool's own recipes say beyond mergekit's; the parents' identity there is for people."""

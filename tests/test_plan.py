@@ -24,7 +24,7 @@ from slerpkit.merge.plan import MergePlan
 from slerpkit.merge.save_directory import check_save_directory
 from slerpkit.merge.tensor_plan import TensorPlan, cut_shards, lay_out_shard, plan_shards
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parity.vocabulary import choose_tokenizer
+from slerpkit.parity.tokenizer_source import chat_template, choose_tokenizer
 from slerpkit.schedule import Schedule, ScheduleRule
 from slerpkit.story import execute_merge
 from tests.builders import LLAMA_CONFIG, add_tokenizer, llama_tensors, load_tensors, make_checkpoint, make_pair, plan_of
@@ -555,6 +555,61 @@ def choose(folder: Path, primary: tuple[str, ...], secondary: tuple[str, ...], a
 )
 def test_the_tokenizer_is_that_of_the_parent_with_a_special_tokens_map(tmp_path, primary, secondary, role, reason):
     assert choose(tmp_path, primary, secondary) == (role, reason)
+
+
+TALK = "{{ messages }}"
+VOICES = {
+    "file": ("chat_template.jinja", TALK),
+    "settings": ("tokenizer_config.json", json.dumps({"chat_template": TALK})),
+    "processor": ("chat_template.json", json.dumps({"chat_template": TALK})),
+    "named": ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "rag", "template": TALK}]})),
+    "folder": ("additional_chat_templates/rag.jinja", TALK),
+}
+NO_VOICES = {
+    "empty": ("chat_template.jinja", ""),
+    "nothing": ("tokenizer_config.json", json.dumps({"chat_template": None})),
+    "no text": ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "rag"}, 5]})),
+}
+
+
+def give_voice(folder: Path, voice: str) -> None:
+    name, text = {**VOICES, **NO_VOICES}[voice]
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("voice", [*VOICES, *NO_VOICES])
+@pytest.mark.parametrize("talking", ["primary", "secondary"])
+def test_a_chat_template_that_one_alone_has_wins_over_the_map_of_the_other(tmp_path, talking, voice):
+    mapped = {"primary": "secondary", "secondary": "primary"}[talking]
+    choose(tmp_path, **{talking: FAST, mapped: MAPPED})
+    give_voice(tmp_path / talking, voice)
+    found = choose_tokenizer("auto", tmp_path / "primary", tmp_path / "secondary")
+    if voice in VOICES:
+        assert found == (talking, "it alone has a chat template")
+    else:
+        assert found == (mapped, "it alone has special_tokens_map.json")
+
+
+@pytest.mark.parametrize(("primary", "secondary"), [(MAPPED, FAST), (FAST, FAST), (MAPPED, MAPPED)])
+def test_the_map_decides_where_both_talk_and_the_primary_where_it_does_not(tmp_path, primary, secondary):
+    before = choose(tmp_path, primary, secondary)
+    give_voice(tmp_path / "secondary", "file")
+    if primary != secondary:
+        give_voice(tmp_path / "primary", "settings")
+    assert choose_tokenizer("auto", tmp_path / "primary", tmp_path / "secondary") == before
+
+
+def test_a_chat_template_is_read_as_transformers_finds_it(tmp_path):
+    """Files go before settings; one named default is no other than one without a name."""
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "default", "template": "a"}]})
+    )
+    assert chat_template(tmp_path) == "a"
+    give_voice(tmp_path, "folder")
+    assert json.loads(chat_template(tmp_path)) == {"rag": TALK}
+    (tmp_path / "chat_template.jinja").write_text("b")
+    assert json.loads(chat_template(tmp_path)) == {"default": "b", "rag": TALK}
 
 
 @pytest.mark.parametrize("asked", ["primary", "secondary"])

@@ -29,6 +29,7 @@ from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
     DEVICE,
     LLAMA_CONFIG,
+    add_tokenizer,
     assert_same_bits,
     bits,
     distance,
@@ -245,9 +246,9 @@ def test_golden_child_is_nearer_to_float64(name: str, golden_child: Callable[[st
 def assert_replays(child: Path, again: Path) -> None:
     merge_recipe(child / "merge_recipe.yaml", again)
     first, second = fingerprint(child), fingerprint(again)
-    weights = [name for name in first if "safetensors" in name]
-    assert weights
-    assert {name: first[name] for name in weights} == {name: second.get(name) for name in weights}
+    assert any("safetensors" in name for name in first)
+    same = [name for name in first if "safetensors" in name or "token" in name]
+    assert {name: first[name] for name in same} == {name: second.get(name) for name in same}
     assert first["config.json"] == second["config.json"]
 
 
@@ -304,6 +305,61 @@ def test_child_of_flags_is_replayed_bit_by_bit(name: str, tmp_path: Path) -> Non
         assert recipe["slerpmerge"][role]["name"] == folder.name
         assert re.fullmatch(r"sha256:[0-9a-f]{64}", recipe["slerpmerge"][role]["headers"])
     assert ("base" in recipe["slerpmerge"]) == ("base" in settings)
+    assert_replays(child, tmp_path / "again")
+
+
+# ── Whose tokenizer ──
+
+
+def pair_of_tokenizers(folder: Path) -> tuple[Path, Path]:
+    """Parents of which the secondary's tokenizer is taken where nobody says whose."""
+    primary, secondary = make_pair(folder)
+    add_tokenizer(primary)
+    add_tokenizer(secondary, special_tokens_map=True)
+    return primary, secondary
+
+
+SILENT = {
+    "slerp": ({"merge_method": "slerp", "base_model": "{}", "parameters": {"t": 0.5}}, None),
+    "linear": ({"merge_method": "linear", "base_model": "{}"}, {"weight": 1}),
+    "no base": ({"merge_method": "linear"}, {"weight": 1}),
+}
+
+
+@pytest.mark.parametrize("base_model", ["primary", "secondary"])
+@pytest.mark.parametrize("recipe", SILENT)
+def test_a_recipe_that_is_silent_takes_the_tokenizer_of_its_base_model(tmp_path, recipe, base_model):
+    pair_of_tokenizers(tmp_path)
+    content, parameters = SILENT[recipe]
+    models = [
+        {"model": f"./{name}"} | ({"parameters": parameters} if parameters else {}) for name in ("primary", "secondary")
+    ]
+    content = {**content, "models": models} | ({"base_model": f"./{base_model}"} if "base_model" in content else {})
+    file = write(tmp_path / "silent.yaml", yaml.safe_dump(content))
+    plan = plan_of_file(file, tmp_path / "child")
+    expected = base_model if "base_model" in content else "secondary"
+    assert plan.parents.by_role[plan.tokenizer_role].folder.name == expected
+    said = write(tmp_path / "said.yaml", yaml.safe_dump({**content, "tokenizer_source": "./secondary"}))
+    plan = plan_of_file(said, tmp_path / "child")
+    assert plan.parents.by_role[plan.tokenizer_role].folder.name == "secondary"
+
+
+def test_a_base_model_without_a_tokenizer_leaves_it_to_the_rule(tmp_path):
+    _, secondary = make_pair(tmp_path)
+    add_tokenizer(secondary)
+    content = {"merge_method": "slerp", "base_model": "./primary", "parameters": {"t": 0.5},
+               "models": [{"model": "./primary"}, {"model": "./secondary"}]}  # fmt: skip
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", yaml.safe_dump(content)), tmp_path / "child")
+    assert plan.tokenizer_role == "secondary"
+
+
+@pytest.mark.parametrize("method", ["slerp", "lerp", "nuslerp"])
+@pytest.mark.parametrize("asked", ["auto", "primary", "union"])
+def test_the_recipe_of_a_child_states_whose_tokenizer_it_has(tmp_path, asked, method):
+    primary, secondary = pair_of_tokenizers(tmp_path)
+    child = merge(primary, secondary, tmp_path / "child", method=method, tokenizer=asked).child
+    stated = yaml.safe_load((child / "merge_recipe.yaml").read_text())["tokenizer_source"]
+    assert stated == {"auto": "../secondary", "primary": "../primary", "union": "union"}[asked]
     assert_replays(child, tmp_path / "again")
 
 

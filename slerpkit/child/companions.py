@@ -37,7 +37,7 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
             copy_matching(plan.parents.by_role[role].folder, child.folder, patterns)
     adapt_tokenizer(plan, child.folder)
     write_generation_config(plan, child.folder)
-    write_text(child.folder / RECIPE_NAME, recipe_text(plan.recipe, plan.parents.by_role, child.target))
+    write_text(child.folder / RECIPE_NAME, recipe_text(plan.settled_recipe, plan.parents.by_role, child.target))
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:

@@ -23,7 +23,7 @@ from slerpkit.child.findings import make_finding, with_stderr
 from slerpkit.evaluation.models import check_generates_text, choose_device_and_dtype, out_of_memory_named
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, format_names, shorten
-from slerpkit.parity.vocabulary import has_tokenizer
+from slerpkit.parents.checkpoint import has_tokenizer
 
 if TYPE_CHECKING:
     from slerpkit.child.findings import Finding

@@ -23,10 +23,9 @@ from slerpkit.devices import accelerator_memory, accelerators, check_device, fre
 from slerpkit.lazy import torch
 from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
-from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.checkpoint import has_tokenizer, open_checkpoint
 from slerpkit.parents.tensors import TORCH_NAMES, dtype_width
 from slerpkit.parity.configs import is_encoder_decoder
-from slerpkit.parity.vocabulary import has_tokenizer
 
 if TYPE_CHECKING:
     from slerpkit.merge.events import Observer

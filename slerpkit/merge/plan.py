@@ -99,6 +99,12 @@ class MergePlan:
         return self.tokenizer_role if asked == "auto" or self.tokenizer_role is None else asked
 
     @property
+    def settled_recipe(self) -> MergeRecipe:
+        """The recipe with whose tokenizer it is, for whoever follows it again."""
+        is_settled = self.recipe.tokenizer != "auto" or self.tokenizer_role is None
+        return self.recipe if is_settled else dataclasses.replace(self.recipe, tokenizer=self.tokenizer_role)
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """All that the bits of the child's files depend on."""
         return merge_fingerprint(self.recipe, self.options, self.parents, self.shards)

@@ -319,6 +319,11 @@ def matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     return (path for pattern in patterns for path in folder.glob(pattern))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any(matching_files(folder, TOKENIZER_CORE_FILES))
+
+
 def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, `names` among them."""
     stats = {}

@@ -17,21 +17,12 @@ from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parents.checkpoint import CARD_NAME, GENERATION_NAME
 from slerpkit.parity.configs import TOKEN_ID_KEY, stated_ids
 from slerpkit.parity.report import Mismatch
+from slerpkit.parity.tokenizer_source import chat_template
 from slerpkit.parity.vocabulary import added_tokens, have_same_tokens, open_tokenizer, read_tokens
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity.report import Vocabulary
-
-
-def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The chat template of a parent, from its own file, its tokenizer's config or its processor's."""
-    template = read_text_if_there(checkpoint.folder / "chat_template.jinja")
-    if template is not None:
-        return template
-    files = (read_json_if_there(checkpoint.folder / name) for name in ("tokenizer_config.json", "chat_template.json"))
-    template = next((settings["chat_template"] for settings in files if settings.get("chat_template")), None)
-    return template if isinstance(template, str) or template is None else json.dumps(template)
 
 
 def declared_licence(checkpoint: Checkpoint) -> str | None:
@@ -88,7 +79,7 @@ def check_chat_template(
     asked: as MergeRecipe.chat_template.
     """
     parents = {"primary": primary, "secondary": secondary}
-    templates = {role: chat_template(parent) for role, parent in parents.items()}
+    templates = {role: chat_template(parent.folder) for role, parent in parents.items()}
     if asked == "auto" and len(set(templates.values())) == 1:
         return [], None
     sizes = [f"{len(template)} characters" if template else "none" for template in templates.values()]

@@ -1,7 +1,7 @@
-"""Tokenizers: whose the child gets, and which of the parents' rows stand for its tokens.
+"""The child's tokens, and which of the parents' rows stand for them.
 
 Tokens are text and ids; how a tokenizer cuts a text is never asked. Tensors are known here by how many rows they have.
-Read report.py and embeddings.py before this.
+Read report.py, embeddings.py and tokenizer_source.py before this.
 """
 
 from __future__ import annotations
@@ -15,40 +15,15 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.files import file_size, read_bytes, read_json, read_json_if_there
 from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
-from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, matching_files
+from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer, matching_files
 from slerpkit.parity.embeddings import token_tensors, vocabulary_rows
 from slerpkit.parity.report import AppendedToken, Mismatch, RowMap, Vocabulary
+from slerpkit.parity.tokenizer_source import choose_tokenizer
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
 
 MAX_TOKENIZER_BYTES = 64_000_000
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer of any kind."""
-    return any(matching_files(folder, TOKENIZER_CORE_FILES))
-
-
-def choose_tokenizer(asked: str, primary: Path, secondary: Path) -> tuple[str | None, str]:
-    """(role, reason) of the parent whose tokenizer the child gets; `asked` is auto, primary or secondary.
-
-    Raises SlerpMergeError where the one that was asked for has none.
-    """
-    folders = {"primary": primary, "secondary": secondary}
-    holders = [role for role, folder in folders.items() if has_tokenizer(folder)]
-    if asked != "auto":
-        if asked not in holders:
-            raise SlerpMergeError(
-                f"The {asked} model has no tokenizer to copy.", "Choose the other, or leave it to auto."
-            )
-        return asked, "as asked"
-    if len(holders) < 2:
-        return (holders[0], "only it has a tokenizer") if holders else (None, "neither parent has a tokenizer")
-    mapped = [role for role in holders if (folders[role] / "special_tokens_map.json").is_file()]
-    if len(mapped) == 1:
-        return mapped[0], "it alone has special_tokens_map.json"
-    return "primary", f"{'both have' if mapped else 'neither has'} special_tokens_map.json"
 
 
 def open_tokenizer(path: Path) -> Any:
