@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,18 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     return data
 
 
-def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
-    """A JSON object from a stranger's file. Raises SlerpMergeError for a name given twice, or nesting without end."""
+def parse_json(data: bytes, source: Path) -> Any:
+    """JSON from a stranger's file. Raises SlerpMergeError for a name given twice, or nesting without end."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=dict_of_unique_names)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise SlerpMergeError(f"{source} does not hold valid JSON: {reason}.", "Download this file again.") from error
+
+
+def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
+    """A JSON object from a stranger's file. Raises SlerpMergeError as parse_json does, and where it holds none."""
+    value = parse_json(data, source)
     if not isinstance(value, dict):
         raise SlerpMergeError(f"{source} holds no JSON object.", "Download this file again.")
     return value
@@ -82,6 +87,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_there(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty where there is none."""
     return read_json(path) if path.is_file() else {}
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON list from a file of at most MAX_JSON_BYTES. Raises SlerpMergeError where it holds none."""
+    value = parse_json(read_bytes(path), path)
+    if not isinstance(value, list):
+        raise SlerpMergeError(f"{path} holds no JSON list.", "Download this file again.")
+    return value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -182,6 +195,24 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
+def stays_within(path: Path, folder: Path) -> bool:
+    """Whether a file of a model lies in its folder, links followed, or where a hub's cache keeps what it links to."""
+    target = path.resolve()
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return in_cache or is_inside(target, folder.resolve())
+
+
+def check_kind(path: Path, folder: Path) -> None:
+    """Raises SlerpMergeError where a file of a model is a link to somewhere else, or no file at all."""
+    if not stays_within(path, folder):
+        raise SlerpMergeError(
+            f"{path} is a link that leads outside its folder, to {path.resolve()}.",
+            "A model has no business there. If you made the link yourself, put the file itself in its place.",
+        )
+    if path.exists() and not (path.is_file() or (path.is_dir() and not path.is_symlink())):
+        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Remove it, or download the model again.")
+
+
 def existing_folder(path: Path) -> Path:
     """The nearest folder above `path` that exists: where its bytes will come to lie."""
     return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
@@ -222,6 +253,19 @@ def sync_to_disk(path: Path) -> None:
     except OSError as error:
         if not path.is_dir():  # some network disks cannot sync a folder; the files themselves are safe
             raise explain_os_error(error, path, "write to the disk") from error
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copies files by their paths from the folder `source`. Links are followed, as in a hub's cache.
+
+    Raises SlerpMergeError where one cannot be read or written.
+    """
+    for name in names:
+        try:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+        except OSError as error:
+            raise explain_os_error(error, source / name, "copy") from error
 
 
 def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:

@@ -170,6 +170,9 @@ class RecipeReader:
             raise self.file.fault(node, f"{text!r} adds a LoRA adapter to a model", hint)
         return folder
 
+    def base_model(self) -> Path | None:
+        return self.model(self.top["base_model"], "base_model") if "base_model" in self.top else None
+
     def schedule(self, name: str, scopes: Sequence[dict[str, Any]], node: Any) -> Schedule:
         """A parameter's rules, from the narrowest scope to the widest: the next is asked where no filter matches."""
         rules = [rule for scope in scopes if name in scope for rule in self.file.rules(scope[name], name)]
@@ -231,7 +234,7 @@ class RecipeReader:
 
     def sides(self, folders: Sequence[Path]) -> tuple[tuple[Path, Path], Path | None]:
         """((t = 0, t = 1), base of the task vectors) from the models listed and base_model."""
-        stated = self.model(self.top["base_model"], "base_model") if "base_model" in self.top else None
+        stated = self.base_model()
         node = self.body.get("models") or self.body["slices"]
         if self.method != "slerp":
             others = [folder for folder in folders if folder != stated or self.method == "linear"]
@@ -317,11 +320,9 @@ class RecipeReader:
         if node is None:
             return self.tokenizer_of_base_model(sides)
         source = self.file.text(node, "tokenizer_source")
-        if source == "base":
-            return {"tokenizer": "primary"}
         if source == "union":
             return {"tokenizer": "union"}
-        folder = self.model(node, "tokenizer_source")
+        folder = self.base_model() if source == "base" else self.model(node, "tokenizer_source")
         if folder not in sides:
             what = f"the tokenizer's source {source!r} is not one of the two models"
             raise self.file.fault(node, what, "Name one of them.")
@@ -329,7 +330,7 @@ class RecipeReader:
 
     def tokenizer_of_base_model(self, sides: tuple[Path, Path]) -> dict[str, Any]:
         """base_model's, as mergekit has it, where that is one of the two models and has one; else nothing is said."""
-        stated = self.model(self.top["base_model"], "base_model") if "base_model" in self.top else None
+        stated = self.base_model()
         roles = [role for role, folder in zip(("primary", "secondary"), sides) if folder == stated]
         return {"tokenizer": roles[0]} if roles and has_tokenizer(stated) else {}
 

@@ -367,6 +367,15 @@ def test_weights_without_a_tensor(tmp_path, storage):
 
 
 @pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"])
+def test_weights_in_mistrals_own_layout_alone_are_named(tmp_path, name, with_config):
+    (tmp_path / name).write_bytes(b"")
+    if with_config:
+        (tmp_path / "config.json").write_text("{}")
+    assert_refused(tmp_path, f"{name} alone", tmp_path)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
 def test_a_gguf_model_is_called_quantised(tmp_path, with_config):
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     if with_config:

@@ -168,6 +168,65 @@ def test_code_of_the_primary_is_copied_and_never_run(tmp_path, monkeypatch):
     assert not any(name.endswith("modeling_custom") for name in sys.modules)
 
 
+TOKENIZER_CODE = {
+    "tokenization_own.py": "from .pieces import cut\nfrom .configuration_own import OwnConfig\n",
+    "pieces.py": "import os\n",
+    "configuration_own.py": "class OwnConfig: ...\n",
+    "modeling_own.py": "from .configuration_own import OwnConfig\n",
+}
+
+
+def pair_with_code(folder: Path) -> tuple[Path, Path]:
+    """Parents whose model and tokenizer bring code, each file of it with a last line that names its parent."""
+    primary, secondary = make_pair(folder)
+    for parent in (primary, secondary):
+        add_tokenizer(parent)
+        auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+        edit_json(parent / "config.json", auto_map=auto_map)
+        edit_json(parent / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenization_own.Fast"]})
+        for name, text in TOKENIZER_CODE.items():
+            (parent / name).write_text(f"{text}# {parent.name}\n")
+    return primary, secondary
+
+
+@pytest.mark.parametrize("donor", ["primary", "secondary"])
+def test_code_of_a_tokenizer_comes_with_it_and_the_models_stays(tmp_path, parents, donor):
+    primary, secondary = pair_with_code(tmp_path)
+    parents.watch(primary, secondary)
+    report = merge(primary, secondary, tmp_path / "child", tokenizer=donor)
+    found = {name: (report.child / name).read_text().rpartition("# ")[2].strip() for name in TOKENIZER_CODE}
+    assert found == {"tokenization_own.py": donor, "pieces.py": donor} | dict.fromkeys(
+        ("configuration_own.py", "modeling_own.py"), "primary"
+    )
+    told = {m.subject: m.consequence for m in report.plan.parity.of_severity("notice") if m.subject.endswith(".py")}
+    if donor == "primary":
+        assert told == {}
+    else:
+        assert told.keys() == {"tokenization_own.py", "pieces.py", "configuration_own.py"}
+        assert "may not load" in told["configuration_own.py"] and "may not load" not in told["pieces.py"]
+
+
+def test_code_that_is_the_same_or_the_donors_alone_is_not_told(tmp_path):
+    primary, secondary = pair_with_code(tmp_path)
+    for name in ("tokenization_own.py", "configuration_own.py"):
+        (primary / name).write_bytes((secondary / name).read_bytes())
+    (primary / "pieces.py").unlink()
+    report = merge(primary, secondary, tmp_path / "child", tokenizer="secondary")
+    assert (report.child / "pieces.py").read_bytes() == (secondary / "pieces.py").read_bytes()
+    assert not any(m.subject.endswith(".py") for m in report.plan.parity.mismatches)
+
+
+@pytest.mark.parametrize("stated", ["other/place--code.Fast", "../secret.Fast", "/etc/x.Fast", 5, {"a": "b"}], ids=str)
+def test_code_is_looked_for_beside_the_model_alone(tmp_path, stated):
+    primary, secondary = make_pair(tmp_path)
+    for parent in (primary, secondary):
+        add_tokenizer(parent)
+    (tmp_path / "secret.py").write_text("x")
+    edit_json(secondary / "tokenizer_config.json", auto_map={"AutoTokenizer": stated})
+    child = merge(primary, secondary, tmp_path / "child", tokenizer="secondary").child
+    assert not any(child.rglob("*.py"))
+
+
 def test_files_of_a_hubs_cache_are_copied_and_not_linked(tmp_path, parents):
     primary, secondary = make_pair(tmp_path)
     add_tokenizer(primary)

@@ -596,6 +596,17 @@ slices:
 parameters:
   t: 0.5
 """
+TASK = """merge_method: nuslerp
+base_model: ./third
+models:
+- model: ./primary
+  parameters:
+    weight: 1
+- model: ./secondary
+  parameters:
+    weight: 1
+dtype: float32
+"""
 LEFT, RIGHT = "./primary\n    layer_range: ", "./secondary\n    layer_range: "
 # (the recipe, what is changed, into what, the line at fault, a word of the message, a word of the hint)
 WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
@@ -620,6 +631,7 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "dtype": (GOOD, "float32", "float7", 8, "float7", "bfloat16"),
     "out-dtype": (GOOD, "dtype: float32", "out_dtype: int8", 8, "int8", "bfloat16"),
     "stranger": (GOOD, "dtype: float32", "tokenizer_source: ./third", 8, "third", "one of them"),
+    "third base": (TASK, "dtype: float32", "tokenizer_source: base", 10, "'base' is not one of the two", "one of them"),
     "chat-template": (GOOD, "dtype: float32", "chat_template: chatml", 8, "chatml", "auto"),
     "models-and-slices": (GOOD, "dtype: float32", "slices: []", 1, "either models or slices", "one"),
     "neither": (GOOD, "models:\n- model: ./primary\n- model: ./secondary\n", "", 1, "either models or slices", "one"),

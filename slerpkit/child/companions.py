@@ -10,11 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import copy_matching, read_json, read_json_if_there, write_json, write_text
-from slerpkit.parents.checkpoint import COMPANION_FILES, GENERATION_NAME, TEMPLATE_FILES, TOKENIZER_FILES, WEIGHTS_INDEX
+from slerpkit.files import copy_files, copy_matching, read_json, read_json_if_there, write_json, write_text
+from slerpkit.parents.checkpoint import (
+    COMPANION_FILES,
+    GENERATION_NAME,
+    MODULE_FILES,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    WEIGHTS_INDEX,
+)
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
 from slerpkit.parity.embeddings import belied_sizes, head_is_tied, is_tied
+from slerpkit.parity.tokenizer_source import code_of_tokenizer
 from slerpkit.parity.vocabulary import add_configured_tokens, extend_tokenizer, open_tokenizer
 from slerpkit.recipe_file import RECIPE_NAME
 from slerpkit.recipe_writer import recipe_text
@@ -32,9 +40,16 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
         (plan.tokenizer_role, TOKENIZER_FILES),
         (plan.template_role, TEMPLATE_FILES),
         ("primary", COMPANION_FILES),
+        (plan.modules_role, MODULE_FILES),
     ):
         if role is not None:
             copy_matching(plan.parents.by_role[role].folder, child.folder, patterns)
+    if plan.modules_role is not None:
+        donor = plan.parents.by_role[plan.modules_role]
+        copy_files(donor.folder, child.folder, [name for module in donor.modules for name in module.files])
+    if plan.tokenizer_role == "secondary":
+        primary, secondary = plan.parents.primary.folder, plan.parents.secondary.folder
+        copy_files(secondary, child.folder, code_of_tokenizer(primary, secondary)[0])
     adapt_tokenizer(plan, child.folder)
     write_generation_config(plan, child.folder)
     write_text(child.folder / RECIPE_NAME, recipe_text(plan.settled_recipe, plan.parents.by_role, child.target))
@@ -42,14 +57,16 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
 
 def write_index(plan: MergePlan, folder: Path) -> None:
     """model.safetensors.index.json, where the child has more than one file."""
-    if len(plan.shards) == 1:
+    shards = [shard for shard in plan.shards if not shard.prefix]
+    if len(shards) == 1:
         return
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
     index = {
         "metadata": {
-            "total_parameters": sum(tensor.element_count for tensor in plan.tensors),
-            "total_size": plan.child_bytes,
+            "total_parameters": sum(tensor.element_count for tensor in tensors),
+            "total_size": sum(tensor.byte_count for tensor in tensors),
         },
-        "weight_map": {tensor.name: shard.file_name for shard in plan.shards for tensor in shard.tensors},
+        "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
     }
     write_json(folder / WEIGHTS_INDEX, index)
 

@@ -95,9 +95,10 @@ def verify_headers(plan: MergePlan, folder: Path) -> None:
     found: dict[str, TensorInfo] = {}
     for shard in plan.shards:
         try:
-            found.update(read_header(folder / shard.file_name))
+            header = read_header(folder / shard.file_name)
         except SlerpMergeError as error:
             raise wrong_child(error.message.rstrip(".")) from error
+        found.update({shard.prefix + name: info for name, info in header.items()})
         for tensor in shard.tensors:
             info = found.get(tensor.name)
             if info is None or (info.dtype, info.shape, info.offset) != (tensor.dtype, tensor.shape, tensor.offset):

@@ -27,6 +27,7 @@ from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
 from slerpkit.parents.tensors import SAFETENSORS_NAMES, TORCH_NAMES, TensorReader, natural_order
 from slerpkit.parity.kinship import measure_kinship
+from slerpkit.parity.modules import modules_source
 from slerpkit.recipe import MAX_THREADS, check_t
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class MergePlan:
         """The parent whose chat template the child has."""
         asked = self.recipe.chat_template
         return self.tokenizer_role if asked == "auto" or self.tokenizer_role is None else asked
+
+    @property
+    def modules_role(self) -> str | None:
+        """The parent whose modules of sentence-transformers the child has, blended where they have weights."""
+        return modules_source(self.parents.primary, self.parents.secondary)
 
     @property
     def settled_recipe(self) -> MergeRecipe:
@@ -199,7 +205,7 @@ def plan_tensor(pair: TensorSources, recipe: MergeRecipe) -> TensorPlan:
     dtype = info.dtype
     if info.is_float and recipe.dtype != "auto":
         dtype = SAFETENSORS_NAMES[recipe.dtype]
-    plan = functools.partial(TensorPlan, pair.name, pair.shape, dtype=dtype)
+    plan = functools.partial(TensorPlan, pair.name, pair.shape, dtype=dtype, folder=pair.folder)
     if pair.secondary is None or math.prod(pair.shape) == 0:
         return plan((info,), operation="copy")
     if not info.is_float:

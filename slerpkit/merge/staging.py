@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,7 +163,7 @@ class StagedChild:
         """Waits until every file is on the disk; returns the seconds waited."""
         started = time.perf_counter()
         for path in self.folder.rglob("*"):
-            if path.is_file() and path.name not in self.journal.shards:
+            if path.is_dir() or path.relative_to(self.folder).as_posix() not in self.journal.shards:
                 self._sync.submit(path)
         self._sync.finish()
         sync_to_disk(self.folder)
@@ -216,11 +216,7 @@ class StagedChild:
             self._remove_area()
 
     def _remove_unfinished(self) -> None:
-        for path in list(self.folder.iterdir()) if is_plain_folder(self.folder) else ():
-            if is_plain_folder(path):
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name not in self.journal.finished:
-                path.unlink()
+        remove_all_but({self.folder / name for name in self.journal.finished}, self.folder)
         if not self.journal.finished:
             self.journal.remove()
         if self.target.is_dir() and any(self.target.iterdir()):
@@ -232,6 +228,18 @@ class StagedChild:
         with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
             self.journal.remove()
         self.area.leave()
+
+
+def remove_all_but(kept: Collection[Path], folder: Path) -> None:
+    """Removes what lies below a folder and is not among the files to keep."""
+    for path in list(folder.iterdir()) if is_plain_folder(folder) else ():
+        if not is_plain_folder(path):
+            if path not in kept:
+                path.unlink()
+        elif any(path in file.parents for file in kept):
+            remove_all_but(kept, path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:

@@ -234,6 +234,7 @@ class MergeStream(TensorStream):
 def create_file(path: Path, shard: ShardPlan) -> None:
     """A file of the child with its header, and room for all that follows. Raises SlerpMergeError where it cannot be."""
     try:
+        path.parent.mkdir(exist_ok=True, parents=True)
         with open(path, "xb") as stream:
             stream.write(shard.header)
             stream.truncate(shard.byte_count)

@@ -70,6 +70,7 @@ class TensorPlan(TensorInputs):
     t: float = 0.0
     weights: tuple[float, float] | None = None  # of a LERP that is not (1 - t, t)
     offset: int = 0  # bytes from the start of the child's shard
+    folder: str = ""  # as TensorSources.folder
 
     @property
     def is_measured(self) -> bool:
@@ -81,13 +82,23 @@ class TensorPlan(TensorInputs):
         return self.element_count * DTYPE_BYTES[self.dtype]
 
 
+def prefix_of(file_name: str) -> str:
+    """The folder that a file stands in below the child's, with its slash; empty for the child's own."""
+    return "".join(file_name.rpartition("/")[:2])
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """One file of the child: its header, ready to write, and the tensors behind it."""
 
-    file_name: str
+    file_name: str  # below the child's folder; that of a module's weights begins with the module's own
     header: bytes
     tensors: tuple[TensorPlan, ...]
+
+    @property
+    def prefix(self) -> str:
+        """What tensors are called by in the plan and not in the file: a module's folder and a slash, or nothing."""
+        return prefix_of(self.file_name)
 
     @property
     def byte_count(self) -> int:
@@ -140,25 +151,29 @@ def lay_out_shard(file_name: str, group: Sequence[TensorPlan]) -> ShardPlan:
     """
     ordered = sorted(group, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
+    begin, prefix = 0, prefix_of(file_name)
     for tensor in ordered:
         end = begin + tensor.byte_count
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        name = tensor.name.removeprefix(prefix)
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    placed = tuple(
-        dataclasses.replace(tensor, offset=len(header) + entries[tensor.name]["data_offsets"][0]) for tensor in ordered
-    )
+    begins = (entries[tensor.name.removeprefix(prefix)]["data_offsets"][0] for tensor in ordered)
+    placed = tuple(dataclasses.replace(tensor, offset=len(header) + begin) for tensor, begin in zip(ordered, begins))
     return ShardPlan(file_name, header, placed)
 
 
 def plan_shards(tensors: Sequence[TensorPlan], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
-    """The child's files: one, or numbered ones with an index beside them."""
-    groups = cut_shards(tensors, max_shard_bytes)
+    """The child's files: one, or numbered ones with an index beside them; and one in the folder of each module."""
+    by_folder: dict[str, list[TensorPlan]] = {"": []}
+    for tensor in tensors:
+        by_folder.setdefault(tensor.folder, []).append(tensor)
+    groups = cut_shards(by_folder.pop(""), max_shard_bytes)
+    of_modules = [lay_out_shard(f"{folder}/{WEIGHTS_SINGLE}", group) for folder, group in by_folder.items()]
     if len(groups) == 1:
-        return (lay_out_shard(WEIGHTS_SINGLE, groups[0]),)
+        return lay_out_shard(WEIGHTS_SINGLE, groups[0]), *of_modules
     count = len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return tuple(lay_out_shard(name, group) for name, group in zip(names, groups))
+    return *(lay_out_shard(name, group) for name, group in zip(names, groups)), *of_modules

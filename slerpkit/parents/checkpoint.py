@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_path, clean_path, is_inside, nested_files, read_json
+from slerpkit.files import check_kind, check_path, clean_path, nested_files, read_json
 from slerpkit.lazy import huggingface_hub
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
+from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
 from slerpkit.parents.tensors import TORCH_NAMES, broken_file
 from slerpkit.parents.wrappers import unwrap
 
 if TYPE_CHECKING:
+    from slerpkit.parents.modules import Module
     from slerpkit.parents.tensors import TensorInfo
     from slerpkit.recipe import MergeRecipe
 
-WEIGHTS_SINGLE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 CARD_NAME = "README.md"
 # The files without any of which a folder has no tokenizer at all.
@@ -56,6 +56,8 @@ COMPANION_FILES = (
     "video_preprocessor_config.json",
     "*.py",
 )
+# How an embedding model's parts follow each other, and its settings; the modules' own folders are named in the first.
+MODULE_FILES = (MODULES_NAME, *EMBEDDING_SETTINGS)
 MAX_CARD_BYTES = 65_536  # a child's card, report, map and recipe, which no parent has
 # All that a merge reads of a parent.
 PARENT_FILES = (
@@ -67,6 +69,7 @@ PARENT_FILES = (
     *TOKENIZER_FILES,
     *TEMPLATE_FILES,
     *COMPANION_FILES,
+    *MODULE_FILES,
 )
 
 
@@ -81,6 +84,7 @@ class Checkpoint:
     storage: str  # "safetensors" or "pickle"
     # Of each file that a merge reads, by name: (bytes, nanoseconds of its last change).
     file_stats: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    modules: tuple[Module, ...] = ()  # of sentence-transformers; their tensors are not among those above
     wrappers: tuple[str, ...] = ()  # what was taken off the names that its tensors are stored under
 
     @property
@@ -204,6 +208,12 @@ def find_weight_files(folder: Path) -> WeightFiles:
             return WeightFiles(storage, (folder / single,))
         if (folder / index).is_file():
             return read_index(storage, folder / index)
+    if any(folder.glob("consolidated*")):
+        raise SlerpMergeError(
+            f"{folder} holds its weights as {min(folder.glob('consolidated*')).name} alone, in Mistral's own layout.",
+            f"Download {WEIGHTS_SINGLE}, or its shards and their index, where the model's repository has them; "
+            "otherwise convert it with transformers' convert_mistral_weights_to_hf.py.",
+        )
     if any(folder.glob("*.gguf")):
         raise SlerpMergeError(
             f"{folder} holds a GGUF model, which is quantised.",
@@ -255,12 +265,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     weights = find_weight_files(folder)
     for file in weights.files:
         check_kind(file, folder)
-    file_stats = file_stats_of(folder, [file.name for file in weights.files])
+    modules = read_modules(folder)
+    nested = [name for module in modules for name in (*module.files, *module_weights(module, folder))]
+    file_stats = file_stats_of(folder, [file.name for file in weights.files] + nested)
     config = read_json(folder / "config.json")
     tensors = read_tensor_table(weights)
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
-    return Checkpoint(folder, public_name(folder.resolve(), config), config, tensors, weights.storage, file_stats)
+    name = public_name(folder.resolve(), config)
+    return Checkpoint(folder, name, config, tensors, weights.storage, file_stats, modules)
+
+
+def module_weights(module: Module, folder: Path) -> set[str]:
+    """The files that a module's tensors lie in, from the model's folder."""
+    return {info.file.relative_to(folder).as_posix() for info in module.tensors.values()}
 
 
 def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
@@ -288,24 +306,6 @@ def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
     return tensors
 
 
-def stays_within(path: Path, folder: Path) -> bool:
-    """Whether a file of a model lies in its folder, links followed, or where a hub's cache keeps what it links to."""
-    target = path.resolve()
-    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    return in_cache or is_inside(target, folder.resolve())
-
-
-def check_kind(path: Path, folder: Path) -> None:
-    """Raises SlerpMergeError where a file of a model is a link to somewhere else, or no file at all."""
-    if not stays_within(path, folder):
-        raise SlerpMergeError(
-            f"{path} is a link that leads outside its folder, to {path.resolve()}.",
-            "A model has no business there. If you made the link yourself, put the file itself in its place.",
-        )
-    if path.exists() and not (path.is_file() or (path.is_dir() and not path.is_symlink())):
-        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Remove it, or download the model again.")
-
-
 def check_files(folder: Path) -> None:
     """Holds every file of a model that a merge may read or copy against `check_kind`, and raises what it raises."""
     for path in matching_files(folder, PARENT_FILES):
@@ -325,19 +325,23 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, `names` among them."""
+    """(bytes, nanoseconds of the last change) of every file of a parent that a merge reads, `names` among them.
+
+    By their paths from the folder, which a module's files are named by.
+    """
     stats = {}
     for path in sorted({*matching_files(folder, PARENT_FILES), *(folder / name for name in names)}):
         with contextlib.suppress(OSError):  # gone meanwhile; whoever needs it will say so
             status = path.stat()
-            stats[path.name] = (status.st_size, status.st_mtime_ns)
+            stats[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
     return stats
 
 
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound, in bytes, for the tokenizer, config and card beside the weights."""
-    patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES)
+    patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES, *MODULE_FILES)
     paths = [path for parent in parents for path in matching_files(parent.folder, patterns)]
+    paths += [parent.folder / name for parent in parents for module in parent.modules for name in module.files]
     nested = (inner for path in paths if path.is_dir() for inner in nested_files(path))
     return MAX_CARD_BYTES + sum(path.stat().st_size for path in (*paths, *nested) if path.is_file())
 

@@ -17,7 +17,7 @@ from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parents.checkpoint import CARD_NAME, GENERATION_NAME
 from slerpkit.parity.configs import TOKEN_ID_KEY, stated_ids
 from slerpkit.parity.report import Mismatch
-from slerpkit.parity.tokenizer_source import chat_template
+from slerpkit.parity.tokenizer_source import chat_template, code_of_tokenizer
 from slerpkit.parity.vocabulary import added_tokens, have_same_tokens, open_tokenizer, read_tokens
 
 if TYPE_CHECKING:
@@ -56,6 +56,25 @@ def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
         for subject, values, why in differences
         if values[0] != values[1]
     ]
+
+
+def compare_code(primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary) -> list[Mismatch]:
+    """A notice of each file of code that the secondary's tokenizer brings and that is another in the primary."""
+    if vocabulary.tokenizer_source != "secondary":
+        return []
+    brought, kept = code_of_tokenizer(primary.folder, secondary.folder)
+    mismatches = []
+    for name in sorted(brought | kept):
+        texts = [read_text_if_there(parent.folder / name) for parent in (primary, secondary)]
+        if texts[0] is None or texts[0] == texts[1]:
+            continue
+        why = "The child has the secondary's, which its tokenizer is made of."
+        if name in kept:
+            why = (
+                "The child has the primary's, which its model is made of; the secondary's tokenizer may not load by it."
+            )
+        mismatches.append(Mismatch("notice", name, "one", "another", why))
+    return mismatches
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents, without_wrappers
-from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_companions
+from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_code, compare_companions
 from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
+from slerpkit.parity.modules import pair_modules
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
 from slerpkit.parity.quantisation import check_quantisation
 from slerpkit.parity.report import Mismatch, ParityReport
@@ -63,7 +64,7 @@ def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
     primary, other = without_wrappers(primary, other)
     renamed, _ = rename_to_match(other, primary)
     _, unpaired = pair_tensors(primary, renamed)
-    own = *check_quantisation(primary, other), *check_soundness(primary, renamed)
+    own = *check_quantisation(primary, other), *check_soundness(primary, renamed), *pair_modules(primary, other)[1]
     for m in (*own, *compare_configs(primary, other), *unpaired):
         if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
             return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
@@ -83,6 +84,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     vocabulary, row_mismatches = align_vocabularies(primary, renamed_secondary, recipe.tokenizer, renamed_base)
     without_copies, tied_copies = drop_tied_copies(primary)
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary)
+    module_pairs, of_modules = pair_modules(primary, secondary, base)
     template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
     mismatches = [
         *row_mismatches,
@@ -95,14 +97,16 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *check_wrappers(primary, secondary),
         *other_names,
         *unpaired,
+        *of_modules,
         *check_dtypes(primary, renamed_secondary, recipe.dtype),
         *template_mismatches,
         *compare_companions(primary, secondary),
+        *compare_code(primary, secondary, vocabulary),
         *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary),
     ]
     mismatches.sort(key=lambda mismatch: ("blocking", "resolved", "notice").index(mismatch.severity))
-    return ParityReport(tuple(mismatches), tuple(pairs), vocabulary, offered_template)
+    return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, offered_template)
 
 
 def check_fit(primary_folder: Path, secondary_folder: Path) -> None:

@@ -117,6 +117,7 @@ class TensorSources:
     base: TensorInfo | None = None
     layer: LayerSource = LayerSource()
     rows: RowMap | None = None  # where rows follow tokens
+    folder: str = ""  # below the model's, of a module that keeps its weights there, and begins their names with it
 
     @property
     def shape(self) -> tuple[int, ...]:

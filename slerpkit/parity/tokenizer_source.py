@@ -1,18 +1,25 @@
-"""Whose tokenizer the child has, and the chat templates that decide with it.
+"""Whose tokenizer the child has, the chat templates that decide with it, and the code that it is made of.
 
-Files are looked for and templates are read; no token is. Read parents/checkpoint.py before this.
+Files are looked for and read, templates and code too; no token is, and nothing is run. Read parents/checkpoint.py
+before this.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slerpkit.files import read_json_if_there, read_text_if_there
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import has_tokenizer
+
+CLASS_NAME = re.compile(r"(\w+)\.\w+")  # of a file beside; one of another repository begins with that and `--`
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+# Where models name the code that they bring.
+AUTO_MAP_FILES = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def choose_tokenizer(asked: str, primary: Path, secondary: Path) -> tuple[str | None, str]:
@@ -61,3 +68,36 @@ def stated_templates(settings: Mapping[str, Any]) -> dict[str, str]:
         return {"default": stated} if stated else {}
     entries = [entry for entry in stated if isinstance(entry, dict)] if isinstance(stated, list) else []
     return {str(entry.get("name")): entry["template"] for entry in entries if isinstance(entry.get("template"), str)}
+
+
+def code_files(folder: Path) -> tuple[set[str], set[str]]:
+    """(files of the code that a model's tokenizer is made of, those of all else) as its settings name them."""
+    tokenizer, rest = [], []
+    for name in AUTO_MAP_FILES:
+        stated = read_json_if_there(folder / name).get("auto_map")
+        for key, value in stated.items() if isinstance(stated, dict) else ():
+            (tokenizer if key == "AutoTokenizer" else rest).extend(value if isinstance(value, list) else [value])
+    return with_imports(folder, tokenizer), with_imports(folder, rest)
+
+
+def with_imports(folder: Path, classes: Iterable[Any]) -> set[str]:
+    """The files in a folder that these classes stand in, with those that they import from beside them."""
+    matches = (CLASS_NAME.fullmatch(stated) for stated in classes if isinstance(stated, str))
+    waiting = {f"{match[1]}.py" for match in matches if match}
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        text = read_text_if_there(folder / name)
+        if text is not None:
+            found.add(name)
+            waiting |= {f"{module}.py" for module in RELATIVE_IMPORT.findall(text)} - found
+    return found
+
+
+def code_of_tokenizer(primary: Path, secondary: Path) -> tuple[set[str], set[str]]:
+    """(files of code that the secondary's tokenizer brings to a child, those that the primary keeps its own of).
+
+    The child's model is read by the primary's code, so a file that this needs stays the primary's.
+    """
+    needed, of_model = code_files(secondary)[0], code_files(primary)[1]
+    return needed - of_model, needed & of_model
