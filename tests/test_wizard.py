@@ -798,7 +798,9 @@ class TestSecondThoughts:
         assert (tmp_path / "two" / "model.safetensors").exists()
 
     def test_a_merge_can_be_saved_as_a_recipe_that_makes_the_same_child(self, tmp_path, parents):
-        parents.watch(*make_pair(tmp_path))
+        for parent in make_pair(tmp_path):
+            add_tokenizer(parent, special_tokens_map=parent.name == "secondary")
+            parents.watch(parent)
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0,0.5,1")
             terminal.answer("Take it?", "y")
@@ -808,11 +810,12 @@ class TestSecondThoughts:
             terminal.send("\x15my.yaml\r")
             terminal.wait_for("--recipe")
             assert terminal.exit_status() == 0
+            assert "--tokenizer" not in terminal.text
         assert names_below(tmp_path) == {"primary", "secondary", "my.yaml"}
         plain = run_script(tmp_path, *FOLDERS[:-1], "plain", "--t", "0,0.5,1", "--yes")
         assert plain == run_script(tmp_path, "--recipe", "my.yaml", "--save-dir", "again", "--yes") == 0
-        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "again"))
-        assert first == second
+        for file in ("model.safetensors", "special_tokens_map.json"):
+            assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
     def test_the_command_that_is_shown_does_the_same(self, tmp_path, parents):
         parents.watch(*make_pair(tmp_path))
