@@ -317,8 +317,8 @@ class RecipeReader:
             if chosen != "auto":
                 what = f"chat_template {chosen!r} is not done here"
                 raise self.file.fault(self.top["chat_template"], what, "Leave it out, or write auto.")
-        if node is None:
-            return self.tokenizer_of_base_model(sides)
+        if node is None:  # this tool's own recipes, where they are silent, mean its own rule
+            return {} if "slerpmerge" in self.top else self.tokenizer_of_base_model(sides)
         source = self.file.text(node, "tokenizer_source")
         if source == "union":
             return {"tokenizer": "union"}

@@ -344,6 +344,14 @@ def test_a_recipe_that_is_silent_takes_the_tokenizer_of_its_base_model(tmp_path,
     assert plan.parents.by_role[plan.tokenizer_role].folder.name == "secondary"
 
 
+def test_a_recipe_of_this_tool_that_is_silent_leaves_it_to_the_rule(tmp_path):
+    """As version 0.2.0 wrote them."""
+    pair_of_tokenizers(tmp_path)
+    content = yaml.safe_load(GOOD) | {"slerpmerge": {"version": "0.2.0", "method": "slerp"}}
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", yaml.safe_dump(content)), tmp_path / "child")
+    assert plan.tokenizer_role == "secondary"
+
+
 def test_a_base_model_without_a_tokenizer_leaves_it_to_the_rule(tmp_path):
     _, secondary = make_pair(tmp_path)
     add_tokenizer(secondary)
