@@ -367,12 +367,20 @@ def test_weights_without_a_tensor(tmp_path, storage):
 
 
 @pytest.mark.parametrize("with_config", [True, False])
-@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"])
-def test_weights_in_mistrals_own_layout_alone_are_named(tmp_path, name, with_config):
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("consolidated.safetensors", "convert_mistral_"),
+        ("consolidated-00001-of-00002.safetensors", "convert_mistral_"),
+        ("consolidated.00.pth", "convert_llama_"),
+    ],
+)
+def test_weights_in_their_makers_own_layout_alone_are_named(tmp_path, name, script, with_config):
     (tmp_path / name).write_bytes(b"")
     if with_config:
         (tmp_path / "config.json").write_text("{}")
-    assert_refused(tmp_path, f"{name} alone", tmp_path)
+    error = assert_refused(tmp_path, f"{name} alone", tmp_path)
+    assert script in error.hint
 
 
 @pytest.mark.parametrize("with_config", [True, False])

@@ -162,6 +162,10 @@ def open_if_whole(folder: Path) -> Checkpoint | None:
         return None
 
 
+# Weights as they are first published beside those that transformers reads: pattern, whose layout, whose script.
+CONSOLIDATED = (("consolidated*.safetensors", "Mistral", "mistral"), ("consolidated*.pth", "Meta", "llama"))
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The files that hold a model's weights."""
@@ -208,12 +212,13 @@ def find_weight_files(folder: Path) -> WeightFiles:
             return WeightFiles(storage, (folder / single,))
         if (folder / index).is_file():
             return read_index(storage, folder / index)
-    if any(folder.glob("consolidated*")):
-        raise SlerpMergeError(
-            f"{folder} holds its weights as {min(folder.glob('consolidated*')).name} alone, in Mistral's own layout.",
-            f"Download {WEIGHTS_SINGLE}, or its shards and their index, where the model's repository has them; "
-            "otherwise convert it with transformers' convert_mistral_weights_to_hf.py.",
-        )
+    for pattern, maker, family in CONSOLIDATED:
+        if (file := min(folder.glob(pattern), default=None)) is not None:
+            raise SlerpMergeError(
+                f"{folder} holds its weights as {file.name} alone, in {maker}'s own layout.",
+                f"Download {WEIGHTS_SINGLE}, or its shards and their index, where the model's repository has them; "
+                f"otherwise convert it with convert_{family}_weights_to_hf.py from the source of transformers.",
+            )
     if any(folder.glob("*.gguf")):
         raise SlerpMergeError(
             f"{folder} holds a GGUF model, which is quantised.",
