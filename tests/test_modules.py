@@ -29,8 +29,9 @@ from tests.builders import (
     merge,
     plan_of,
     reference_slerp,
+    staging_beside,
 )
-from tests.test_crash import FINISH_FILE, after, interrupt, staging_beside
+from tests.test_crash import FINISH_FILE, after, interrupt
 
 LIBRARY = "sentence_transformers.models."
 POOLING = {"word_embedding_dimension": HIDDEN, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
