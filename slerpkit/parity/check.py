@@ -19,6 +19,7 @@ from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
 from slerpkit.parity.quantisation import check_quantisation
 from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.parity.segmentation import compare_segmentation
 from slerpkit.parity.soundness import check_soundness, check_wrappers
 from slerpkit.parity.vocabulary import align_vocabularies
 from slerpkit.recipe import MergeRecipe
@@ -26,13 +27,13 @@ from slerpkit.recipe import MergeRecipe
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint, Parents
 
-ACCEPTED = "Accepted; the child uses all its weights by the primary's."
-
 
 def accept(mismatches: list[Mismatch], names: Sequence[str]) -> list[Mismatch]:
     """The mismatches, of which those that the person let pass by name are notices."""
     return [
-        dataclasses.replace(m, severity="notice", consequence=ACCEPTED) if m.accepted_as in names else m
+        dataclasses.replace(m, severity="notice", consequence=f"Accepted. {m.consequence}")
+        if m.accepted_as in names
+        else m
         for m in mismatches
     ]
 
@@ -85,7 +86,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary)
     template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
     mismatches = [
-        *row_mismatches,
+        *accept(row_mismatches, recipe.accept),
         *check_quantisation(primary, secondary),
         *check_soundness(primary, renamed_secondary),
         *accept(compare_configs(primary, secondary, any_depth=bool(slices)), recipe.accept),
@@ -98,6 +99,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *check_dtypes(primary, renamed_secondary, recipe.dtype),
         *template_mismatches,
         *compare_companions(primary, secondary),
+        *compare_segmentation(primary, secondary, vocabulary),
         *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary),
     ]
