@@ -29,6 +29,9 @@ class Mismatch:
     consequence: str  # why it blocks, the rule that resolves it, or what to know
     accepted_as: str | None = None  # the name by which the person may let it pass; None: nobody can
 
+    def __str__(self) -> str:
+        return f"{self.subject}: primary {self.primary}, secondary {self.secondary}. {self.consequence}"
+
     def as_dict(self) -> dict[str, str]:
         """What reports hold of it."""
         return {field: getattr(self, field) for field in ("severity", "subject", "primary", "secondary", "consequence")}
@@ -198,9 +201,7 @@ class ParityReport:
         blocking = self.of_severity("blocking")
         if not blocking:
             return
-        lines = [
-            printable(f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}") for m in blocking
-        ]
+        lines = [printable(str(mismatch)) for mismatch in blocking]
         hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
         if self.acceptable:
             flags = " ".join(f"--accept {shlex.quote(name)}" for name in self.acceptable)
