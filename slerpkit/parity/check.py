@@ -20,6 +20,7 @@ from slerpkit.parity.modules import pair_modules
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
 from slerpkit.parity.quantisation import check_quantisation
 from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.parity.segmentation import compare_segmentation
 from slerpkit.parity.soundness import check_soundness, check_wrappers
 from slerpkit.parity.vocabulary import align_vocabularies
 from slerpkit.recipe import MergeRecipe
@@ -27,13 +28,13 @@ from slerpkit.recipe import MergeRecipe
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint, Parents
 
-ACCEPTED = "Accepted; the child uses all its weights by the primary's."
-
 
 def accept(mismatches: list[Mismatch], names: Sequence[str]) -> list[Mismatch]:
     """The mismatches, of which those that the person let pass by name are notices."""
     return [
-        dataclasses.replace(m, severity="notice", consequence=ACCEPTED) if m.accepted_as in names else m
+        dataclasses.replace(m, severity="notice", consequence=f"Accepted. {m.consequence}")
+        if m.accepted_as in names
+        else m
         for m in mismatches
     ]
 
@@ -87,7 +88,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     module_pairs, of_modules = pair_modules(primary, secondary, base)
     template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
     mismatches = [
-        *row_mismatches,
+        *accept(row_mismatches, recipe.accept),
         *check_quantisation(primary, secondary),
         *check_soundness(primary, renamed_secondary),
         *accept(compare_configs(primary, secondary, any_depth=bool(slices)), recipe.accept),
@@ -102,6 +103,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *template_mismatches,
         *compare_companions(primary, secondary),
         *compare_code(primary, secondary, vocabulary),
+        *compare_segmentation(primary, secondary, vocabulary),
         *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary),
     ]

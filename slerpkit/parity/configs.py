@@ -39,7 +39,7 @@ CAPACITY_KEY = re.compile(
     r"(?<!original_)max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length"
 )
 DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
-VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
+VOCABULARY_KEY = re.compile(r"vocab_size(_per_layer_input)?$")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -136,7 +136,7 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
         return Mismatch("notice", key, *values, why)
     if LABEL_KEY.search(name):
         return Mismatch("notice", key, *values, "The child keeps the primary's value.")
-    why = "Equal shapes hide this: the weights would be used in another way."
+    why = "Equal shapes hide this: the child would use all its weights in the primary's way."
     return Mismatch("blocking", key, *values, why, accepted_as=key)
 
 

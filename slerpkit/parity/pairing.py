@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import TORCH_NAMES, find_layer, layer_positions, natural_order, renumber
 from slerpkit.parity.configs import stated_depth
-from slerpkit.parity.embeddings import UNSTORED_HEAD, find_tied_source, lacks_head, shape_per_token, token_tensors
+from slerpkit.parity.embeddings import (
+    UNSTORED_HEAD,
+    find_tied_source,
+    lacks_head,
+    row_count,
+    shape_per_token,
+    token_tensors,
+)
 from slerpkit.parity.report import LayerSource, Mismatch, TensorSources
 
 if TYPE_CHECKING:
@@ -142,10 +149,10 @@ def pair_tensors(
 
 def rows_of(vocabulary: Vocabulary | None, *sources: TensorInfo | None) -> RowMap | None:
     """The map of rows for tensors that have one for each token on every side; None where rows go by number."""
-    if vocabulary is None or vocabulary.row_map is None:
+    if vocabulary is None or not all(i is None or i.name in names for i, names in zip(sources, vocabulary.tensors)):
         return None
-    follow_tokens = all(info is None or info.name in names for info, names in zip(sources, vocabulary.tensors))
-    return vocabulary.row_map if follow_tokens else None
+    # A base without the tensor is told of elsewhere.
+    return vocabulary.map_of(tuple(row_count(info or sources[0]) for info in sources[: len(vocabulary.tensors)]))
 
 
 def check_base_tensor(
