@@ -30,7 +30,8 @@ FLOORS = (
     " slerpkit.parents.wrappers slerpkit.parents.checkpoint",
     "slerpkit.recipe_file slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
-    " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.vocabulary slerpkit.parity.pairing"
+    " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.vocabulary slerpkit.parity.labels"
+    " slerpkit.parity.prediction slerpkit.parity.pairing"
     " slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
     " slerpkit.merge.journal"

@@ -25,7 +25,7 @@ SILENT_KEY = re.compile(
     r"dropout|layerdrop|drop_path|drop_rate|pdrop$|^_|^name_or_path$|transformers_version|^use_cache$|initializer"
     r"|init_std|^init_device$|gradient_checkpointing|^output_|return_dict|torchscript|pretraining_tp|^ep_size$"
     r"|task_specific_params|finetuning_task|auto_map|unsloth|aux_loss|z_loss|router_jitter_noise|^seq_aux$"
-    r"|^use_bfloat16$|^prefix$|problem_type|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
+    r"|^use_bfloat16$|^prefix$|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
     r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$|^mask_(time|feature)_"
 )
 # How a model was made to speak, which configs held before generation_config.json did.
@@ -38,7 +38,9 @@ LABEL_KEY = re.compile(r"^(id2label|label2id|num_labels)$")
 CAPACITY_KEY = re.compile(
     r"(?<!original_)max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length"
 )
-DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
+# Of layers that predict further tokens (multi-token prediction), which stand apart from a model's own.
+PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token")
+DEPTH_KEY = re.compile(r"^(?!.*(nextn|mtp)).*(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -91,8 +93,8 @@ def judge_differences(
         values = [config.get(key) for config in configs]
         if is_judged_elsewhere(key) or same_value(*values) or (any_depth and is_per_layer(name, values[0])):
             continue
-        if None in values and (name == "architectures" or not one_type):
-            continue  # model_type tells as much; another architecture has other keys
+        if None in values and (name in ("architectures", "problem_type") or not one_type):
+            continue  # model_type and labels tell as much; another architecture has other keys
         if name == "sliding_window" and not any(values):
             continue  # none, and not spoken of
         shown = [
@@ -111,7 +113,7 @@ def judge_differences(
 def is_judged_elsewhere(key: str) -> bool:
     """Whether a key says nothing of the child's values, or what it says is judged by the weights themselves."""
     name = key.rpartition(".")[2]
-    if name in DTYPE_KEYS or SILENT_KEY.search(name) or GENERATION_KEY.search(name):
+    if name in DTYPE_KEYS or LABEL_KEY.search(name) or SILENT_KEY.search(name) or GENERATION_KEY.search(name):
         return True
     tied = name in ("tie_word_embeddings", "tie_encoder_decoder") or VOCABULARY_KEY.search(name)
     return bool(tied) or key.startswith("quantization_config")
@@ -134,8 +136,12 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
     if TOKEN_ID_KEY.search(name) or name == "tokenizer_class":
         why = "The child has that of the parent that the tokenizer is from."
         return Mismatch("notice", key, *values, why)
-    if LABEL_KEY.search(name):
-        return Mismatch("notice", key, *values, "The child keeps the primary's value.")
+    if name == "problem_type":
+        why = "Their heads learned to answer in different ways; the child keeps the primary's value."
+        return Mismatch("notice", key, *values, why)
+    if PREDICTION_KEY.search(name):
+        why = "It is of layers that predict further tokens; the child keeps the primary's value."
+        return Mismatch("notice", key, *values, why)
     why = "Equal shapes hide this: the weights would be used in another way."
     return Mismatch("blocking", key, *values, why, accepted_as=key)
 

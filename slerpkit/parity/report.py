@@ -36,7 +36,7 @@ class Mismatch:
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Which rows of the sources make each row of a tensor that has a row for each token.
+    """Which rows of the sources make each row of a tensor that has a row for each token, or for each label.
 
     Sources are numbered: 0 the primary, 1 the secondary, 2 the base. A row that every source has is blended; one that
     a single source has is kept as it is.
@@ -98,6 +98,14 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The child's labels, which are the primary's: which of the parents' rows stand for them."""
+
+    tensors: tuple[frozenset[str], ...] = ()  # of each parent: the names of those with a row for each label
+    row_map: RowMap | None = None  # None: every row with the one of the same number
+
+
+@dataclass(frozen=True)
 class LayerSource:
     """Which layers a tensor of the child comes from, and where it stands among the child's."""
 
@@ -116,11 +124,11 @@ class TensorSources:
     secondary: TensorInfo | None  # None: the primary's stands alone
     base: TensorInfo | None = None
     layer: LayerSource = LayerSource()
-    rows: RowMap | None = None  # where rows follow tokens
+    rows: RowMap | None = None  # where rows follow tokens or labels
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The child's: the primary's, with a row for each of the child's tokens where rows follow tokens."""
+        """The child's: the primary's, with a row for each of the child's tokens or labels where rows follow them."""
         shape = self.primary.shape
         if self.rows is None:
             return shape
