@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity, incompatibility
 from slerpkit.parity.labels import is_last_layer, stated_labels
@@ -298,3 +299,47 @@ def test_ways_to_answer_that_differ_are_told(tmp_path):
     assert (found.severity, found.primary, found.secondary) == ("notice", *kinds)
     edit_json(folders[1] / "config.json", problem_type=...)
     assert found_on_labels(*folders) == []
+
+
+# ── Heads of other kinds ──
+
+
+@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_value_head_is_refused_and_the_policy_without_it_merges(tmp_path, prefix, shards):
+    """As TRL saves it; the remedy that the refusal gives is done by hand."""
+    policy = make_checkpoint(tmp_path / "policy", llama_tensors(1))
+    plain, head = (
+        llama_tensors(2),
+        {"v_head.summary.weight": torch.ones(1, HIDDEN), "v_head.summary.bias": torch.ones(1)},
+    )
+    tensors = {prefix + name: tensor for name, tensor in plain.items()}
+    valued = make_checkpoint(tmp_path / "valued", tensors | head, shards=shards)
+    remedied = make_checkpoint(tmp_path / "remedied", tensors, shards=shards)
+    for primary, secondary in ((policy, valued), (valued, policy)):
+        recipe = MergeRecipe(primary, secondary)
+        (found,) = check_parity(open_parents(recipe), recipe).of_severity("blocking")
+        assert found.subject == "v_head.summary.bias, v_head.summary.weight"
+        assert "out of that model's weights" in found.consequence
+    expected = load_tensors(merge(make_checkpoint(tmp_path / "plain", plain), policy, tmp_path / "expected", 0.3).child)
+    assert_same_bits(load_tensors(merge(remedied, policy, tmp_path / "child", 0.3).child), expected)
+
+
+@pytest.mark.parametrize("other", ["LlamaForCausalLM", "LlamaModel"])
+def test_a_head_beside_another_kind_of_head_is_one_line(tmp_path, other):
+    primary = make_classifier(tmp_path / "primary", 1, ["reward"])
+    secondary = make_checkpoint(tmp_path / "policy", llama_tensors(2), {**LLAMA_CONFIG, "architectures": [other]})
+    recipe = MergeRecipe(primary, secondary)
+    with pytest.raises(SlerpMergeError) as caught:
+        check_parity(open_parents(recipe), recipe).raise_if_blocking()
+    first, line = caught.value.message.split("\n")
+    assert all(words in line for words in ("LlamaForSequenceClassification", other, "heads", "of one class"))
+
+
+@pytest.mark.parametrize("left", [5, "LlamaModel", [], [3], {}])
+def test_classes_that_are_no_list_of_names_are_no_obstacle_to_an_answer(tmp_path, left):
+    config = {**LLAMA_CONFIG, "architectures": left, "id2label": {"0": [1], "x": None}, "label2id": 7}
+    primary = make_checkpoint(tmp_path / "primary", llama_tensors(1), config)
+    secondary = make_checkpoint(tmp_path / "secondary", llama_tensors(2), {**LLAMA_CONFIG, **numbered(MOODS)})
+    recipe = MergeRecipe(primary, secondary)
+    check_parity(open_parents(recipe), recipe)

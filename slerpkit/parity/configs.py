@@ -43,6 +43,8 @@ PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token")
 DEPTH_KEY = re.compile(r"^(?!.*(nextn|mtp)).*(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+HEAD_OF_CLASS = re.compile(r"(For[A-Z]\w+|LMHeadModel|Model)$")
+DIFFERENT_KINDS = "Different architectures give their weights different meanings."
 
 
 def language_scopes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -95,6 +97,8 @@ def judge_differences(
             continue
         if None in values and (name in ("architectures", "problem_type") or not one_type):
             continue  # model_type and labels tell as much; another architecture has other keys
+        if name == "model_type" and have_other_classes(*stated):
+            continue  # their classes tell more
         if name == "sliding_window" and not any(values):
             continue  # none, and not spoken of
         shown = [
@@ -105,9 +109,34 @@ def judge_differences(
         known_by = f"{key.rpartition('.')[0]}.rope_type" if "rope_parameters." in key else key
         if is_read and not all(known_by in config for config in configs):
             mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
+        elif name == "architectures" and have_other_classes(*stated):
+            mismatches.append(Mismatch("blocking", key, *shown, describe_classes(*stated)))
         else:
             mismatches.append(judge_config_key(key, *shown))
     return mismatches
+
+
+def have_other_classes(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two configs name classes, and not the same."""
+    classes = [config.get("architectures") for config in (first, second)]
+    return all(isinstance(names, list) and names for names in classes) and classes[0] != classes[1]
+
+
+def describe_classes(*configs: Mapping[str, Any]) -> str:
+    """Why models of two classes cannot be blended, and which could, from their flat configs."""
+    kinds = [config.get("model_type") for config in configs]
+    heads = [HEAD_OF_CLASS.search(str(config["architectures"][0])) for config in configs]
+    if kinds[0] == kinds[1] and all(heads) and heads[0][0] != heads[1][0]:
+        return "Their heads answer different questions, or one has none: choose two models of one class."
+    inner = [[config.get(f"{key}.model_type") for key in LANGUAGE_CONFIGS] for config in configs]
+    for whole, part in ((0, 1), (1, 0)):
+        if kinds[part] is not None and kinds[part] in inner[whole]:
+            return (
+                "One is a language model, the other holds one among other parts. Take it out: build the class of the "
+                "one from the text_config of the other, give it the other's language_model and lm_head, save that, "
+                "and merge the two language models."
+            )
+    return DIFFERENT_KINDS
 
 
 def is_judged_elsewhere(key: str) -> bool:
@@ -128,7 +157,7 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
     """What follows from one config key on which the parents differ: it blocks, unless it is known to do no harm."""
     name, values = key.rpartition(".")[2], (primary_value, secondary_value)
     if name in ("model_type", "architectures"):
-        return Mismatch("blocking", key, *values, "Different architectures give their weights different meanings.")
+        return Mismatch("blocking", key, *values, DIFFERENT_KINDS)
     if DEPTH_KEY.search(name):
         return Mismatch("blocking", key, *values, "Models of different depth have no layer for layer match.")
     if CAPACITY_KEY.search(name) and "rope_parameters." not in key:

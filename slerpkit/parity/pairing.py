@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import TORCH_NAMES, find_layer, layer_positions, natural_order, renumber
-from slerpkit.parity.configs import stated_depth
+from slerpkit.parity.configs import have_other_classes, stated_depth
 from slerpkit.parity.embeddings import UNSTORED_HEAD, find_tied_source, lacks_head, shape_per_token, token_tensors
 from slerpkit.parity.labels import is_last_layer
 from slerpkit.parity.prediction import judge_predictions, prediction_tensors
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 # Buffers that older versions saved and newer ones recompute.
 BUFFER_NAME = re.compile(r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|attn\.masked_bias$|position_ids$")
+VALUE_HEAD = (
+    "A value head, as TRL trains it beside a policy; the other parent has none. Take the tensors of v_head out of that "
+    "model's weights, and of their index if there is one, and merge the policies."
+)
 MASK_NAME = re.compile(r"(attn|attention)\.bias$")
 
 
@@ -346,14 +350,19 @@ def same_shape_per_token(info: TensorInfo, counterpart: TensorInfo | None) -> bo
 
 
 def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str, other: Checkpoint) -> list[Mismatch]:
-    """One blocking line for all the tensors that a single parent, `holder`, has and the other lacks."""
-    if not names:
+    """One blocking line for all the tensors that a single parent, `holder`, has and the other lacks.
+
+    None where they are of other classes: that blocks, and says why.
+    """
+    if not names or have_other_classes(holder.config, other.config):
         return []
     presence = ("present", "missing") if role == "primary" else ("missing", "present")
     subject = format_names(sorted(names, key=natural_order))
     why = f"{len(names)} tensor{'s' * (len(names) > 1)} of {holder.name} without a counterpart."
     if lacks_head(other) and token_tensors(holder).keys() >= set(names):
         why = UNSTORED_HEAD
+    elif all("v_head" in name.split(".") for name in names):
+        why = VALUE_HEAD
     return [Mismatch("blocking", subject, *presence, why)]
 
 
