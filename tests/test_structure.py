@@ -32,7 +32,7 @@ FLOORS = (
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
     " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.sentencepiece_file"
     " slerpkit.parity.tokenizer_source slerpkit.parity.vocabulary slerpkit.parity.segmentation"
-    " slerpkit.parity.pairing slerpkit.parity.modules"
+    " slerpkit.parity.labels slerpkit.parity.prediction slerpkit.parity.pairing slerpkit.parity.modules"
     " slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
     " slerpkit.merge.journal"

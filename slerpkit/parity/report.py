@@ -39,7 +39,7 @@ class Mismatch:
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Which rows of the sources make each row of a tensor that has a row for each token.
+    """Which rows of the sources make each row of a tensor that has a row for each token, or for each label.
 
     Sources are numbered: 0 the primary, 1 the secondary, 2 the base. A row that every source has is blended; one that
     a single source has is kept as it is.
@@ -134,6 +134,18 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The child's labels, which are the primary's: which of the parents' rows stand for them."""
+
+    tensors: tuple[frozenset[str], ...] = ()  # of each parent: the names of those with a row for each label
+    row_map: RowMap | None = None  # None: every row with the one of the same number
+
+    def map_of(self, row_counts: tuple[int, ...]) -> RowMap | None:
+        """The map of a tensor with a row for each label: all have as many."""
+        return self.row_map
+
+
+@dataclass(frozen=True)
 class LayerSource:
     """Which layers a tensor of the child comes from, and where it stands among the child's."""
 
@@ -152,12 +164,12 @@ class TensorSources:
     secondary: TensorInfo | None  # None: the primary's stands alone
     base: TensorInfo | None = None
     layer: LayerSource = LayerSource()
-    rows: RowMap | None = None  # where rows follow tokens
+    rows: RowMap | None = None  # where rows follow tokens or labels
     folder: str = ""  # below the model's, of a module that keeps its weights there, and begins their names with it
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The child's: the primary's, with a row for each of the child's tokens where rows follow tokens."""
+        """The child's: the primary's, with a row for each of the child's tokens or labels where rows follow them."""
         shape = self.primary.shape
         if self.rows is None:
             return shape
