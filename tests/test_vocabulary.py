@@ -395,6 +395,16 @@ def test_tables_of_a_layer_that_predicts_more_tokens_follow_them(tmp_path, name,
     assert_rows_follow_tokens(report, tokenizer_source, 0.3)
 
 
+@pytest.mark.parametrize("holder", [0, 1])
+def test_a_table_inside_a_layer_is_no_head_that_the_other_parent_has_tied(tmp_path, holder):
+    folders = [make_parent(tmp_path / role, n, WORDS, tie_word_embeddings=True) for n, role in enumerate(ROLES)]
+    for folder in folders:
+        replace_tensors(folder, {name: t for name, t in load_tensors(folder).items() if not name.startswith("lm_head")})
+    add_tables(folders[holder : holder + 1], "mtp.layers.0.lm_head.weight", (40, HIDDEN))
+    with pytest.raises(SlerpMergeError, match=r"mtp\.layers\.0\.lm_head\.weight"):
+        merge(*folders, tmp_path / "child")
+
+
 def test_other_matrices_of_a_layer_keep_their_order_however_many_rows_they_have(tmp_path):
     folders = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, REVERSED)
     name = "model.layers.0.router.proj.weight"

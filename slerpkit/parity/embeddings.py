@@ -160,12 +160,9 @@ def stores_head(checkpoint: Checkpoint) -> bool:
 
 def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
     """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
-    if (
-        is_tied(other.config) is False
-        or lacks_head(other)
-        or len(head.shape) != 2
-        or head.name not in token_tensors(owner)
-    ):
+    if find_layer(head.name) or is_tied(other.config) is False:
+        return None
+    if lacks_head(other) or head not in token_matrices(owner):
         return None
     candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
     return candidates[0] if len(candidates) == 1 else None
