@@ -280,7 +280,18 @@ def test_another_order_of_rows_that_are_not_found_blocks(tmp_path):
         replace_tensors(folder, tensors)
     (found,) = found_on_labels(*folders)
     assert (found.severity, found.accepted_as) == ("blocking", "id2label")
-    assert "not found" in found.consequence
+    assert "cannot be told" in found.consequence
+
+
+def test_a_label_that_stands_twice_has_no_row_of_its_own(tmp_path):
+    """Photographs of a crane may show a bird or a machine."""
+    orders = ["crane", "dog", "crane"], ["crane", "crane", "dog"]
+    same = make_classifier(tmp_path / "same", 3, orders[0])
+    primary, secondary = (make_classifier(tmp_path / str(n), n, order) for n, order in enumerate(orders))
+    (found,) = found_on_labels(primary, secondary)
+    assert (found.severity, found.accepted_as) == ("blocking", "id2label")
+    assert "cannot be told" in found.consequence
+    assert found_on_labels(primary, same) == []
 
 
 def test_labels_that_a_model_does_not_answer_with_are_told(tmp_path):

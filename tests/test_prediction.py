@@ -27,6 +27,7 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     merge,
+    plan_of,
     replace_tensors,
 )
 from tests.test_families import make_family_parent
@@ -171,6 +172,19 @@ def test_what_configs_state_of_it_follows_the_primary_and_is_no_depth(tmp_path):
     assert [found.severity for found in findings] == ["resolved", "notice", "notice"]
     config = {"mtp_num_hidden_layers": 1, "mtp_num_layers": 3, "num_nextn_predict_layers": 2, "num_hidden_layers": 9}
     assert stated_depth(config) == 9
+
+
+def test_another_tower_as_deep_by_chance_is_none(tmp_path):
+    towers = [
+        {f"vision.blocks.{layer}.fc.weight": torch.full((2, 2), 1.0 + seed) for layer in range(LAYERS + 1)}
+        for seed in (1, 2)
+    ]
+    original = make_checkpoint(tmp_path / "o", llama_tensors(1) | prediction_layer(BEHIND, 5) | towers[0], COUNTED)
+    tuned = make_checkpoint(tmp_path / "t", llama_tensors(2) | towers[1], COUNTED)
+    assert only_finding(original, tuned).primary == "10 tensors"
+    assert only_finding(tuned, original).secondary == "10 tensors"
+    plan = plan_of(tuned, original, tmp_path / "child", schedule=SLOPE)
+    assert [t.t for t in plan.tensors if t.name.startswith("vision")] == [0.0, 0.5, 1.0]
 
 
 def test_further_layers_that_no_config_speaks_of_block(tmp_path):

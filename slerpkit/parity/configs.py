@@ -39,7 +39,7 @@ CAPACITY_KEY = re.compile(
     r"(?<!original_)max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length"
 )
 # Of layers that predict further tokens (multi-token prediction), which stand apart from a model's own.
-PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token")
+PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token_pred")
 DEPTH_KEY = re.compile(r"^(?!.*(nextn|mtp)).*(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size(_per_layer_input)?$")
 DTYPE_KEYS = ("dtype", "torch_dtype")

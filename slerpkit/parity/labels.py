@@ -102,11 +102,12 @@ def judge_labels(
     block = functools.partial(Mismatch, "blocking", subject, accepted_as="id2label")
     if None in (own, other):
         return None, block(*shown, NAMELESS)
-    if sorted(folded[0]) != sorted(folded[1]) or len(set(folded[0])) < len(own):
+    if sorted(folded[0]) != sorted(folded[1]):
         why = "The heads answer with different labels, so their rows stand for different things."
         return None, block(only_in(own, folded[1]), only_in(other, folded[0]), why)
-    if not found:
-        return None, block(*shown, "The same labels in another order, and the rows that stand for them are not found.")
+    if not found or len(set(folded[0])) < len(own):
+        why = "The same labels in another order, and which row stands for which cannot be told."
+        return None, block(*shown, why)
     tensors = format_names(sorted(found, key=natural_order))
     why = f"The same labels in another order: rows of {tensors} follow labels, and the child has the primary's order."
     return [folded[1].index(label) for label in folded[0]], Mismatch("resolved", subject, *shown, why)

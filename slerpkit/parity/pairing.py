@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 # Buffers that older versions saved and newer ones recompute.
 BUFFER_NAME = re.compile(r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|attn\.masked_bias$|position_ids$")
+MASK_NAME = re.compile(r"(attn|attention)\.bias$")
 VALUE_HEAD = (
     "A value head, as TRL trains it beside a policy; the other parent has none. Take the tensors of v_head out of that "
     "model's weights, and of their index if there is one, and merge the policies."
 )
-MASK_NAME = re.compile(r"(attn|attention)\.bias$")
 
 
 def is_known_buffer(info: TensorInfo) -> bool:
@@ -156,7 +156,7 @@ def pair_tensors(
         if base is not None:
             base_tensor = base_tensor or find_tied_source(primary_tensor, primary, base)
         sources = primary_tensor, secondary_tensor, base_tensor
-        rows = rows_of(vocabulary, *sources) or rows_of(labels, *sources)
+        rows = rows_of(labels, *sources) or rows_of(vocabulary, *sources)
         mismatches += compare_tensors(primary_tensor, secondary_tensor, rows)
         if base is not None:
             mismatches += check_base_tensor(primary_tensor, base_tensor, rows)

@@ -7,6 +7,7 @@ which they are. Read configs.py before this.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from slerpkit.parity.report import TensorSources, Vocabulary
 
 PREDICTION_NAME = re.compile(r"(^|\.)mtp(_\w+)?\.")
-COUNT_KEY = re.compile(r"num|layers|modules")
+COUNT_KEY = re.compile(r"(layers|modules|depth)$")
 
 
 def stated_predictions(config: Mapping[str, Any]) -> int:
@@ -40,13 +41,16 @@ def prediction_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     depth, count = stated_depth(checkpoint.config), stated_predictions(checkpoint.config)
     layers = {name: find_layer(name) or ("", -1) for name in checkpoint.tensors}
     last: dict[str, int] = {}
-    for stack, index in layers.values():
+    sizes: Counter[str] = Counter()
+    for name, (stack, index) in layers.items():
         last[stack] = max(index, last.get(stack, -1))
-    behind = {stack for stack, index in last.items() if depth is not None and depth <= index < depth + count}
+        sizes[stack] += checkpoint.tensors[name].byte_count
+    deep = [stack for stack, index in last.items() if depth is not None and depth <= index + 1 <= depth + count]
+    own = max(deep, key=lambda stack: sizes[stack], default=None)  # a vision tower may be as deep by chance
     return frozenset(
         name
         for name, (stack, index) in layers.items()
-        if PREDICTION_NAME.search(name) or (stack in behind and index >= depth)
+        if PREDICTION_NAME.search(name) or (stack == own and index >= depth)
     )
 
 
