@@ -176,7 +176,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
         parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
-    role = None if arguments.dry_run else parity.offered_template
+    role = None if arguments.dry_run else parity.template.offered
     if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)

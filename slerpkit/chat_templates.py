@@ -78,6 +78,10 @@ MISTRAL = """\
 
 CHAT_TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "exaone": EXAONE, "llama3": LLAMA_3, "mistral": MISTRAL}
 
+# Marks that formats are known to put around a turn, and those that end one, where a model should stop.
+TURN_MARK = re.compile(r"<\|\w+\|>|\[\|\w+\|\]|<(?:start|end)_of_turn>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "[|endofturn|]", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
+
 
 def is_template_text(text: str) -> bool:
     """Whether a text is a chat template of its own, in Jinja, and not the name of one."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slerpkit.chat_templates import CHAT_TEMPLATES, is_template_text
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
 from slerpkit.messages import SlerpMergeError
 from slerpkit.schedule import Schedule
@@ -20,7 +21,7 @@ MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, the shard size that hubs and loaders ex
 MAX_THREADS = 8  # reading and writing saturate before more cores than this help
 CHILD_DTYPES = ("auto", "bfloat16", "float16", "float32")
 TOKENIZER_CHOICES = ("auto", "primary", "secondary", "union")
-TEMPLATE_CHOICES = ("auto", "primary", "secondary")
+TEMPLATE_CHOICES = ("auto", "primary", "secondary", "either", *CHAT_TEMPLATES)
 METHODS = ("slerp", "slerp-norm", "lerp", "nuslerp")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # What nuslerp takes as one vector, and the word that people type for it.
@@ -62,7 +63,7 @@ class MergeRecipe:
     dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
     tokenizer: str = "auto"  # one of TOKENIZER_CHOICES
     accept: tuple[str, ...] = ()  # config keys, or "vocabulary", whose difference may pass
-    chat_template: str = "auto"  # one of TEMPLATE_CHOICES; auto is that of the tokenizer
+    chat_template: str = "auto"  # one of TEMPLATE_CHOICES, or Jinja; auto is that of the tokenizer
 
     @property
     def compared_vectors(self) -> str:
@@ -151,7 +152,8 @@ def check_recipe(recipe: MergeRecipe) -> None:
     check_choice("setting vectors", recipe.vectors, tuple(VECTORS.values()))
     check_choice("child's dtype", recipe.dtype, CHILD_DTYPES)
     check_choice("tokenizer", recipe.tokenizer, TOKENIZER_CHOICES)
-    check_choice("chat template", recipe.chat_template, TEMPLATE_CHOICES)
+    if not is_template_text(recipe.chat_template):
+        check_choice("chat template", recipe.chat_template, TEMPLATE_CHOICES)
     if recipe.vectors != "tensor" and recipe.method != "nuslerp":
         raise SlerpMergeError(
             f"The granularity {granularity_of(recipe.vectors)!r} goes with the method nuslerp alone.",

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.chat_templates import CHAT_TEMPLATES, is_template_text
 from slerpkit.files import clean_path, read_bytes
 from slerpkit.lazy import yaml
 from slerpkit.messages import SlerpMergeError
@@ -207,7 +208,7 @@ class RecipeReader:
             fields["normalize"] = self.flag("normalize", True)
         if self.method == "nuslerp" and not self.flag("nuslerp_flatten", True):
             fields["vectors"] = "first_dim" if self.flag("nuslerp_row_wise", False) else "last_dim"
-        return MergeRecipe(**{**fields, **self.dtypes(), **self.tokenizer(sides), **own})
+        return MergeRecipe(**{**fields, **self.dtypes(), **self.tokenizer(sides), **self.chat_template(), **own})
 
     def models(self) -> list[tuple[list[dict[str, Any]], list[tuple[Path, Any, dict[str, Any]]]]]:
         """For each slice, or the one whole: (scopes of its parameters, [(folder, node, keys) of each source])."""
@@ -312,11 +313,6 @@ class RecipeReader:
         node = self.top.get("tokenizer_source")
         if "tokenizer" in self.top:
             node = self.file.mapping(self.top["tokenizer"], ("source",), "tokenizer").get("source")
-        if "chat_template" in self.top:
-            chosen = self.file.text(self.top["chat_template"], "chat_template")
-            if chosen != "auto":
-                what = f"chat_template {chosen!r} is not done here"
-                raise self.file.fault(self.top["chat_template"], what, "Leave it out, or write auto.")
         if node is None:  # this tool's own recipes, where they are silent, mean its own rule
             return {} if "slerpmerge" in self.top else self.tokenizer_of_base_model(sides)
         source = self.file.text(node, "tokenizer_source")
@@ -333,6 +329,16 @@ class RecipeReader:
         stated = self.base_model()
         roles = [role for role, folder in zip(("primary", "secondary"), sides) if folder == stated]
         return {"tokenizer": roles[0]} if roles and has_tokenizer(stated) else {}
+
+    def chat_template(self) -> dict[str, Any]:
+        """A template by name, or Jinja text; auto is whichever of the models has one."""
+        if "chat_template" not in self.top:
+            return {}
+        chosen = self.file.text(self.top["chat_template"], "chat_template")
+        if chosen not in ("auto", *CHAT_TEMPLATES) and not is_template_text(chosen):
+            known = f"Known: auto, {', '.join(CHAT_TEMPLATES)}, or a template in Jinja."
+            raise self.file.fault(self.top["chat_template"], f"no chat template is called {chosen!r}", known)
+        return {"chat_template": "either" if chosen == "auto" else chosen}
 
     def own_settings(self) -> dict[str, Any]:
         """What this tool's own recipes say beyond mergekit's; the parents' identity there is for people."""

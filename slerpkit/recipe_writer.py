@@ -56,13 +56,15 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         content["out_dtype"] = recipe.dtype
     if recipe.tokenizer != "auto":
         content["tokenizer_source"] = places.get(recipe.tokenizer, recipe.tokenizer)
+    if recipe.chat_template not in ("auto", "primary", "secondary"):
+        content["chat_template"] = "auto" if recipe.chat_template == "either" else recipe.chat_template
     own: dict[str, Any] = {
         "version": __version__,
         "method": recipe.method,
         "dot_threshold": recipe.dot_threshold,
         "epsilon": recipe.epsilon,
         "extrapolate": recipe.extrapolate,
-        "chat_template": recipe.chat_template,
+        **({"chat_template": recipe.chat_template} if recipe.chat_template in ("primary", "secondary") else {}),
         **({"accept": list(recipe.accept)} if recipe.accept else {}),
     }
     if method != "slerp" and recipe.slices and recipe.slices[0].weights is None:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import yaml
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slerpkit.chat_templates import CHAT_TEMPLATES
 from slerpkit.child.report import MergeReport
 from slerpkit.demo import make_demo_parents
 from slerpkit.messages import SlerpMergeError
@@ -715,7 +717,7 @@ def talk_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
 def test_a_chat_template_stays_with_its_tokenizer_unless_asked_for(tmp_path):
     primary, secondary = make_talkers(tmp_path, primary_knows=True)
     report = merge(primary, secondary, tmp_path / "child")
-    assert report.plan.parity.offered_template == "secondary"
+    assert report.plan.parity.template.offered == "secondary"
     assert any("--chat-template secondary" in m.consequence for m in report.plan.parity.of_severity("notice"))
     assert talk_of(report.child) == (None, {"eos_token_id": 2, "temperature": 0.6})
     assert not (report.child / "chat_template.jinja").exists()
@@ -736,7 +738,7 @@ def test_a_chat_template_that_was_asked_for_comes_with_its_end_of_text(tmp_path,
 def test_a_chat_template_whose_marks_are_no_tokens_of_the_childs_is_not_offered(tmp_path):
     primary, secondary = make_talkers(tmp_path, primary_knows=False)
     parity = merge(primary, secondary, tmp_path / "child").plan.parity
-    assert parity.offered_template is None
+    assert parity.template.offered is None
     assert any("<|im_end|>, <|im_start|>" in m.consequence for m in parity.of_severity("notice"))
     with pytest.raises(SlerpMergeError, match="the child's tokenizer does not know"):
         merge(primary, secondary, tmp_path / "other", chat_template="secondary")
@@ -751,6 +753,45 @@ def test_a_chat_template_can_be_left_behind(tmp_path):
         merge(primary, secondary, tmp_path / "child", **both)
     edit_json(primary / "tokenizer_config.json", chat_template="{{ messages }}")
     assert talk_of(merge(primary, secondary, tmp_path / "child", **both).child)[0] == "{{ messages }}"
+
+
+def test_a_named_chat_template_is_the_childs_and_its_turns_end_it(tmp_path, parents):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    parents.watch(primary, secondary)
+    report = merge(primary, secondary, tmp_path / "child", chat_template="chatml", tokenizer="primary")
+    template, settings = talk_of(report.child)
+    assert template == CHAT_TEMPLATES["chatml"]
+    assert settings == {"eos_token_id": [2, rows_by_token(report.child)["<|im_end|>"]], "temperature": 0.6}
+    assert report.as_dict()["chat_template_from"] == "chatml"
+    assert read_recipe(report.child / "merge_recipe.yaml").chat_template == "chatml"
+    # A template of a parent's own does not stand beside it.
+    other = merge(primary, secondary, tmp_path / "other", chat_template="mistral", tokenizer="secondary").child
+    assert talk_of(other)[0] == CHAT_TEMPLATES["mistral"]
+    assert not (other / "chat_template.jinja").exists()
+
+
+def test_a_chat_template_of_ones_own_says_which_marks_are_no_tokens(tmp_path):
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    text = "{{ bos_token }}<|turn|>{{ messages[0].content }}<|im_end|>"
+    report = merge(primary, secondary, tmp_path / "child", chat_template=text, tokenizer="primary")
+    assert talk_of(report.child)[0] == text
+    assert read_recipe(report.child / "merge_recipe.yaml").chat_template == text
+    told = [m.consequence for m in report.plan.parity.of_severity("notice") if m.subject == "chat template"]
+    assert told == ["It speaks of <|turn|>, which the child's tokenizer does not know and cuts into pieces."]
+    with pytest.raises(SlerpMergeError, match="chat template"):
+        merge(primary, secondary, tmp_path / "none", chat_template="chat-ml")
+
+
+@pytest.mark.parametrize("primary_knows", [True, False])
+def test_either_parents_chat_template_is_taken_where_it_fits(tmp_path, primary_knows):
+    primary, secondary = make_talkers(tmp_path, primary_knows)
+    child = merge(primary, secondary, tmp_path / "child", chat_template="either", tokenizer="primary").child
+    assert talk_of(child)[0] == (TEMPLATE if primary_knows else None)
+    both = {"chat_template": "either", "tokenizer": "secondary"}
+    other = merge(primary, secondary, tmp_path / "other", **both).child
+    assert talk_of(other)[0] == TEMPLATE
+    assert yaml.safe_load((other / "merge_recipe.yaml").read_text())["chat_template"] == "auto"  # as mergekit calls it
+    assert read_recipe(other / "merge_recipe.yaml").chat_template == "either"
 
 
 def test_token_ids_follow_the_tokenizer_and_settings_the_primary(tmp_path):
@@ -781,7 +822,7 @@ def test_a_template_in_a_file_of_the_processors_is_seen(tmp_path):
         write_tokenizer(folder, [f"w{n}" for n in range(48)])
     (secondary / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     recipe = MergeRecipe(primary, secondary)
-    assert check_parity(open_parents(recipe), recipe).offered_template == "secondary"
+    assert check_parity(open_parents(recipe), recipe).template.offered == "secondary"
 
 
 # ── A child that speaks ─────────────────────────────────────────────────────────────────────────

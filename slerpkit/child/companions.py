@@ -38,7 +38,7 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
     write_child_config(plan, child.folder)
     for role, patterns in (
         (plan.tokenizer_role, TOKENIZER_FILES),
-        (plan.template_role, TEMPLATE_FILES),
+        (plan.parity.template.role, TEMPLATE_FILES),
         ("primary", COMPANION_FILES),
         (plan.modules_role, MODULE_FILES),
     ):
@@ -75,7 +75,7 @@ def write_generation_config(plan: MergePlan, folder: Path) -> None:
     """generation_config.json: a parent's own file, or one made where ids follow the other parent's tokenizer."""
     parents = plan.parents
     settings, _ = child_generation_config(
-        parents.primary, parents.secondary, plan.parity.vocabulary, plan.template_role
+        parents.primary, parents.secondary, plan.parity.vocabulary, plan.parity.template
     )
     if not settings:
         return
@@ -87,13 +87,16 @@ def write_generation_config(plan: MergePlan, folder: Path) -> None:
 
 
 def adapt_tokenizer(plan: MergePlan, folder: Path) -> None:
-    """Puts the other parent's chat template and tokens into the copied files of the tokenizer."""
+    """Puts a chat template that is not the tokenizer's, and the other parent's tokens, into its copied files."""
     settings_path, more_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json_if_there(settings_path)
     before = dict(settings)
-    if plan.template_role != plan.tokenizer_role:
-        template_parent = plan.parents.by_role[plan.template_role]
-        template = read_json_if_there(template_parent.folder / settings_path.name).get("chat_template")
+    chosen = plan.parity.template
+    if chosen.role != plan.tokenizer_role:
+        template = chosen.text
+        if template is None:
+            template_parent = plan.parents.by_role[chosen.role]
+            template = read_json_if_there(template_parent.folder / settings_path.name).get("chat_template")
         settings = {key: value for key, value in settings.items() if key != "chat_template"}
         settings |= {} if template is None else {"chat_template": template}
     appended = plan.parity.vocabulary.appended

@@ -109,7 +109,7 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
         "kinship": plan.kinship.as_dict(),
         "remarks": list(plan.remarks),
         "tokenizer_from": plan.tokenizer_role,
-        "chat_template_from": plan.template_role,
+        "chat_template_from": plan.parity.template.source,
         **plan.parity.as_dict(),
         "accepted": [mismatch.as_dict() for mismatch in plan.parity.accepted],
         "checks": list(verified.checks),

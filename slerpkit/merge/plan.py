@@ -94,12 +94,6 @@ class MergePlan:
         return self.parity.vocabulary.tokenizer_source
 
     @property
-    def template_role(self) -> str | None:
-        """The parent whose chat template the child has."""
-        asked = self.recipe.chat_template
-        return self.tokenizer_role if asked == "auto" or self.tokenizer_role is None else asked
-
-    @property
     def modules_role(self) -> str | None:
         """The parent whose modules of sentence-transformers the child has, blended where they have weights."""
         return modules_source(self.parents.primary, self.parents.secondary)
@@ -134,7 +128,7 @@ class MergePlan:
             "kinship": self.kinship.as_dict(),
             "remarks": [*self.remarks, *([] if self.leftover is None else [self.leftover.describe()])],
             "tokenizer_from": self.tokenizer_role,
-            "chat_template_from": self.template_role,
+            "chat_template_from": self.parity.template.source,
             **self.parity.as_dict(),
         }
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.chat_templates import CHAT_TEMPLATES, TURN_ENDS, TURN_MARK
 from slerpkit.files import read_json_if_there, read_text_if_there
 from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parents.checkpoint import CARD_NAME, GENERATION_NAME
 from slerpkit.parity.configs import TOKEN_ID_KEY, stated_ids
-from slerpkit.parity.report import Mismatch
+from slerpkit.parity.report import ChildTemplate, Mismatch
 from slerpkit.parity.tokenizer_source import chat_template, code_of_tokenizer
 from slerpkit.parity.vocabulary import added_tokens, have_same_tokens, open_tokenizer, read_tokens
+from slerpkit.recipe import TEMPLATE_CHOICES
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
@@ -92,39 +94,67 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
 
 def check_chat_template(
     primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, asked: str
-) -> tuple[list[Mismatch], str | None]:
-    """(what is to know of the chat templates, the role whose template is on offer for a child without one).
-
-    asked: as MergeRecipe.chat_template.
-    """
+) -> tuple[list[Mismatch], ChildTemplate]:
+    """(what is to know of the chat templates, the child's). asked: as MergeRecipe.chat_template."""
     parents = {"primary": primary, "secondary": secondary}
     templates = {role: chat_template(parent.folder) for role, parent in parents.items()}
-    if asked == "auto" and len(set(templates.values())) == 1:
-        return [], None
+    tokenizer_source = vocabulary.tokenizer_source
+    of_tokenizer = ChildTemplate(tokenizer_source)
+    lenient = asked in ("auto", "either")
+    if lenient and len(set(templates.values())) == 1:
+        return [], of_tokenizer
     sizes = [f"{len(template)} characters" if template else "none" for template in templates.values()]
     sizes = sizes if sizes[0] != sizes[1] else ["one", "another"]
     line = functools.partial(Mismatch, subject="chat template", primary=sizes[0], secondary=sizes[1])
-    unless_asked = "notice" if asked == "auto" else "blocking"
-    tokenizer_source = vocabulary.tokenizer_source
+    unless_asked = "notice" if lenient else "blocking"
     if tokenizer_source is None:
         why = "Without a tokenizer, which neither parent has, it is of no use."
-        return [line(unless_asked, consequence=why)], None
-    if asked == "auto" and templates[tokenizer_source]:
-        return [line("notice", consequence="The child talks like the parent that the tokenizer is from.")], None
-    role = {"primary": "secondary", "secondary": "primary"}[tokenizer_source] if asked == "auto" else asked
+        return [line(unless_asked, consequence=why)], of_tokenizer
+    if asked not in TEMPLATE_CHOICES or asked in CHAT_TEMPLATES:
+        return take_own_template(asked, parents[tokenizer_source], vocabulary, line)
+    if lenient and templates[tokenizer_source]:
+        return [line("notice", consequence="The child talks like the parent that the tokenizer is from.")], of_tokenizer
+    role = {"primary": "secondary", "secondary": "primary"}[tokenizer_source] if lenient else asked
     if not templates[role]:
-        return [line("blocking", consequence=f"The {role} has none to take.")], None
+        return [line("blocking", consequence=f"The {role} has none to take.")], of_tokenizer
     unknown = []
     if role != tokenizer_source:
         unknown = unknown_marks(templates[role], parents[role], parents[tokenizer_source], vocabulary)
     if unknown:
         why = f"The {role}'s speaks of {format_names(unknown)}, which the child's tokenizer does not know."
-        return [line(unless_asked, consequence=f"{why} --tokenizer {role} takes both.")], None
+        return [line(unless_asked, consequence=f"{why} --tokenizer {role} takes both.")], of_tokenizer
     if asked == "auto":
         why = f"The child has none; --chat-template {role} takes the {role}'s, which fits its tokens."
-        return [line("notice", consequence=why)], role
+        return [line("notice", consequence=why)], ChildTemplate(tokenizer_source, offered=role)
     why = f"The child has the {role}'s, as asked, and also stops where that does."
-    return [line("resolved", consequence=why)], None
+    return [line("resolved", consequence=why)], ChildTemplate(role)
+
+
+def take_own_template(
+    asked: str, tokenizer_source: Checkpoint, vocabulary: Vocabulary, line: Callable[..., Mismatch]
+) -> tuple[list[Mismatch], ChildTemplate]:
+    """(the line about a template of neither parent's, that template). asked: its name, or Jinja of the recipe's.
+
+    line: a Mismatch but for its severity and consequence.
+    """
+    name, text = (asked, CHAT_TEMPLATES[asked]) if asked in CHAT_TEMPLATES else ("the recipe", asked)
+    try:
+        tokens = read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source)
+        tokens = {**tokens, **{token.content: token.token_id for token in vocabulary.appended}}
+    except SlerpMergeError as error:
+        why = f"It is of {name}, as asked. Whether its marks are tokens is not known: {error.message.rstrip('.')}."
+        return [line("resolved", consequence=why)], ChildTemplate(None, name, text)
+    ends = tuple(tokens[mark] for mark in TURN_ENDS if mark in text and mark in tokens)
+    lines = [
+        line(
+            "resolved", consequence=f"It is of {name}, as asked{'; the child stops where its turns end' * bool(ends)}."
+        )
+    ]
+    unknown = sorted({mark for mark in TURN_MARK.findall(text) if mark not in tokens})
+    if unknown:
+        why = f"It speaks of {format_names(unknown)}, which the child's tokenizer does not know and cuts into pieces."
+        lines.append(line("notice", consequence=why))
+    return lines, ChildTemplate(None, name, text, ends)
 
 
 def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint, vocabulary: Vocabulary) -> list[str]:
@@ -144,12 +174,12 @@ def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint
 
 
 def child_generation_config(
-    primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, template_role: str | None = None
+    primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, template: ChildTemplate
 ) -> tuple[dict[str, Any], list[Mismatch]]:
     """(generation_config.json of the child, empty where neither parent has one; what was resolved in it).
 
     It is the primary's, or else the secondary's, with the ids of the parent that the tokenizer is from, and none that
-    has no row. template_role: the parent whose chat template the child has; it also stops where that does.
+    has no row. Where its chat template is another's, it also stops where that does.
     """
     parents = {"primary": primary, "secondary": secondary}
     stated = {role: read_json_if_there(parent.folder / GENERATION_NAME) for role, parent in parents.items()}
@@ -159,12 +189,14 @@ def child_generation_config(
     if settings and settings_source != tokenizer_source:
         ids = stated[tokenizer_source] or stated_ids(parents[tokenizer_source].config)
         settings = follow_tokens(settings, ids, vocabulary, settings_source)
-    if template_role not in (None, tokenizer_source):
+    talking = {tokenizer_source, template.role or tokenizer_source}
+    if len(talking) > 1 or template.turn_ends:
         ends: list[int] = []
-        for role in (tokenizer_source, template_role):
+        for role in sorted(talking, key=lambda role: role != tokenizer_source):
             stated_ends = {**stated_ids(parents[role].config), **stated[role]}.get("eos_token_id")
             ends += child_ids(stated_ends, vocabulary, role)
-        settings |= {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
+        ends = list(dict.fromkeys([*ends, *template.turn_ends]))
+        settings = {**settings, "eos_token_id": ends} if ends else settings
     kept, mismatches = {}, []
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]

@@ -89,7 +89,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     labels, label_mismatches = align_labels(primary, renamed_secondary, renamed_base)
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary, labels)
     module_pairs, of_modules = pair_modules(primary, secondary, base)
-    template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
+    template_mismatches, template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
     mismatches = [
         *accept(row_mismatches, recipe.accept),
         *check_quantisation(primary, secondary),
@@ -108,11 +108,11 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *compare_companions(primary, secondary),
         *compare_code(primary, secondary, vocabulary),
         *compare_segmentation(primary, secondary, vocabulary),
-        *child_generation_config(primary, secondary, vocabulary)[1],
+        *child_generation_config(primary, secondary, vocabulary, template)[1],
         *check_same_model(primary, secondary),
     ]
     mismatches.sort(key=lambda mismatch: ("blocking", "resolved", "notice").index(mismatch.severity))
-    return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, offered_template)
+    return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, template)
 
 
 def check_fit(primary_folder: Path, secondary_folder: Path) -> None:

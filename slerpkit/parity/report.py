@@ -146,6 +146,22 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class ChildTemplate:
+    """How the child talks: the chat template that it has."""
+
+    role: str | None = None  # the parent whose it is, even if that has none; None: neither's
+    name: str | None = None  # of a template of neither's
+    text: str | None = None  # that template
+    turn_ends: tuple[int, ...] = ()  # the child's ids of the tokens that end a turn in that
+    offered: str | None = None  # the parent whose template would fit a child that has none
+
+    @property
+    def source(self) -> str | None:
+        """Where it is from, in a word."""
+        return self.role or self.name
+
+
+@dataclass(frozen=True)
 class LayerSource:
     """Which layers a tensor of the child comes from, and where it stands among the child's."""
 
@@ -184,7 +200,7 @@ class ParityReport:
     mismatches: tuple[Mismatch, ...]
     pairs: tuple[TensorSources, ...]
     vocabulary: Vocabulary = Vocabulary(None, "neither parent has a tokenizer", (None, None), None)
-    offered_template: str | None = None  # the parent whose chat template would fit a child that has none
+    template: ChildTemplate = ChildTemplate()
 
     @property
     def acceptable(self) -> tuple[str, ...]:
