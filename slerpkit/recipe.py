@@ -44,6 +44,16 @@ class LayerSlice:
 
 
 @dataclass(frozen=True)
+class TokenSource:
+    """What stands for a token where a parent has no row for it; with `force`, in both parents, whatever they have."""
+
+    token: str
+    role: str | None  # whose row: "primary" or "secondary"; None: zeros
+    row_of: str | int | None = None  # the token, or the id, whose row that is; None: the token's own
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class MergeRecipe:
     """Everything the person decided. Order matters: t = 0 is the primary, t = 1 the secondary."""
 
@@ -62,6 +72,8 @@ class MergeRecipe:
     epsilon: float = TINY_NORM
     dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
     tokenizer: str = "auto"  # one of TOKENIZER_CHOICES
+    token_sources: tuple[TokenSource, ...] = ()  # tokens whose rows are said, and not only matched
+    pad_to_multiple_of: int = 1  # the child's rows are rounded up to a multiple of this
     accept: tuple[str, ...] = ()  # config keys, or "vocabulary", whose difference may pass
     chat_template: str = "auto"  # one of TEMPLATE_CHOICES, or Jinja; auto is that of the tokenizer
 

@@ -32,6 +32,7 @@ FLOORS = (
     "slerpkit.recipe_file slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
     " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.sentencepiece_file"
+    " slerpkit.parity.token_sources"
     " slerpkit.parity.tokenizer_source slerpkit.parity.vocabulary slerpkit.parity.segmentation"
     " slerpkit.parity.labels slerpkit.parity.prediction slerpkit.parity.pairing slerpkit.parity.modules"
     " slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",

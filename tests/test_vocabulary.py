@@ -22,7 +22,7 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_parents
 from slerpkit.parity.check import check_parity
 from slerpkit.parity.report import RowMap
-from slerpkit.recipe import VECTORS, MergeRecipe, RunOptions
+from slerpkit.recipe import VECTORS, MergeRecipe, RunOptions, TokenSource
 from slerpkit.recipe_file import read_recipe
 from slerpkit.story import execute_merge, prepare_merge
 from tests.builders import (
@@ -519,6 +519,74 @@ def test_a_union_in_a_recipe_is_replayed_bit_by_bit(tmp_path):
     again = execute_merge(prepare_merge(recipe, RunOptions(tmp_path / "again"))).child
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (again / name).read_bytes() == (child / name).read_bytes(), name
+
+
+# ── Rows that a recipe gives ────────────────────────────────────────────────────────────────────
+
+
+def rows_of(folder: Path, *tokens: str) -> list[torch.Tensor]:
+    known, table = rows_by_token(folder), load_tensors(folder)[EMBEDDING]
+    return [table[known[token]] for token in tokens]
+
+
+def test_rows_that_a_recipe_gives_stand_where_it_says(tmp_path, parents):
+    primary = make_parent(tmp_path / "primary", 1, WORDS, rows=48)
+    secondary = make_parent(tmp_path / "secondary", 2, GROWN)
+    parents.watch(primary, secondary)
+    wanted = (
+        TokenSource("w3", "secondary", force=True),  # both have it: the secondary's
+        TokenSource("w4", None, force=True),
+        TokenSource("w5", "secondary", "new7"),  # both have it, and nothing forces another
+        TokenSource("new1", "primary", "w9"),  # the secondary's, blended with the primary's row of another token
+        TokenSource("new2", None),  # the secondary's, blended with zeros
+        TokenSource("fresh", "secondary", 12),  # nobody's: that row
+    )
+    report = merge(primary, secondary, tmp_path / "child", 0.5, method="lerp", tokenizer="union", token_sources=wanted)
+    w3, w4, w5, new1, new2, fresh = rows_of(report.child, "w3", "w4", "w5", "new1", "new2", "fresh")
+    (own_w5, w9), (their_w3, their_w5, their_new1, their_new2) = (
+        rows_of(primary, "w5", "w9"),
+        rows_of(secondary, "w3", "w5", "new1", "new2"),
+    )
+    assert bits(w3) == bits(their_w3)
+    assert not w4.any()
+    assert bits(fresh) == bits(load_tensors(secondary)[EMBEDDING][12])
+    for found, first, second in ((w5, own_w5, their_w5), (new1, w9, their_new1), (new2, 0 * their_new2, their_new2)):
+        assert distance(found, first, second, reference_slerp(first, second, 0.5, "lerp")) <= 0.51
+    assert report.verified.warnings == ()
+    assert len({*rows_by_token(report.child).values()}) == len(rows_by_token(report.child)) == 81
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (TokenSource("w1", "secondary", "unheard", force=True), "'unheard', which that does not have"),
+        (TokenSource("w1", "primary", 99, force=True), "99, which that does not have"),
+        (TokenSource("new3", "secondary", "w1"), "another row of the secondary, which has both"),
+    ],
+)
+def test_rows_that_a_recipe_cannot_give_are_named(tmp_path, wanted, said):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    with pytest.raises(SlerpMergeError, match=said):
+        merge(primary, secondary, tmp_path / "child", tokenizer="union", token_sources=(wanted,))
+
+
+@pytest.mark.parametrize("free", [0, 3])
+def test_padding_is_rounded_up_with_rows_that_no_model_says(tmp_path, free):
+    special = ["<|end|>"]
+    folders = [
+        make_parent(tmp_path / role, seed, WORDS, len(WORDS) + len(special) + free, special)
+        for seed, role in enumerate(ROLES)
+    ]
+    report = merge(*folders, tmp_path / "child", 0.3, pad_to_multiple_of=32)
+    child = load_tensors(report.child)
+    assert {len(child[name]) for name in (EMBEDDING, HEAD, "lm_head.bias")} == {64}
+    assert json.loads((report.child / "config.json").read_text())["vocab_size"] == 64
+    used = len(WORDS) + len(special) + free
+    # Like a row that was free before, or like the last word: never like a mark that ends a text, and never zero.
+    copied = used - 1 if free else len(WORDS) - 1
+    assert all(bits(row) == bits(child[HEAD][copied]) for row in child[HEAD][used:])
+    assert report.as_dict()["vocabulary"]["padding"] == 64 - len(WORDS) - len(special)
+    assert len(load_tensors(merge(*folders, tmp_path / "even", 0.3, pad_to_multiple_of=1).child)[HEAD]) == used
 
 
 def test_a_union_of_what_cannot_be_read_is_refused(tmp_path):

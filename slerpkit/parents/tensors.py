@@ -158,7 +158,7 @@ class TensorReader:
         self.begin(info, start)(view)
 
     def read_rows(self, info: TensorInfo, rows: numpy.ndarray, view: memoryview, source: int = 0) -> None:
-        """Fills `view` with the rows of a tensor whose numbers are in `rows` (int64); with zeros where one is -1.
+        """Fills `view` with the rows of a tensor whose numbers are in `rows` (int64); with zeros where one is below 0.
 
         Rows that follow one another in the file are read at once.
         """

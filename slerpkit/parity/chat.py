@@ -19,7 +19,7 @@ from slerpkit.parents.checkpoint import CARD_NAME, GENERATION_NAME
 from slerpkit.parity.configs import TOKEN_ID_KEY, stated_ids
 from slerpkit.parity.report import ChildTemplate, Mismatch
 from slerpkit.parity.tokenizer_source import chat_template, code_of_tokenizer
-from slerpkit.parity.vocabulary import added_tokens, have_same_tokens, open_tokenizer, read_tokens
+from slerpkit.parity.vocabulary import added_tokens, all_added_tokens, have_same_tokens, read_tokens
 from slerpkit.recipe import TEMPLATE_CHOICES
 
 if TYPE_CHECKING:
@@ -163,9 +163,7 @@ def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint
         return []
     marks = set(added_tokens(owner.folder))
     try:
-        if (owner.folder / "tokenizer.json").is_file():
-            added = open_tokenizer(owner.folder / "tokenizer.json").get_added_tokens_decoder()
-            marks |= {token.content for token in added.values()}
+        marks |= all_added_tokens(owner.folder)
         tokens = read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source)
         child_tokens = tokens.keys() | {token.content for token in vocabulary.appended}
     except SlerpMergeError:  # it stays unknown what they are

@@ -84,7 +84,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     slices = recipe.slices
     renamed_secondary, other_names = rename_to_match(secondary, primary)
     renamed_base = None if base is None else rename_to_match(base, primary)[0]
-    vocabulary, row_mismatches = align_vocabularies(primary, renamed_secondary, recipe.tokenizer, renamed_base)
+    vocabulary, row_mismatches = align_vocabularies(primary, renamed_secondary, recipe, renamed_base)
     without_copies, tied_copies = drop_tied_copies(primary)
     labels, label_mismatches = align_labels(primary, renamed_secondary, renamed_base)
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary, labels)

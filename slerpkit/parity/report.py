@@ -37,6 +37,9 @@ class Mismatch:
         return {field: getattr(self, field) for field in ("severity", "subject", "primary", "secondary", "consequence")}
 
 
+NO_ROW, ZEROS = -1, -2  # in a RowMap, of a source that has no row for a token, or stands there with zeros
+
+
 @dataclass(frozen=True, eq=False)
 class RowMap:
     """Which rows of the sources make each row of a tensor that has a row for each token, or for each label.
@@ -45,21 +48,21 @@ class RowMap:
     a single source has is kept as it is.
     """
 
-    sources: tuple[numpy.ndarray, ...]  # of each source: (the child's rows,), int64, its row or -1
+    sources: tuple[numpy.ndarray, ...]  # of each source: (the child's rows,), int64: its row, NO_ROW or ZEROS
 
     @functools.cached_property
     def is_blended(self) -> numpy.ndarray:
         """(the child's rows,), bool."""
-        return numpy.logical_and.reduce([rows >= 0 for rows in self.sources])
+        return numpy.logical_and.reduce([rows != NO_ROW for rows in self.sources])
 
     @functools.cached_property
     def blended(self) -> tuple[numpy.ndarray, ...]:
-        """As `sources`, with -1 for the rows that are kept."""
-        return tuple(numpy.where(self.is_blended, rows, -1) for rows in self.sources)
+        """As `sources`, with NO_ROW for the rows that are kept."""
+        return tuple(numpy.where(self.is_blended, rows, NO_ROW) for rows in self.sources)
 
     def is_kept(self, source: int) -> numpy.ndarray:
         """(the child's rows,), bool: kept from this source."""
-        return (self.sources[source] >= 0) & ~self.is_blended
+        return (self.sources[source] != NO_ROW) & ~self.is_blended
 
     def cut(self, row_counts: Sequence[int], source: int) -> RowMap:
         """The map of a table of which each source has its own number of rows.
@@ -67,13 +70,13 @@ class RowMap:
         source: the one whose tokens these are. Its rows are kept where another has none, and the table ends with them
         and those that are appended to them.
         """
-        sources = [numpy.where(rows < count, rows, -1) for rows, count in zip(self.sources, row_counts)]
-        has_row = [rows >= 0 for rows in sources]
-        is_there = numpy.where(self.sources[source] >= 0, has_row[source], numpy.logical_or.reduce(has_row))
+        sources = [numpy.where(rows < count, rows, NO_ROW) for rows, count in zip(self.sources, row_counts)]
+        has_row = [rows != NO_ROW for rows in sources]
+        is_there = numpy.where(self.sources[source] != NO_ROW, has_row[source], numpy.logical_or.reduce(has_row))
         length = len(is_there) if is_there.all() else int(is_there.argmin())
         is_kept = has_row[source] & ~numpy.logical_and.reduce(has_row)
         for number, rows in enumerate(sources):
-            rows[is_kept & (number != source)] = -1
+            rows[is_kept & (number != source)] = NO_ROW
         return RowMap(tuple(rows[:length] for rows in sources))
 
     def select(self, order: Sequence[int]) -> RowMap:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,14 @@ from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer, matching_files
 from slerpkit.parity.embeddings import row_count, token_tensors, vocabulary_rows
-from slerpkit.parity.report import AppendedToken, Mismatch, RowMap, Vocabulary
+from slerpkit.parity.report import NO_ROW, AppendedToken, Mismatch, RowMap, Vocabulary
 from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_pieces
+from slerpkit.parity.token_sources import pad_rows, place_given_rows, row_of
 from slerpkit.parity.tokenizer_source import choose_tokenizer
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
+    from slerpkit.recipe import MergeRecipe
 
 MAX_TOKENIZER_BYTES = 64_000_000
 SAVE_TOKENIZER = "Load its tokenizer with transformers and save it: that writes tokenizer.json."
@@ -51,6 +53,16 @@ def added_tokens(folder: Path) -> dict[str, int]:
         if isinstance(token, dict) and isinstance(token.get("content"), str) and re.fullmatch("[0-9]{1,9}", digits):
             tokens[token["content"]] = int(digits)
     return {content: token_id for content, token_id in tokens.items() if type(token_id) is int and token_id >= 0}
+
+
+def all_added_tokens(folder: Path) -> set[str]:
+    """What is added to the words of a folder's tokenizer, such as the marks of a chat, by any of its files.
+
+    Raises SlerpMergeError where tokenizer.json cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    decoder = open_tokenizer(path).get_added_tokens_decoder() if path.is_file() else {}
+    return {*added_tokens(folder), *(token.content for token in decoder.values())}
 
 
 def read_tokens(folder: Path, role: str) -> dict[str, int]:
@@ -107,16 +119,26 @@ def extend_tokenizer(tokenizer: Any, tokens: Iterable[tuple[str, tuple[tuple[str
 TOKEN_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 # An ordinary token of the other's becomes a word of its own; within words the tokenizer stays as it is.
 WHOLE_WORD = tuple((flag, flag == "single_word") for flag in TOKEN_FLAGS)
+NOT_SPECIAL = tuple((flag, False) for flag in TOKEN_FLAGS)  # and found wherever its text stands
 
 
 def tokens_to_append(
-    folders: Sequence[Path], tokens: Sequence[Mapping[str, int]], rows: Sequence[int], source: int
+    folders: Sequence[Path],
+    tokens: Sequence[Mapping[str, int]],
+    rows: Sequence[int],
+    source: int,
+    is_union: bool,
+    named: Iterable[str],
 ) -> list[AppendedToken]:
-    """The other parent's tokens that the tokenizer's source lacks, with the ids that the library gives them.
+    """The tokens that the tokenizer's source lacks and the child gets, with the ids that the library gives them.
 
     folders, tokens, rows: of the primary and the secondary. source: 0 or 1, the parent that the tokenizer is from.
-    Raises SlerpMergeError where either has no tokenizer.json, or where the ids leave no room for more.
+    is_union: whether all of the other's are wanted. named: those that a recipe speaks of. Raises SlerpMergeError where
+    either has no tokenizer.json, or where the ids leave no room for more.
     """
+    named = [token for token in dict.fromkeys(named) if token and token not in tokens[source]]
+    if not is_union and not named:
+        return []
     other = 1 - source
     if max(tokens[source].values()) >= rows[source]:
         what = f"The tokenizer of {folders[source]} has ids beyond the {rows[source]} rows of its embedding."
@@ -131,9 +153,10 @@ def tokens_to_append(
         token.content: tuple((flag, getattr(token, flag)) for flag in TOKEN_FLAGS)
         for token in other_tokenizer.get_added_tokens_decoder().values()
     }
-    missing = tokens[other].keys() - tokens[source].keys() - {""}
+    missing = tokens[other].keys() - tokens[source].keys() - {""} if is_union else set()
     in_order = sorted((tokens[other][content], content) for content in missing if tokens[other][content] < rows[other])
-    additions = [(content, flags.get(content, WHOLE_WORD)) for _, content in in_order]
+    wanted = {**{content: WHOLE_WORD for _, content in in_order}, **dict.fromkeys(named, NOT_SPECIAL)}
+    additions = [(content, flags.get(content, its_flags)) for content, its_flags in wanted.items()]
     extend_tokenizer(tokenizer, additions)
     appended = [AppendedToken(content, tokenizer.token_to_id(content), its_flags) for content, its_flags in additions]
     ids = {*tokens[source].values(), *(token.token_id for token in appended)}
@@ -151,7 +174,7 @@ def add_configured_tokens(tokenizer: Any, folder: Path) -> None:
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = sorted((token_id, text) for text, token_id in added_tokens(folder).items() if text not in vocabulary)
-    extend_tokenizer(tokenizer, [(content, (("special", False), ("normalized", False))) for _, content in tokens])
+    extend_tokenizer(tokenizer, [(content, NOT_SPECIAL) for _, content in tokens])
     for token_id, content in tokens:
         if tokenizer.token_to_id(content) != token_id:
             hint = "Load the tokenizer with transformers and save it, so that its files agree."
@@ -159,14 +182,15 @@ def add_configured_tokens(tokenizer: Any, folder: Path) -> None:
 
 
 def align_vocabularies(
-    primary: Checkpoint, secondary: Checkpoint, tokenizer: str = "auto", base: Checkpoint | None = None
+    primary: Checkpoint, secondary: Checkpoint, recipe: MergeRecipe, base: Checkpoint | None = None
 ) -> tuple[Vocabulary, list[Mismatch]]:
     """(the child's tokens and which rows of the parents stand for them, what is to know of it).
 
-    tokenizer: as in MergeRecipe. Reads the tokenizers only where they differ, or where the rows do.
-    Raises SlerpMergeError where a tokenizer that was asked for is not there, or where there is no union.
+    Of the recipe it follows the tokenizer, the rows given to tokens, and the padding. Reads the tokenizers only where
+    they differ, or where the rows do. Raises SlerpMergeError where a tokenizer that was asked for is not there, where
+    there is no union, or where rows that are given are not there.
     """
-    asked = "auto" if tokenizer == "union" else tokenizer
+    asked = "auto" if recipe.tokenizer == "union" else recipe.tokenizer
     tokenizer_source, reason = choose_tokenizer(asked, primary.folder, secondary.folder)
     source = int(tokenizer_source == "secondary")
     models = [model for model in (primary, secondary, base) if model is not None]
@@ -184,24 +208,32 @@ def align_vocabularies(
         for others in tables[1:]
         for name, info in others.items()
     )
-    if same and (same_rows or None in rows):
+    is_padded = None not in rows and rows[source] % recipe.pad_to_multiple_of > 0
+    by_recipe = bool(recipe.token_sources) or is_padded
+    if same and not by_recipe and (same_rows or None in rows):
         return by_number, []
     try:
         if None in rows:
             raise SlerpMergeError("no matrix with a row for each token is known", "State vocab_size in config.json.")
         tokens = [read_tokens(folder, role) for folder, role in zip(folders, ("primary", "secondary", "base"))]
     except SlerpMergeError as error:
+        if by_recipe:
+            hint = "Take what it says of tokens and of padding out of the recipe, or save both tokenizers again."
+            raise SlerpMergeError(f"The rows of the recipe cannot be placed: {error.message}", hint) from error
         if None in rows or not all(have_same_files(folders[0], folder) for folder in folders[1:]):
-            return by_number, judge_unread_tokens(rows, error, any(map(has_tokenizer, folders)), tokenizer)
+            return by_number, judge_unread_tokens(rows, error, any(map(has_tokenizer, folders)), recipe.tokenizer)
         tokens = tokens_by_number([added_tokens(folder) for folder in folders], min(limits))
-    if same_rows and all(model_tokens == tokens[0] for model_tokens in tokens):
+    if same_rows and not by_recipe and all(model_tokens == tokens[0] for model_tokens in tokens):
         return by_number, []
-    wants_union = tokenizer == "union" and not same
-    if wants_union and limits[source] > rows[source]:
+    wants_union = recipe.tokenizer == "union" and not same
+    if (wants_union or by_recipe) and limits[source] > rows[source]:
         what = f"The embedding of {folders[source]} goes on behind its vocabulary, where new tokens would stand."
         raise SlerpMergeError(what, "There is no union with it; choose --tokenizer primary or secondary.")
-    appended = tokens_to_append(folders, tokens, rows, source) if wants_union else []
-    return match_rows(by_number, tokens, appended, limits)
+    named = (given.token for given in recipe.token_sources)
+    appended = tokens_to_append(folders, tokens, rows, source, wants_union, named)
+    added = all_added_tokens(folders[source]) if recipe.pad_to_multiple_of > 1 else ()
+    added = {tokens[source].get(content) for content in added}
+    return match_rows(by_number, tokens, appended, limits, recipe, added)
 
 
 def tokens_by_number(added: Sequence[Mapping[str, int]], count: int) -> list[dict[str, int]]:
@@ -233,45 +265,60 @@ def match_rows(
     tokens: Sequence[Mapping[str, int]],
     appended: Sequence[AppendedToken],
     limits: Sequence[int],
+    recipe: MergeRecipe,
+    added: Collection[int | None],
 ) -> tuple[Vocabulary, list[Mismatch]]:
     """(the vocabulary with its map of rows, the line of the parity table about it).
 
-    The child's rows are those of the parent that its tokenizer is from, in their order, then the appended ones. Beside
-    each stands every other model's row for the same token. limits: rows of each model's longest table.
+    The child's rows are those of the parent that its tokenizer is from, in their order, then the appended ones, then
+    padding. Beside each stands every other model's row for the same token, unless the recipe gives it another.
+    limits: rows of each model's longest table. added: ids of what is added to the words of the tokenizer's source.
     """
     source = int(by_number.tokenizer_source == "secondary")
-    other = 1 - source
-    sources = [numpy.full(max([limits[source], *(token.token_id + 1 for token in appended)]), -1) for _ in limits]
-    sources[source][: limits[source]] = numpy.arange(limits[source])
-    has_token = numpy.zeros(len(sources[0]), bool)
-    for content, token_id in sorted(tokens[source].items()):
-        if token_id < limits[source]:
-            has_token[token_id] = True
-            for number, model_tokens in enumerate(tokens):
-                row = model_tokens.get(content, -1)
-                if number != source and 0 <= row < limits[number]:
-                    sources[number][token_id] = row
-    is_blended = numpy.logical_and.reduce([source_rows >= 0 for source_rows in sources])
-    for number, source_rows in enumerate(sources):
-        source_rows[~is_blended & (number != source)] = -1
-    for token in appended:
-        sources[source][token.token_id], sources[other][token.token_id] = -1, tokens[other][token.content]
+    maps = rows_by_token(source, tokens, appended, limits)
+    new_tokens = {token.content: token.token_id for token in appended}
+    child_tokens = {**tokens[source], **new_tokens}
+    place_given_rows(maps, child_tokens, tokens, limits, recipe.token_sources)
+    maps = pad_rows(maps, child_tokens.values(), {*added, *new_tokens.values()}, recipe.pad_to_multiple_of)
     vocabulary = dataclasses.replace(
-        by_number, row_map=RowMap(tuple(sources)), longest=len(has_token), appended=tuple(appended)
+        by_number, row_map=RowMap(tuple(maps)), longest=len(maps[0]), appended=tuple(appended)
     )
     rows = vocabulary.map_of(by_number.parent_rows)
     in_place = numpy.logical_and.reduce([source_rows == rows.sources[0] for source_rows in rows.sources])
-    has_token = has_token[: len(in_place)]
+    own, new = (numpy.isin(numpy.arange(len(in_place)), [*known.values()]) for known in (tokens[source], new_tokens))
+    stands = numpy.logical_or.reduce([source_rows != NO_ROW for source_rows in rows.sources])
     counts = {
-        "matched": int((rows.is_blended & in_place).sum()),
-        "moved": int((rows.is_blended & ~in_place).sum()),
-        "kept": int((has_token & ~rows.is_blended).sum()),
-        "padding": int(((rows.sources[source] >= 0) & ~has_token).sum()),
+        "matched": int((own & rows.is_blended & in_place).sum()),
+        "moved": int((own & rows.is_blended & ~in_place).sum()),
+        "kept": int((own & ~rows.is_blended).sum()),
+        "padding": int((stands & ~own & ~new).sum()),
         "appended": len(appended),
-        "left_out": 0 if appended else len(tokens[other].keys() - tokens[source].keys()),
+        "left_out": len(tokens[1 - source].keys() - child_tokens.keys()) if recipe.tokenizer != "union" else 0,
     }
     vocabulary = dataclasses.replace(vocabulary, rows=len(in_place), counts=tuple(counts.items()))
     return vocabulary, [describe_rows(vocabulary, counts, tokens)]
+
+
+def rows_by_token(
+    source: int, tokens: Sequence[Mapping[str, int]], appended: Sequence[AppendedToken], limits: Sequence[int]
+) -> list[numpy.ndarray]:
+    """RowMap.sources: for each of the child's tokens, and each row of its tokenizer's source, the rows that make it."""
+    length = max([limits[source], *(token.token_id + 1 for token in appended)])
+    maps = [numpy.full(length, NO_ROW) for _ in limits]
+    maps[source][: limits[source]] = numpy.arange(limits[source])
+    for content, token_id in sorted(tokens[source].items()):
+        for number, model_tokens in enumerate(tokens):
+            row = row_of(model_tokens.get(content), limits[number])
+            if number != source and token_id < limits[source] and row != NO_ROW:
+                maps[number][token_id] = row
+    is_blended = numpy.logical_and.reduce([rows != NO_ROW for rows in maps])
+    for number, rows in enumerate(maps):
+        rows[~is_blended & (number != source)] = NO_ROW
+    other = 1 - source
+    for token in appended:
+        maps[source][token.token_id] = NO_ROW
+        maps[other][token.token_id] = row_of(tokens[other].get(token.content), limits[other])
+    return maps
 
 
 def describe_rows(vocabulary: Vocabulary, counts: Mapping[str, int], tokens: Sequence[Mapping[str, int]]) -> Mismatch:
