@@ -1,7 +1,7 @@
 """What the person decided (MergeRecipe), apart from how the run goes (RunOptions), and whether each can be.
 
 All that determines the child's values stands in MergeRecipe. No file is opened here and none is written: a recipe's
-file is read and written by recipe_file.py, flags and answers become a recipe in screen/. Read schedule.py before this.
+file is read by recipe_file.py, flags and answers become a recipe in screen/. Read schedule.py before this.
 """
 
 from __future__ import annotations
