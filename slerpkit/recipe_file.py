@@ -168,15 +168,15 @@ class RecipeReader:
         """The models by their part: "primary" at t = 0, "secondary", and "base" of the task vectors where one is."""
         sides = self.sides_in_order(cuts) or self.names.sides(self.method, cuts, self.base_model, self.entries)
         found = dict(zip(PARENTS, sides))
-        if self.method != "nuslerp" or cuts[0].base is None:
-            allowed = (*sides, None) if self.method == "slerp" else tuple(cut.base for cut in cuts)
-        else:
-            found["base"], allowed = cuts[0].base, (cuts[0].base,)
+        if self.method not in ("slerp", "nuslerp"):
+            return found
+        base = cuts[0].base if self.method == "nuslerp" else None
         for cut in cuts:
-            if cut.base not in allowed:
-                what = f"base_model of this slice is another model, {self.names.names[cut.base]}"
+            if cut.base != base and (self.method == "nuslerp" or cut.base not in sides):
+                name = "none" if cut.base is None else self.names.names[cut.base]
+                what = f"base_model is another here than before, {name}"
                 raise self.file.fault(cut.node, what, "Only two models are blended here, from one base at most.")
-        return found
+        return found if base is None else {**found, "base": base}
 
     def sides_in_order(self, cuts: Sequence[Cut]) -> tuple[Path, Path] | None:
         """Ours list the primary first, which alone tells the roles where a model has two; None where it has one."""

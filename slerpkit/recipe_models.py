@@ -117,8 +117,8 @@ class RecipeModels:
             raise self.file.fault(
                 self.file.root,
                 "base_model is missing, which slerp needs",
-                f"Write `base_model: {self.names[listed[0]]}` to have that model at t = 0, as the first one listed mostly "
-                "is; then t = 1 is the other. The order of the list says nothing.",
+                f"Write `base_model: {self.names[listed[0]]}` to have that model at t = 0 and the other at t = 1, as "
+                "is usual for the first one listed. The order of the list says nothing.",
             )
         others = [folder for folder in listed if folder != base]
         if len(others) == 2 and base not in listed:
@@ -138,12 +138,11 @@ class RecipeModels:
         self, method: str, listed: list[Path], stated: Path | None, first: Cut, node: Any
     ) -> list[Path]:
         """The two listed, base_model first: its config and tokenizer are the child's. linear and passthrough."""
-        if stated in listed:
-            return [stated, *(folder for folder in listed if folder != stated)]
-        if stated is not None and len(listed) == 1 and (method == "passthrough" or first.node is None):
-            return [stated, *listed]
-        if stated is not None and len(listed) > 1:
+        is_partner = len(listed) == 1 and (method == "passthrough" or first.node is None)
+        if stated in listed or (stated is not None and is_partner):
+            listed = list(dict.fromkeys([stated, *listed]))
+        elif stated is not None and len(listed) > 1:
             what = f"base_model is another model, {self.names[stated]}, beside the {len(listed)} that are listed"
-            hint = "Name one of the listed ones, whose config and tokenizer the child then has, or leave it out."
+            hint = "It would be blended in, or lend its config and tokenizer. Name a listed one, or leave it out."
             raise self.file.fault(node, what, hint)
         return listed * 2 if method == "passthrough" and len(listed) == 1 else listed
