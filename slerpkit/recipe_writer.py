@@ -40,8 +40,8 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         cut = recipe_slice(whole, places, method)
         content["models"] = [{k: v for k, v in source.items() if k != "layer_range"} for source in cut["sources"]]
         content.update({"parameters": cut["parameters"]} if "parameters" in cut else {})
-    settings = {} if recipe.normalize else {"normalize": False}
-    if recipe.vectors != "tensor":
+    settings = {"normalize": False} if method == "linear" and not recipe.normalize else {}
+    if method == "nuslerp" and recipe.vectors != "tensor":
         settings |= {"nuslerp_flatten": False, "nuslerp_row_wise": recipe.vectors == "first_dim"}
     if settings:
         content["parameters"] = {**content.get("parameters", {}), **settings}
@@ -73,10 +73,10 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
 
 def method_of(recipe: MergeRecipe) -> str:
     """The method as mergekit calls it, or that of its methods which reads a merge in the same keys."""
+    if recipe.base is None and recipe.slices and all(part.alone for part in recipe.slices):
+        return "passthrough"
     if recipe.method == "nuslerp" or recipe.base is not None:
         return "nuslerp"
-    if recipe.slices and all(part.alone for part in recipe.slices):
-        return "passthrough"
     return "linear" if recipe.method == "lerp" else "slerp"
 
 
