@@ -101,7 +101,7 @@ class MergeRecipe:
     epsilon: float = TINY_NORM
     dtype: str = "auto"  # one of CHILD_DTYPES; auto keeps the primary's, tensor by tensor
     tokenizer: str = "auto"  # one of TOKENIZER_CHOICES
-    accept: tuple[str, ...] = ()  # config keys whose difference may pass
+    accept: tuple[str, ...] = ()  # config keys, or "vocabulary", whose difference may pass
     chat_template: str = "auto"  # one of TEMPLATE_CHOICES; auto is that of the tokenizer
     origin: RecipeOrigin = dataclasses.field(default=RecipeOrigin(), compare=False)  # of the file, where one is read
 

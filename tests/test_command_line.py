@@ -827,7 +827,8 @@ class TestAccept:
         assert [warning.partition(":")[0] for warning in warned] == flags[1::2]
         card = (tmp_path / "child" / "README.md").read_text(encoding="utf-8")
         assert "## Warning" in card
-        assert "`rms_norm_eps`: 1e-06 in the primary and in the child, 1e-05 in the secondary" in card
+        assert "`rms_norm_eps`: 1e-06 in the primary, 1e-05 in the secondary. Accepted. " in card
+        assert "in the primary's way" in card
         again = run("--recipe", tmp_path / "child" / "merge_recipe.yaml", "--save-dir", "again", "--yes")
         assert again.status == 0
 

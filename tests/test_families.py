@@ -229,6 +229,32 @@ def test_every_setting_that_moves_the_logits_blocks(tmp_path, architecture):
     assert unsaid == set()
 
 
+# ── A language model beside one that holds one ──────────────────────────────────────────────────
+
+
+def test_a_language_model_is_refused_beside_a_larger_one_and_merges_with_what_is_taken_out_of_it(tmp_path):
+    """The remedy that the refusal gives, done."""
+    whole = make_family_parent(tmp_path / "whole", "LlavaForConditionalGeneration", 1)
+    text = make_family_parent(tmp_path / "text", "LlamaForCausalLM", 2)
+    for primary, secondary in ((whole, text), (text, whole)):
+        with pytest.raises(SlerpMergeError) as caught:
+            merge(primary, secondary, tmp_path / "child")
+        first, line = caught.value.message.split("\n")
+        assert all(word in line for word in ("LlavaForConditionalGeneration", "LlamaForCausalLM", "language_model"))
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(whole)
+    part = getattr(model, "model", model).language_model
+    taken = part
+    if not hasattr(part, "lm_head"):  # versions before 4.52 keep the head inside
+        taken = transformers.LlamaForCausalLM(model.config.text_config)
+        taken.model, taken.lm_head = part, model.lm_head
+    taken.save_pretrained(tmp_path / "taken")
+    stored = load_tensors(whole)
+    for name, tensor in load_tensors(tmp_path / "taken").items():
+        (own,) = (t for other, t in stored.items() if other.replace("language_model.", "") in (name, f"model.{name}"))
+        assert torch.equal(tensor, own), name
+    merge(tmp_path / "taken", text, tmp_path / "child", 0.3)
+
+
 # ── Checkpoints that older versions saved ───────────────────────────────────────────────────────
 
 

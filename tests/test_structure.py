@@ -30,8 +30,9 @@ FLOORS = (
     " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.checkpoint",
     "slerpkit.recipe_yaml slerpkit.recipe_models slerpkit.recipe_file slerpkit.recipe_identity slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
-    " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.tokenizer_source"
-    " slerpkit.parity.vocabulary slerpkit.parity.pairing slerpkit.parity.modules"
+    " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.sentencepiece_file"
+    " slerpkit.parity.tokenizer_source slerpkit.parity.vocabulary slerpkit.parity.segmentation"
+    " slerpkit.parity.labels slerpkit.parity.prediction slerpkit.parity.pairing slerpkit.parity.modules"
     " slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
     " slerpkit.merge.journal"

@@ -41,6 +41,7 @@ from tests.builders import (
 )
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROLES = "primary", "secondary"
 WORDS = [f"w{number}" for number in range(40)]
 NEW = [f"new{number}" for number in range(40)]
 # Forty tokens of the secondary's own in the middle of what both know.
@@ -213,10 +214,38 @@ def test_one_unreadable_tokenizer_on_both_sides_is_still_one(tmp_path):
     assert counts(report) == {"rows": 48, "matched": 40, "padding": 8}
 
 
-def test_tokenizers_without_a_token_in_common_are_refused(tmp_path):
-    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, NEW)
-    with pytest.raises(SlerpMergeError, match="no token in common"):
-        merge(primary, secondary, tmp_path / "child")
+@pytest.mark.parametrize("model", ["tokenizer.json", "tokenizer.model"])
+def test_one_tokenizer_with_a_token_more_is_that_token_more_whoever_can_read_it(tmp_path, model):
+    primary = make_parent(tmp_path / "primary", 1, WORDS)
+    secondary = make_parent(tmp_path / "secondary", 2, WORDS, rows=41)
+    for folder in (primary, secondary):
+        (folder / "tokenizer.json").rename(folder / model)
+    edit_json(secondary / "added_tokens.json", **{"[PAD]": 40})
+    report = merge(primary, secondary, tmp_path / "child", tokenizer="secondary")
+    assert counts(report) == {"rows": 41, "matched": 40, "kept": 1}
+    assert bits(load_tensors(report.child)[HEAD][40]) == bits(load_tensors(secondary)[HEAD][40])
+    assert counts(merge(primary, secondary, tmp_path / "other")) == {"rows": 40, "matched": 40, "left_out": 1}
+
+
+@pytest.mark.parametrize("source", ["primary", "secondary"])
+@pytest.mark.parametrize("in_common", [0, 19, 20])
+def test_tokenizers_with_little_in_common_are_refused_unless_it_is_accepted(tmp_path, in_common, source):
+    primary = make_parent(tmp_path / "primary", 1, WORDS)
+    secondary = make_parent(tmp_path / "secondary", 2, [*NEW[in_common:], *WORDS[:in_common]])
+    if in_common < 20:
+        named = f"have {in_common or 'no'} token"
+        with pytest.raises(SlerpMergeError, match=named) as caught:
+            merge(primary, secondary, tmp_path / "child", 0.3, tokenizer=source)
+        assert caught.value.hint.endswith("--accept vocabulary")
+    report = merge(primary, secondary, tmp_path / "child", 0.3, tokenizer=source, accept=("vocabulary",))
+    assert [m.subject for m in report.plan.parity.accepted] == ["vocabulary"] * (in_common < 20)
+    assert any("accepted" in warning for warning in report.verified.warnings) is (in_common < 20)
+    assert_rows_follow_tokens(report, source, 0.3)
+
+
+def test_a_vocabulary_that_was_cut_to_a_few_tokens_has_all_of_them_in_common(tmp_path):
+    primary, secondary = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, WORDS[:5])
+    assert_rows_follow_tokens(merge(primary, secondary, tmp_path / "child", 0.3), "primary", 0.3)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "column"])
@@ -330,6 +359,117 @@ def test_ids_of_settings_that_are_no_numbers_are_let_pass(tmp_path, key):
     assert counts(merge(primary, secondary, tmp_path / "child"))["rows"] == 40
 
 
+# ── Tables with rows of their own number ────────────────────────────────────────────────────────
+
+
+def assert_table_follows_tokens(report: MergeReport, name: str, tokenizer_source: str = "primary") -> torch.Tensor:
+    """As assert_rows_follow_tokens, of one table at t = 0.3, whose parents may each have another number of rows."""
+    folders = report.plan.parents.primary.folder, report.plan.parents.secondary.folder
+    source = int(tokenizer_source == "secondary")
+    tokens, tables = [rows_by_token(folder) for folder in folders], [load_tensors(folder)[name] for folder in folders]
+    found = load_tensors(report.child)[name]
+    ids = [[known.get(token, -1) for known in tokens] for token in tokens[source]]
+    both = torch.tensor([pair for pair in ids if all(0 <= n < len(table) for n, table in zip(pair, tables))])
+    v0, v1 = (table[both[:, number]] for number, table in enumerate(tables))
+    assert distance(found[both[:, source]], v0, v1, reference_slerp(v0, v1, 0.3)) <= 0.51
+    kept = [row for row in range(len(tables[source])) if row not in set(both[:, source].tolist())]
+    assert bits(found[kept]) == bits(tables[source][kept])
+    return found
+
+
+def add_tables(folders: Sequence[Path], name: str, *shapes: tuple[int, ...]) -> None:
+    for seed, (folder, shape) in enumerate(zip(folders, shapes)):
+        table = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        replace_tensors(folder, {**load_tensors(folder), name: table})
+
+
+@pytest.mark.parametrize("tokenizer_source", ["primary", "secondary"])
+@pytest.mark.parametrize(
+    "name", ["mtp.layers.0.embed_tokens.weight", "mtp.0.head.weight", "backbone.blocks.2.word_embeddings.weight"]
+)
+def test_tables_of_a_layer_that_predicts_more_tokens_follow_them(tmp_path, name, tokenizer_source):
+    folders = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    add_tables(folders, name, (40, HIDDEN), (80, HIDDEN))
+    report = merge(*folders, tmp_path / "child", 0.3, tokenizer=tokenizer_source)
+    assert len(assert_table_follows_tokens(report, name, tokenizer_source)) == report.plan.parity.vocabulary.rows
+    assert_rows_follow_tokens(report, tokenizer_source, 0.3)
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_a_table_inside_a_layer_is_no_head_that_the_other_parent_has_tied(tmp_path, holder):
+    folders = [make_parent(tmp_path / role, n, WORDS, tie_word_embeddings=True) for n, role in enumerate(ROLES)]
+    for folder in folders:
+        replace_tensors(folder, {name: t for name, t in load_tensors(folder).items() if not name.startswith("lm_head")})
+    add_tables(folders[holder : holder + 1], "mtp.layers.0.lm_head.weight", (40, HIDDEN))
+    with pytest.raises(SlerpMergeError, match=r"mtp\.layers\.0\.lm_head\.weight"):
+        merge(*folders, tmp_path / "child")
+
+
+def test_other_matrices_of_a_layer_keep_their_order_however_many_rows_they_have(tmp_path):
+    folders = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, REVERSED)
+    name = "model.layers.0.router.proj.weight"
+    add_tables(folders, name, (40, HIDDEN), (40, HIDDEN))
+    child, left, right = map(load_tensors, (merge(*folders, tmp_path / "child", 0.3).child, *folders))
+    exact = reference_slerp(left[name], right[name], 0.3)
+    assert distance(child[name], left[name], right[name], exact) <= 0.51
+
+
+@pytest.mark.parametrize("tokenizer_source", ["primary", "secondary", "union"])
+def test_an_embedding_for_each_layer_may_end_before_the_last_tokens(tmp_path, tokenizer_source):
+    folders = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    for folder, rows in zip(folders, (36, 70)):
+        edit_json(folder / "config.json", vocab_size_per_layer_input=rows)
+    name = "model.embed_tokens_per_layer.weight"
+    add_tables(folders, name, (36, 8), (70, 8))
+    report = merge(*folders, tmp_path / "child", 0.3, tokenizer=tokenizer_source)
+    source = "secondary" if tokenizer_source == "secondary" else "primary"
+    table = assert_table_follows_tokens(report, name, source)
+    assert len(table) == {"primary": 36, "secondary": 70}[source]
+    assert json.loads((report.child / "config.json").read_text())["vocab_size_per_layer_input"] == len(table)
+    assert_rows_follow_tokens(report, source, 0.3)
+
+
+def test_tables_of_another_length_in_one_vocabulary_meet_as_far_as_both_go(tmp_path):
+    folders = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, WORDS)
+    name = "language_model.embed_tokens_per_layer.weight"
+    add_tables(folders, name, (40, 8), (30, 8))
+    report = merge(*folders, tmp_path / "child", 0.3)
+    assert len(assert_table_follows_tokens(report, name)) == 40
+    assert counts(report) == {"rows": 40, "matched": 40}
+
+
+@pytest.mark.parametrize("tokenizer_source", ["primary", "secondary"])
+def test_an_embedding_that_is_longer_than_its_head_follows_tokens_too(tmp_path, tokenizer_source):
+    """The last token has no row in the head; behind it are rows that are nobody's tokens."""
+    marked = [*WORDS, "<|picture|>"], [*GROWN, "<|picture|>"]
+    folders = [make_parent(tmp_path / role, n, marked[n], rows=len(marked[n]) - 1) for n, role in enumerate(ROLES)]
+    add_tables(folders, EMBEDDING, (48, HIDDEN), (88, HIDDEN))
+    for folder, token_id in zip(folders, (40, 80)):
+        edit_json(folder / "config.json", image_token_id=token_id)
+    report = merge(*folders, tmp_path / "child", 0.3, tokenizer=tokenizer_source)
+    source = ROLES.index(tokenizer_source)
+    assert len(assert_table_follows_tokens(report, EMBEDDING, tokenizer_source)) == (48, 88)[source]
+    assert len(assert_table_follows_tokens(report, HEAD, tokenizer_source)) == (40, 80)[source]
+    config = json.loads((report.child / "config.json").read_text())
+    assert (config["vocab_size"], config["image_token_id"]) == ((40, 40), (80, 80))[source]
+    assert report.verified.warnings == ()
+
+
+def test_a_union_behind_an_embedding_that_is_longer_than_its_head_is_refused(tmp_path):
+    folders = make_parent(tmp_path / "primary", 1, WORDS), make_parent(tmp_path / "secondary", 2, GROWN)
+    add_tables(folders, EMBEDDING, (48, HIDDEN), (88, HIDDEN))
+    with pytest.raises(SlerpMergeError, match="goes on behind its vocabulary"):
+        merge(*folders, tmp_path / "child", tokenizer="union")
+
+
+def test_a_map_is_cut_to_the_rows_that_a_table_has():
+    rows = RowMap((numpy.array([0, 1, 2, 3, -1]), numpy.array([1, 0, 3, -1, 2])))
+    assert [part.tolist() for part in rows.cut((4, 3), 0).sources] == [[0, 1, 2, 3, -1], [1, 0, -1, -1, 2]]
+    assert [part.tolist() for part in rows.cut((3, 4), 0).sources] == [[0, 1, 2], [1, 0, 3]]
+    three = RowMap((*rows.sources, numpy.array([0, 1, 2, -1, -1])))
+    assert [part.tolist() for part in three.cut((4, 4, 1), 0).sources][1:] == [[1, -1, -1, -1, 2], [0, -1, -1, -1, -1]]
+
+
 # ── Union ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -429,6 +569,22 @@ def test_two_tokens_of_one_id_are_told(tmp_path):
         (folder / "tokenizer.json").write_text(json.dumps(content))
     (warning,) = merge(primary, secondary, tmp_path / "child").verified.warnings
     assert "gives 1 of its tokens the id of another" in warning
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"w7": 8, "w8": 7}, "the ids of w7, w8 in tokenizer.json"),
+        ({"<|x|>": 90}, "knows the id 90"),
+        ({"w7": 7}, None),
+    ],
+)
+def test_files_of_a_tokenizer_that_disagree_are_told_and_tokenizer_json_counts(tmp_path, stated, told):
+    primary, secondary = (make_parent(tmp_path / role, n, WORDS) for n, role in enumerate(ROLES))
+    edit_json(primary / "added_tokens.json", **stated)
+    report = merge(primary, secondary, tmp_path / "child", 0.3)
+    assert_rows_follow_tokens(report, "primary", 0.3)
+    assert [told in warning for warning in report.verified.warnings] == [True] * (told is not None)
 
 
 @pytest.mark.parametrize("source", ["primary", "secondary"])

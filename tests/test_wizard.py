@@ -31,6 +31,7 @@ from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from tests.builders import (
     LLAMA_CONFIG,
+    VOCABULARY,
     add_tokenizer,
     edit_json,
     llama_tensors,
@@ -370,6 +371,22 @@ class TestSession:
             assert terminal.exit_status() == (0 if answer else 1)
             assert "--acceptrms_norm_eps" in "".join(terminal.text.split())  # wherever the line was wrapped
         assert (tmp_path / "child").exists() is bool(answer)
+
+    def test_vocabularies_with_little_in_common_are_asked_about_too(self, tmp_path, parents):
+        folders = make_pair(tmp_path)
+        for folder in folders:
+            tokens = [f"{folder.name} {number}" for number in range(VOCABULARY)]
+            (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+        parents.watch(*folders)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("in different ways. Merge all the same?", "y")
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("Load the child with transformers", "n")
+            terminal.answer("What now?", "")
+            assert terminal.exit_status() == 0
+        shown = " ".join(terminal.text.split())
+        assert "The tokenizers have no token in common." in shown
+        assert "--acceptvocabulary" in "".join(terminal.text.split())
 
     def test_strangers_are_not_merged_by_a_plain_enter(self, tmp_path, parents):
         for seed, name in enumerate(("primary", "secondary"), 1):

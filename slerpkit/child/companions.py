@@ -21,7 +21,7 @@ from slerpkit.parents.checkpoint import (
 )
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
-from slerpkit.parity.embeddings import belied_sizes, head_is_tied, is_tied
+from slerpkit.parity.embeddings import PER_LAYER_KEY, PER_LAYER_NAME, belied_sizes, head_is_tied, is_tied
 from slerpkit.parity.tokenizer_source import code_of_tokenizer
 from slerpkit.parity.vocabulary import add_configured_tokens, extend_tokenizer, open_tokenizer
 from slerpkit.recipe_file import RECIPE_NAME
@@ -132,6 +132,9 @@ def write_child_config(plan: MergePlan, folder: Path) -> None:
         config |= {"vocab_size": rows} if place is None else {place: {**config[place], "vocab_size": rows}}
     for stated in (rows, *belied_sizes(plan.parents.primary)):
         config = with_value(config, "vocab_size", stated, vocabulary.rows)
+    for pair in plan.parity.pairs:
+        if PER_LAYER_NAME.search(pair.name):
+            config = with_value(config, PER_LAYER_KEY, pair.primary.shape[0], pair.shape[0])
     stated_tie, tie = is_tied(config), head_is_tied(plan.parents.primary)
     if stated_tie is None and tie is not None:
         config["tie_word_embeddings"] = tie

@@ -247,8 +247,8 @@ def card_resolved(report: Mapping[str, Any]) -> list[str]:
 def card_accepted(report: Mapping[str, Any]) -> list[str]:
     """The differences that the person let pass, as a warning."""
     lines = [
-        f"- `{table_cell(entry['subject'])}`: {table_cell(entry['primary'])} in the primary and in the child,"
-        f" {table_cell(entry['secondary'])} in the secondary"
+        f"- `{table_cell(entry['subject'])}`: {table_cell(entry['primary'])} in the primary,"
+        f" {table_cell(entry['secondary'])} in the secondary. {table_cell(entry['consequence'])}"
         for entry in report.get("accepted", [])
     ]
     warning = "The parents use their weights in different ways; this was accepted, and the child may be worse for it."

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from slerpkit.files import read_json
 from slerpkit.merge.team import WorkerDied
 from slerpkit.merge.worker import RecomputeTask
-from slerpkit.messages import SlerpMergeError, shorten
+from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parents.safetensors_header import read_header
 from slerpkit.parents.tensors import TORCH_NAMES
 from slerpkit.parity.chat import has_row
 from slerpkit.parity.configs import stated_ids
-from slerpkit.parity.vocabulary import open_tokenizer
+from slerpkit.parity.vocabulary import added_tokens, open_tokenizer
 
 if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
@@ -158,13 +158,21 @@ def middle_stretch(tensor: TensorInputs) -> range:
 
 def compare_tokenizer_with_rows(plan: MergePlan, folder: Path) -> tuple[str | None, str | None]:
     """(what was found right, what may be wrong) of the child's tokenizer beside its embedding."""
-    path, rows = folder / "tokenizer.json", plan.parity.vocabulary.rows
+    path, rows = folder / "tokenizer.json", plan.parity.vocabulary.id_count
     if not path.is_file() or rows is None:
         return None, None
     try:
-        ids = open_tokenizer(path).get_vocab(with_added_tokens=True).values()
+        known = open_tokenizer(path).get_vocab(with_added_tokens=True)
+        stated = added_tokens(folder)
     except SlerpMergeError as error:
         return None, error.message.replace(str(path), path.name)
+    moved = sorted(token for token, token_id in stated.items() if known.get(token, token_id) != token_id)
+    if moved:
+        return (
+            None,
+            f"the ids of {format_names(moved)} in tokenizer.json, which count, are others in the files beside it",
+        )
+    ids = list({**stated, **known}.values())
     highest = max(ids, default=-1)
     if len(set(ids)) < len(ids):
         return None, f"the tokenizer gives {len(ids) - len(set(ids))} of its tokens the id of another"
@@ -180,6 +188,6 @@ def ids_without_rows(plan: MergePlan, folder: Path) -> list[str]:
     for key, value in stated_ids(read_json(folder / "config.json")).items():
         ids = value if isinstance(value, list) else [value]
         if any(type(n) is int and n >= 0 and not has_row(n, vocabulary) for n in ids):
-            rows = vocabulary.rows
+            rows = vocabulary.id_count
             warnings.append(f"config.json: {key} is {shorten(value)}, the embedding has only {rows} rows")
     return warnings

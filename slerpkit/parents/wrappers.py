@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Parts that torch and DeepSpeed put in anywhere in a name; nobody calls a module so.
 WRAPPER_PARTS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
-# What DDP and DeepSpeed, PEFT and Lightning put before every name. A model's own names may begin so too.
-WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
+# What DDP and DeepSpeed, PEFT, Lightning and TRL put before every name. A model's own names may begin so too.
+WRAPPER_PREFIXES = ("module.", "base_model.model.", "pretrained_model.", "model.")
 # Of one more `model.` before all names these tell: no class has a model inside so, or its head.
 DOUBLED = ("model.model.", "model.lm_head.")
 # What names begin with in the classes of transformers: the model inside, by its usual names, and heads.

@@ -184,7 +184,7 @@ def child_generation_config(
 
 def has_row(token_id: int, vocabulary: Vocabulary) -> bool:
     """Whether a token's id can be one of the child's."""
-    return vocabulary.rows is None or 0 <= token_id < vocabulary.rows
+    return vocabulary.id_count is None or 0 <= token_id < vocabulary.id_count
 
 
 def child_ids(stated: Any, vocabulary: Vocabulary, role: str) -> list[int]:

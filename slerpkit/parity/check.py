@@ -16,10 +16,12 @@ from slerpkit.parents.checkpoint import open_checkpoint, open_parents, without_w
 from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_code, compare_companions
 from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
+from slerpkit.parity.labels import align_labels
 from slerpkit.parity.modules import pair_modules
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
 from slerpkit.parity.quantisation import check_quantisation
 from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.parity.segmentation import compare_segmentation
 from slerpkit.parity.soundness import check_soundness, check_wrappers
 from slerpkit.parity.vocabulary import align_vocabularies
 from slerpkit.recipe import MergeRecipe
@@ -28,13 +30,13 @@ if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint, Parents
     from slerpkit.recipe import LayerSlice
 
-ACCEPTED = "Accepted; the child uses all its weights by the primary's."
-
 
 def accept(mismatches: list[Mismatch], names: Sequence[str]) -> list[Mismatch]:
     """The mismatches, of which those that the person let pass by name are notices."""
     return [
-        dataclasses.replace(m, severity="notice", consequence=ACCEPTED) if m.accepted_as in names else m
+        dataclasses.replace(m, severity="notice", consequence=f"Accepted. {m.consequence}")
+        if m.accepted_as in names
+        else m
         for m in mismatches
     ]
 
@@ -65,8 +67,9 @@ def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
     primary, other = without_wrappers(primary, other)
     renamed, _ = rename_to_match(other, primary)
     _, unpaired = pair_tensors(primary, renamed)
+    _, labels = align_labels(primary, renamed)
     own = *check_quantisation(primary, other), *check_soundness(primary, renamed), *pair_modules(primary, other)[1]
-    for m in (*own, *compare_configs(primary, other), *unpaired):
+    for m in (*own, *compare_configs(primary, other), *labels, *unpaired):
         if m.severity == "blocking" and m.consequence != DIFFERENT_VOCABULARIES:
             return f"{shorten(m.subject, 30)}: {shorten(m.secondary, 24)}, not {shorten(m.primary, 24)}"
     return None
@@ -84,14 +87,16 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     renamed_base = None if base is None else rename_to_match(base, primary)[0]
     vocabulary, row_mismatches = align_vocabularies(primary, renamed_secondary, recipe.tokenizer, renamed_base)
     without_copies, tied_copies = drop_tied_copies(primary)
-    pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary)
+    labels, label_mismatches = align_labels(primary, renamed_secondary, renamed_base)
+    pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary, labels)
     module_pairs, of_modules = pair_modules(primary, secondary, base)
     template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
     mismatches = [
-        *row_mismatches,
+        *accept(row_mismatches, recipe.accept),
         *check_quantisation(primary, secondary),
         *check_soundness(primary, renamed_secondary),
         *accept(compare_configs(primary, secondary, any_depth=bool(slices)), recipe.accept),
+        *accept(label_mismatches, recipe.accept),
         *check_base(primary, base, recipe),
         *check_slices(slices, primary, renamed_secondary),
         *tied_copies,
@@ -103,6 +108,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *template_mismatches,
         *compare_companions(primary, secondary),
         *compare_code(primary, secondary, vocabulary),
+        *compare_segmentation(primary, secondary, vocabulary),
         *child_generation_config(primary, secondary, vocabulary)[1],
         *check_same_model(primary, secondary, slices),
     ]

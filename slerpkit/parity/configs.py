@@ -25,7 +25,7 @@ SILENT_KEY = re.compile(
     r"dropout|layerdrop|drop_path|drop_rate|pdrop$|^_|^name_or_path$|transformers_version|^use_cache$|initializer"
     r"|init_std|^init_device$|gradient_checkpointing|^output_|return_dict|torchscript|pretraining_tp|^ep_size$"
     r"|task_specific_params|finetuning_task|auto_map|unsloth|aux_loss|z_loss|router_jitter_noise|^seq_aux$"
-    r"|^use_bfloat16$|^prefix$|problem_type|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
+    r"|^use_bfloat16$|^prefix$|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
     r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$|^mask_(time|feature)_"
 )
 # How a model was made to speak, which configs held before generation_config.json did.
@@ -38,9 +38,13 @@ LABEL_KEY = re.compile(r"^(id2label|label2id|num_labels)$")
 CAPACITY_KEY = re.compile(
     r"(?<!original_)max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length"
 )
-DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
-VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
+# Of layers that predict further tokens (multi-token prediction), which stand apart from a model's own.
+PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token_pred")
+DEPTH_KEY = re.compile(r"^(?!.*(nextn|mtp)).*(num_hidden_layers|n_layers?|num_layers)$")
+VOCABULARY_KEY = re.compile(r"vocab_size(_per_layer_input)?$")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+HEAD_OF_CLASS = re.compile(r"(For[A-Z]\w+|LMHeadModel|Model)$")
+DIFFERENT_KINDS = "Different architectures give their weights different meanings."
 
 
 def language_scopes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -91,8 +95,10 @@ def judge_differences(
         values = [config.get(key) for config in configs]
         if is_judged_elsewhere(key) or same_value(*values) or (any_depth and is_per_layer(name, values[0])):
             continue
-        if None in values and (name == "architectures" or not one_type):
-            continue  # model_type tells as much; another architecture has other keys
+        if None in values and (name in ("architectures", "problem_type") or not one_type):
+            continue  # model_type and labels tell as much; another architecture has other keys
+        if name == "model_type" and have_other_classes(*stated):
+            continue  # their classes tell more
         if name == "sliding_window" and not any(values):
             continue  # none, and not spoken of
         shown = [
@@ -103,15 +109,40 @@ def judge_differences(
         known_by = f"{key.rpartition('.')[0]}.rope_type" if "rope_parameters." in key else key
         if is_read and not all(known_by in config for config in configs):
             mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
+        elif name == "architectures" and have_other_classes(*stated):
+            mismatches.append(Mismatch("blocking", key, *shown, describe_classes(*stated)))
         else:
             mismatches.append(judge_config_key(key, *shown))
     return mismatches
 
 
+def have_other_classes(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two configs name classes, and not the same."""
+    classes = [config.get("architectures") for config in (first, second)]
+    return all(isinstance(names, list) and names for names in classes) and classes[0] != classes[1]
+
+
+def describe_classes(*configs: Mapping[str, Any]) -> str:
+    """Why models of two classes cannot be blended, and which could, from their flat configs."""
+    kinds = [config.get("model_type") for config in configs]
+    heads = [HEAD_OF_CLASS.search(str(config["architectures"][0])) for config in configs]
+    if kinds[0] == kinds[1] and all(heads) and heads[0][0] != heads[1][0]:
+        return "Their heads answer different questions, or one has none: choose two models of one class."
+    inner = [[config.get(f"{key}.model_type") for key in LANGUAGE_CONFIGS] for config in configs]
+    for whole, part in ((0, 1), (1, 0)):
+        if kinds[part] is not None and kinds[part] in inner[whole]:
+            return (
+                "One is a language model, the other holds one among other parts. Take it out: build the class of the "
+                "one from the text_config of the other, give it the other's language_model and lm_head, save that, "
+                "and merge the two language models."
+            )
+    return DIFFERENT_KINDS
+
+
 def is_judged_elsewhere(key: str) -> bool:
     """Whether a key says nothing of the child's values, or what it says is judged by the weights themselves."""
     name = key.rpartition(".")[2]
-    if name in DTYPE_KEYS or SILENT_KEY.search(name) or GENERATION_KEY.search(name):
+    if name in DTYPE_KEYS or LABEL_KEY.search(name) or SILENT_KEY.search(name) or GENERATION_KEY.search(name):
         return True
     tied = name in ("tie_word_embeddings", "tie_encoder_decoder") or VOCABULARY_KEY.search(name)
     return bool(tied) or key.startswith("quantization_config")
@@ -126,7 +157,7 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
     """What follows from one config key on which the parents differ: it blocks, unless it is known to do no harm."""
     name, values = key.rpartition(".")[2], (primary_value, secondary_value)
     if name in ("model_type", "architectures"):
-        return Mismatch("blocking", key, *values, "Different architectures give their weights different meanings.")
+        return Mismatch("blocking", key, *values, DIFFERENT_KINDS)
     if DEPTH_KEY.search(name):
         return Mismatch("blocking", key, *values, "Models of different depth have no layer for layer match.")
     if CAPACITY_KEY.search(name) and "rope_parameters." not in key:
@@ -134,9 +165,13 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
     if TOKEN_ID_KEY.search(name) or name == "tokenizer_class":
         why = "The child has that of the parent that the tokenizer is from."
         return Mismatch("notice", key, *values, why)
-    if LABEL_KEY.search(name):
-        return Mismatch("notice", key, *values, "The child keeps the primary's value.")
-    why = "Equal shapes hide this: the weights would be used in another way."
+    if name == "problem_type":
+        why = "Their heads learned to answer in different ways; the child keeps the primary's value."
+        return Mismatch("notice", key, *values, why)
+    if PREDICTION_KEY.search(name):
+        why = "It is of layers that predict further tokens; the child keeps the primary's value."
+        return Mismatch("notice", key, *values, why)
+    why = "Equal shapes hide this: the child would use all its weights in the primary's way."
     return Mismatch("blocking", key, *values, why, accepted_as=key)
 
 

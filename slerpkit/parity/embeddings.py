@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import format_names
@@ -44,6 +44,12 @@ UNTIED_BY_DEFAULT = (
     "olmo", "olmo2", "deepseek_v3",
 )  # fmt: skip
 OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
+OUTPUT_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+# Inside layers, as in one that predicts several tokens, rows as many as tokens prove nothing without such a name.
+TABLE_IN_LAYER_NAME = re.compile(r"\.(\w*embed\w*|\w*emb|wte|\w*head)\.(weight|bias)$")
+# An embedding whose rows hold a part for each layer; it may end before the last tokens.
+PER_LAYER_NAME = re.compile(r"emb\w*_per_layer\.weight$")
+PER_LAYER_KEY = "vocab_size_per_layer_input"
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> int | None:
@@ -67,13 +73,21 @@ def belied_sizes(checkpoint: Checkpoint) -> list[int]:
     return [] if rows is None or rows in sizes else list(dict.fromkeys(sizes))
 
 
-def has_token_rows(info: TensorInfo, rows: int | None) -> bool:
-    """Whether a tensor can have a row for each token, as an embedding, a head and a head's bias have, by its shape."""
-    if not info.is_float or not info.element_count or find_layer(info.name) or OTHER_ROWS_NAME.search(info.name):
-        return False
-    if rows is None or rows not in info.shape[: 1 + (info.shape[:1] == (1,))]:
+def is_table(info: TensorInfo) -> bool:
+    """Whether a tensor has the shape that an embedding, a head and a head's bias have, of however many rows."""
+    if not info.is_float or not info.element_count or OTHER_ROWS_NAME.search(info.name):
         return False
     return len(info.shape) == 2 or (len(info.shape) == 1 and info.name.endswith("bias"))
+
+
+def row_count(info: TensorInfo) -> int:
+    """How many tokens a table has something for: of (tokens, width) the first, of (1, tokens) the last."""
+    return info.shape[-1] if info.shape[0] == 1 else info.shape[0]
+
+
+def has_token_rows(info: TensorInfo, rows: int | None) -> bool:
+    """Whether a tensor outside layers can have a row for each token, by its shape."""
+    return is_table(info) and find_layer(info.name) is None and row_count(info) == rows
 
 
 def shape_per_token(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -82,16 +96,42 @@ def shape_per_token(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def token_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The tensors with a row for each token. Where rows are as many as something else in the config, by name too."""
+    """The tensors with a row for each token, most with as many rows as the vocabulary has, some with their own number.
+
+    Outside layers the number tells which they are; inside layers, and where rows are as many as something else in the
+    config, names must agree. Another number has an embedding with a part for each layer, and an embedding that is
+    longer than its head.
+    """
     rows = vocabulary_rows(checkpoint)
     scopes = language_scopes(checkpoint.config)
-    sizes = [n for scope in scopes for key, n in scope.items() if type(n) is int and not key.endswith("_id")]
-    in_doubt = sizes.count(rows) > sum(scope.get("vocab_size") == rows for scope in scopes)
-    return {
-        name: info
-        for name, info in checkpoint.tensors.items()
-        if has_token_rows(info, rows) and (not in_doubt or TOKEN_NAME.search(name))
-    }
+    sizes = [
+        n
+        for scope in scopes
+        for key, n in scope.items()
+        if type(n) is int and not key.endswith("_id") and key not in ("vocab_size", PER_LAYER_KEY)
+    ]
+    outside_layers = TOKEN_NAME if rows in sizes else re.compile("")
+    tables = [info for info in checkpoint.tensors.values() if is_table(info)]
+    found = longer_or_shorter_tables(tables, rows)
+    for info in tables:
+        pattern = TABLE_IN_LAYER_NAME if find_layer(info.name) else outside_layers
+        if PER_LAYER_NAME.search(info.name) or (row_count(info) == rows and pattern.search(info.name)):
+            found.append(info)
+    return {info.name: info for info in found}
+
+
+def longer_or_shorter_tables(tables: Sequence[TensorInfo], rows: int | None) -> list[TensorInfo]:
+    """The embedding where it has more rows than the vocabulary, and the head where it has fewer.
+
+    Then the vocabulary's number of rows is that of the other; tables of one kind all have the same.
+    """
+    found = []
+    for pattern, is_longer in ((EMBEDDING_NAME, True), (OUTPUT_HEAD_NAME, False)):
+        kind = [info for info in tables if pattern.search(info.name) and find_layer(info.name) is None]
+        counts = {row_count(info) for info in kind}
+        if rows is not None and len(counts) == 1 and (counts.pop() > rows if is_longer else counts.pop() < rows):
+            found += kind
+    return found
 
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:
@@ -120,20 +160,19 @@ def stores_head(checkpoint: Checkpoint) -> bool:
 
 def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
     """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
-    if (
-        is_tied(other.config) is False
-        or lacks_head(other)
-        or len(head.shape) != 2
-        or head.name not in token_tensors(owner)
-    ):
+    if find_layer(head.name) or is_tied(other.config) is False:
+        return None
+    if lacks_head(other) or head not in token_matrices(owner):
         return None
     candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]
     return candidates[0] if len(candidates) == 1 else None
 
 
 def token_matrices(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The matrices with a row for each token, the input embedding first; then its head, its copies, or others."""
-    matrices = [info for info in token_tensors(checkpoint).values() if len(info.shape) == 2 and info.shape[0] != 1]
+    """The matrices outside layers with the vocabulary's rows, the input embedding first; then its head or others."""
+    rows = vocabulary_rows(checkpoint)
+    tables = [info for info in token_tensors(checkpoint).values() if has_token_rows(info, rows)]
+    matrices = [info for info in tables if len(info.shape) == 2 and info.shape[0] != 1]
     return sorted(matrices, key=lambda info: (embedding_rank(info.name), natural_order(info.name)))
 
 

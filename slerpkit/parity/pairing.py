@@ -14,20 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import TORCH_NAMES, find_layer, layer_positions, natural_order, renumber
-from slerpkit.parity.configs import stated_depth
-from slerpkit.parity.embeddings import UNSTORED_HEAD, find_tied_source, lacks_head, shape_per_token, token_tensors
+from slerpkit.parity.configs import have_other_classes, stated_depth
+from slerpkit.parity.embeddings import (
+    UNSTORED_HEAD,
+    find_tied_source,
+    lacks_head,
+    row_count,
+    shape_per_token,
+    token_tensors,
+)
+from slerpkit.parity.labels import is_last_layer
+from slerpkit.parity.prediction import judge_predictions, prediction_tensors
 from slerpkit.parity.report import LayerSource, Mismatch, TensorSources
 from slerpkit.recipe import PARENTS
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parents.tensors import TensorInfo
-    from slerpkit.parity.report import RowMap, Vocabulary
+    from slerpkit.parity.report import Labels, RowMap, Vocabulary
     from slerpkit.recipe import LayerSlice
 
 # Buffers that older versions saved and newer ones recompute.
 BUFFER_NAME = re.compile(r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|attn\.masked_bias$|position_ids$")
 MASK_NAME = re.compile(r"(attn|attention)\.bias$")
+VALUE_HEAD = (
+    "A value head, as TRL trains it beside a policy; the other parent has none. Take the tensors of v_head out of that "
+    "model's weights, and of their index if there is one, and merge the policies."
+)
 
 
 def is_known_buffer(info: TensorInfo) -> bool:
@@ -37,11 +50,15 @@ def is_known_buffer(info: TensorInfo) -> bool:
 
 
 def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
-    """(stack, layers) of the language model's layers: the stack as deep as the config says, else the largest."""
+    """(stack, layers) of the language model's layers: the stack as deep as the config says, else the largest.
+
+    Layers behind it that predict further tokens are not counted.
+    """
+    apart = prediction_tensors(checkpoint)
     sizes: dict[str, int] = {}
     depths: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
-        if (layer := find_layer(name)) is not None:
+        if (layer := find_layer(name)) is not None and name not in apart:
             stack, index = layer
             sizes[stack] = sizes.get(stack, 0) + info.byte_count
             depths[stack] = max(depths.get(stack, 0), index + 1)
@@ -57,11 +74,11 @@ def child_layout(
 
     The tensor is the secondary's where a slice copies its layers.
     """
-    positions = layer_positions(primary.tensors)
-    sliced_stack = main_stack(primary)[0] if slices else None
+    positions = layer_positions(primary.tensors.keys() - prediction_tensors(primary))
+    sliced_stack, depth = main_stack(primary) if slices else (None, 0)
     for name, info in primary.tensors.items():
         if sliced_stack is None or (find_layer(name) or (None,))[0] != sliced_stack:
-            yield name, info, LayerSource(positions[name])
+            yield name, info, LayerSource(positions.get(name, 1.0))
     layers = {role: stacked_layers(model) for role, model in zip(PARENTS, (primary, secondary))} if slices else {}
     child_index = 0
     for number, cut in enumerate(slices):
@@ -79,6 +96,9 @@ def child_layout(
             for info in layers[PARENTS[of_secondary]].get((second if of_secondary else first)[step], []):
                 yield renumber(info.name, child_index), info, layer_source
             child_index += 1
+    for index, infos in sorted(layers["primary"].items() if slices else ()):
+        for info in infos if index >= depth else []:  # they follow the last layer, however many there are
+            yield renumber(info.name, child_index + index - depth), info, LayerSource(1.0)
 
 
 def stacked_layers(checkpoint: Checkpoint) -> dict[int, list[TensorInfo]]:
@@ -129,12 +149,14 @@ def pair_tensors(
     slices: Sequence[LayerSlice] = (),
     base: Checkpoint | None = None,
     vocabulary: Vocabulary | None = None,
+    labels: Labels | None = None,
 ) -> tuple[list[TensorSources], list[Mismatch]]:
     """(each tensor of the child with its sources, every tensor that does not pair and what does not fit)."""
     pairs: list[TensorSources] = []
     mismatches: list[Mismatch] = []
     only_primary: list[str] = []
     used_names: set[str] = set()
+    predicting, alone = [prediction_tensors(parent) for parent in (primary, secondary)], []
     for name, primary_tensor, layer_source in child_layout(primary, secondary, slices):
         if layer_source.alone is not None:
             pairs.append(TensorSources(name, primary_tensor, None, None, layer_source))
@@ -142,12 +164,21 @@ def pair_tensors(
         secondary_name = name_in_layer(primary_tensor, layer_source.secondary_layer)
         used_names.add(secondary_name)
         secondary_tensor = secondary.tensors.get(secondary_name)
+        base_tensor = None
+        if base is not None:
+            base_tensor = base.tensors.get(name_in_layer(primary_tensor, layer_source.base_layer))
         if is_known_buffer(primary_tensor):  # never blended: the model computes it, and versions store it differently
             if secondary_tensor is None:
                 why = "A buffer; the primary's is kept."
                 mismatches.append(Mismatch("resolved", name, "saved", "not saved", why))
             pairs.append(TensorSources(name, primary_tensor, None, None, layer_source))
             continue
+        if primary_tensor.name in predicting[0]:
+            # Where slices make layers of another number, its name may be that of one of the secondary's usual layers.
+            is_alone = secondary_tensor is None or (slices and secondary_name not in predicting[1])
+            if is_alone or (base is not None and base_tensor is None):
+                alone.append(TensorSources(name, primary_tensor, None, None, layer_source))
+                continue
         if secondary_tensor is None:
             secondary_tensor = find_tied_source(primary_tensor, primary, secondary)
             if secondary_tensor is None:
@@ -155,30 +186,37 @@ def pair_tensors(
                 continue
             why = f"The secondary's head is tied to {secondary_tensor.name}, which takes part in its place."
             mismatches.append(Mismatch("resolved", name, "stored", "tied", why))
-        base_tensor = None
         if base is not None:
-            base_tensor = base.tensors.get(name_in_layer(primary_tensor, layer_source.base_layer))
             base_tensor = base_tensor or find_tied_source(primary_tensor, primary, base)
-        rows = rows_of(vocabulary, primary_tensor, secondary_tensor, base_tensor)
+        sources = primary_tensor, secondary_tensor, base_tensor
+        rows = rows_of(labels, *sources) or rows_of(vocabulary, *sources)
         mismatches += compare_tensors(primary_tensor, secondary_tensor, rows)
         if base is not None:
             mismatches += check_base_tensor(primary_tensor, base_tensor, rows)
         pairs.append(TensorSources(name, primary_tensor, secondary_tensor, base_tensor, layer_source, rows))
-    sliced_stack = main_stack(secondary)[0] if slices else ""
-    only_secondary = [
+    only_secondary = unused_names(secondary, used_names, bool(slices))
+    left_out = [name for name in only_secondary if name in predicting[1]]
+    only_secondary = [name for name in only_secondary if name not in predicting[1]]
+    kept, told = judge_predictions(alone, len(left_out), [*map(len, predicting)], vocabulary)
+    return pairs + kept, mismatches + told + judge_unpaired(primary, secondary, only_primary, only_secondary)
+
+
+def unused_names(secondary: Checkpoint, used_names: set[str], is_sliced: bool) -> list[str]:
+    """The secondary's tensors that the child is made without; layers that slices leave out do not count."""
+    sliced_stack = main_stack(secondary)[0] if is_sliced else ""
+    return [
         name
         for name in secondary.tensors
         if name not in used_names and not (sliced_stack and (find_layer(name) or ("",))[0] == sliced_stack)
     ]
-    return pairs, mismatches + judge_unpaired(primary, secondary, only_primary, only_secondary)
 
 
-def rows_of(vocabulary: Vocabulary | None, *sources: TensorInfo | None) -> RowMap | None:
-    """The map of rows for tensors that have one for each token on every side; None where rows go by number."""
-    if vocabulary is None or vocabulary.row_map is None:
+def rows_of(meaning: Vocabulary | Labels | None, *sources: TensorInfo | None) -> RowMap | None:
+    """The map of rows for tensors that have one for each token or label on every side; None where they go by number."""
+    if meaning is None or not all(i is None or i.name in names for i, names in zip(sources, meaning.tensors)):
         return None
-    follow_tokens = all(info is None or info.name in names for info, names in zip(sources, vocabulary.tensors))
-    return vocabulary.row_map if follow_tokens else None
+    # A base without the tensor is told of elsewhere.
+    return meaning.map_of(tuple(row_count(info or sources[0]) for info in sources[: len(meaning.tensors)]))
 
 
 def check_base_tensor(
@@ -201,6 +239,7 @@ def same_shape(first: TensorInfo, second: TensorInfo, rows: RowMap | None) -> bo
 
 
 DIFFERENT_VOCABULARIES = "Vocabularies of different size."
+DIFFERENT_HEADS = "A row for each label, and the heads answer with a different number of them."
 
 
 def compare_tensors(primary: TensorInfo, secondary: TensorInfo, rows: RowMap | None = None) -> list[Mismatch]:
@@ -209,7 +248,9 @@ def compare_tensors(primary: TensorInfo, secondary: TensorInfo, rows: RowMap | N
     if not same_shape(primary, secondary, rows):
         shapes = str(list(primary.shape)), str(list(secondary.shape))
         rows_only = len(primary.shape) == len(secondary.shape) and primary.shape[1:] == secondary.shape[1:]
-        why = DIFFERENT_VOCABULARIES if rows_only else "Tensors of different shape cannot be blended."
+        why = "Tensors of different shape cannot be blended."
+        if rows_only:
+            why = DIFFERENT_HEADS if is_last_layer(primary.name) else DIFFERENT_VOCABULARIES
         mismatches.append(Mismatch("blocking", primary.name, *shapes, why))
     if primary.dtype != secondary.dtype and not (primary.is_float and secondary.is_float):
         why = "Only real numbers of different dtypes can be blended."
@@ -354,14 +395,19 @@ def same_shape_per_token(info: TensorInfo, counterpart: TensorInfo | None) -> bo
 
 
 def missing_tensors(holder: Checkpoint, names: Sequence[str], role: str, other: Checkpoint) -> list[Mismatch]:
-    """One blocking line for all the tensors that a single parent, `holder`, has and the other lacks."""
-    if not names:
+    """One blocking line for all the tensors that a single parent, `holder`, has and the other lacks.
+
+    None where they are of other classes: that blocks, and says why.
+    """
+    if not names or have_other_classes(holder.config, other.config):
         return []
     presence = ("present", "missing") if role == "primary" else ("missing", "present")
     subject = format_names(sorted(names, key=natural_order))
     why = f"{len(names)} tensor{'s' * (len(names) > 1)} of {holder.name} without a counterpart."
     if lacks_head(other) and token_tensors(holder).keys() >= set(names):
         why = UNSTORED_HEAD
+    elif all("v_head" in name.split(".") for name in names):
+        why = VALUE_HEAD
     return [Mismatch("blocking", subject, *presence, why)]
 
 

@@ -30,6 +30,9 @@ class Mismatch:
     consequence: str  # why it blocks, the rule that resolves it, or what to know
     accepted_as: str | None = None  # the name by which the person may let it pass; None: nobody can
 
+    def __str__(self) -> str:
+        return f"{self.subject}: primary {self.primary}, secondary {self.secondary}. {self.consequence}"
+
     def as_dict(self) -> dict[str, str]:
         """What reports hold of it."""
         return {field: getattr(self, field) for field in ("severity", "subject", "primary", "secondary", "consequence")}
@@ -37,7 +40,7 @@ class Mismatch:
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """Which rows of the sources make each row of a tensor that has a row for each token.
+    """Which rows of the sources make each row of a tensor that has a row for each token, or for each label.
 
     Sources are numbered: 0 the primary, 1 the secondary, 2 the base. A row that every source has is blended; one that
     a single source has is kept as it is.
@@ -58,6 +61,21 @@ class RowMap:
     def is_kept(self, source: int) -> numpy.ndarray:
         """(the child's rows,), bool: kept from this source."""
         return (self.sources[source] >= 0) & ~self.is_blended
+
+    def cut(self, row_counts: Sequence[int], source: int) -> RowMap:
+        """The map of a table of which each source has its own number of rows.
+
+        source: the one whose tokens these are. Its rows are kept where another has none, and the table ends with them
+        and those that are appended to them.
+        """
+        sources = [numpy.where(rows < count, rows, -1) for rows, count in zip(self.sources, row_counts)]
+        has_row = [rows >= 0 for rows in sources]
+        is_there = numpy.where(self.sources[source] >= 0, has_row[source], numpy.logical_or.reduce(has_row))
+        length = len(is_there) if is_there.all() else int(is_there.argmin())
+        is_kept = has_row[source] & ~numpy.logical_and.reduce(has_row)
+        for number, rows in enumerate(sources):
+            rows[is_kept & (number != source)] = -1
+        return RowMap(tuple(rows[:length] for rows in sources))
 
     def select(self, order: Sequence[int]) -> RowMap:
         """The map of some of the sources, in another order."""
@@ -82,9 +100,27 @@ class Vocabulary:
     parent_rows: tuple[int | None, ...]  # primary, secondary, base; None where config and tensors do not tell
     rows: int | None  # the child's
     tensors: tuple[frozenset[str], ...] = ()  # of each parent: the names of those with a row for each token
-    row_map: RowMap | None = None  # None: every row with the one of the same number
+    row_map: RowMap | None = None  # of the longest table; None: every row with the one of the same number
     appended: tuple[AppendedToken, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()  # matched, moved, kept, padding, appended, left out
+    longest: int = 0  # rows of the child's longest table, as an embedding that goes on behind its head
+
+    @property
+    def id_count(self) -> int | None:
+        """How many ids have a row in some table of the child's; None where that is not known."""
+        return None if self.rows is None else max(self.rows, self.longest)
+
+    @functools.cached_property
+    def _table_maps(self) -> dict[tuple[int, ...], RowMap]:
+        """The maps of the tables so far, one of a kind: workers are given each but once."""
+        return {}
+
+    def map_of(self, row_counts: tuple[int, ...]) -> RowMap | None:
+        """The map of a table that has so many rows in each parent; None where rows go by number."""
+        if self.row_map is not None and row_counts not in self._table_maps:
+            source = int(self.tokenizer_source == "secondary")
+            self._table_maps[row_counts] = self.row_map.cut(row_counts, source)
+        return self._table_maps.get(row_counts)
 
     def child_id_of(self, token_id: int, role: str) -> int | None:
         """The child's id of the token that has this id in a parent, "primary" or "secondary"; None for none."""
@@ -96,6 +132,18 @@ class Vocabulary:
     def as_dict(self) -> dict[str, Any]:
         """What reports hold of it."""
         return {"rows": self.rows, "by_token": self.row_map is not None, **dict(self.counts)}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The child's labels, which are the primary's: which of the parents' rows stand for them."""
+
+    tensors: tuple[frozenset[str], ...] = ()  # of each parent: the names of those with a row for each label
+    row_map: RowMap | None = None  # None: every row with the one of the same number
+
+    def map_of(self, row_counts: tuple[int, ...]) -> RowMap | None:
+        """The map of a tensor with a row for each label: all have as many."""
+        return self.row_map
 
 
 @dataclass(frozen=True)
@@ -118,7 +166,7 @@ class TensorSources:
     secondary: TensorInfo | None  # None: the one stands alone
     base: TensorInfo | None = None
     layer: LayerSource = LayerSource()
-    rows: RowMap | None = None  # where rows follow tokens
+    rows: RowMap | None = None  # where rows follow tokens or labels
     folder: str = ""  # below the model's, of a module that keeps its weights there, and begins their names with it
 
     @property
@@ -129,7 +177,7 @@ class TensorSources:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The child's: the primary's, with a row for each of the child's tokens where rows follow tokens."""
+        """The child's: the primary's, with a row for each of the child's tokens or labels where rows follow them."""
         shape = self.primary.shape
         if self.rows is None:
             return shape
@@ -174,9 +222,7 @@ class ParityReport:
         blocking = self.of_severity("blocking")
         if not blocking:
             return
-        lines = [
-            printable(f"{m.subject}: primary {m.primary}, secondary {m.secondary}. {m.consequence}") for m in blocking
-        ]
+        lines = [printable(str(mismatch)) for mismatch in blocking]
         hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
         if self.acceptable:
             flags = " ".join(f"--accept {shlex.quote(name)}" for name in self.acceptable)

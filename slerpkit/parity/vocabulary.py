@@ -16,14 +16,18 @@ from slerpkit.files import file_size, read_bytes, read_json, read_json_if_there
 from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer, matching_files
-from slerpkit.parity.embeddings import token_tensors, vocabulary_rows
+from slerpkit.parity.embeddings import row_count, token_tensors, vocabulary_rows
 from slerpkit.parity.report import AppendedToken, Mismatch, RowMap, Vocabulary
+from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_pieces
 from slerpkit.parity.tokenizer_source import choose_tokenizer
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
 
 MAX_TOKENIZER_BYTES = 64_000_000
+SAVE_TOKENIZER = "Load its tokenizer with transformers and save it: that writes tokenizer.json."
+# Parents of one base share nearly all of the smaller vocabulary's tokens.
+MIN_SHARE_IN_COMMON = 0.5
 
 
 def open_tokenizer(path: Path) -> Any:
@@ -62,28 +66,35 @@ def read_tokens(folder: Path, role: str) -> dict[str, int]:
     elif (folder / "vocab.txt").is_file():
         lines = read_bytes(folder / "vocab.txt").decode("utf-8", "replace").rstrip("\n").split("\n")
         tokens = {line.rstrip("\r"): token_id for token_id, line in enumerate(lines)}
+    elif (model := find_sentencepiece(folder)) is not None:
+        tokens = read_pieces(model)
+        stated = added_tokens(folder)
+        if any(stated.get(piece, token_id) != token_id for piece, token_id in tokens.items()):
+            what = f"the {role} numbers the pieces of {model.name} in a way of its class's own"
+            raise SlerpMergeError(what, SAVE_TOKENIZER)
     else:
-        what = f"the {role} has no tokenizer.json, vocab.json or vocab.txt"
-        raise SlerpMergeError(what, "Load its tokenizer with transformers and save it: that writes tokenizer.json.")
+        what = f"the {role} has no tokenizer.json, vocab.json, vocab.txt or sentencepiece model"
+        raise SlerpMergeError(what, SAVE_TOKENIZER)
     if not all(type(token_id) is int and token_id >= 0 for token_id in tokens.values()):
         raise SlerpMergeError(f"the {role} has a vocabulary whose ids are no numbers", "Download it again.")
     return {**added_tokens(folder), **tokens}
 
 
-def have_same_tokens(first: Path, second: Path) -> bool:
+def have_same_files(first: Path, second: Path) -> bool:
     """Whether two folders hold the same tokenizer, byte for byte where its vocabulary stands."""
     shared = set.intersection(
         *({path.name for path in matching_files(folder, TOKENIZER_CORE_FILES)} for folder in (first, second))
     ) - {"tokenizer_config.json"}
     compared = {"tokenizer.json"} & shared or shared
-    return (
-        bool(compared)
-        and all(
-            read_bytes(first / name, MAX_TOKENIZER_BYTES) == read_bytes(second / name, MAX_TOKENIZER_BYTES)
-            for name in compared
-        )
-        and added_tokens(first) == added_tokens(second)
+    return bool(compared) and all(
+        read_bytes(first / name, MAX_TOKENIZER_BYTES) == read_bytes(second / name, MAX_TOKENIZER_BYTES)
+        for name in compared
     )
+
+
+def have_same_tokens(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tokenizer, with the same tokens added to it."""
+    return have_same_files(first, second) and added_tokens(first) == added_tokens(second)
 
 
 def extend_tokenizer(tokenizer: Any, tokens: Iterable[tuple[str, tuple[tuple[str, bool], ...]]]) -> None:
@@ -160,28 +171,44 @@ def align_vocabularies(
     source = int(tokenizer_source == "secondary")
     models = [model for model in (primary, secondary, base) if model is not None]
     rows = tuple(vocabulary_rows(model) for model in models)
-    names = tuple(frozenset(token_tensors(model)) for model in models)
-    by_number = Vocabulary(tokenizer_source, reason, rows, rows[source], names)
+    tables = [token_tensors(model) for model in models]
+    limits = [max([count or 0, *map(row_count, infos.values())]) for count, infos in zip(rows, tables)]
+    names = tuple(map(frozenset, tables))
+    by_number = Vocabulary(tokenizer_source, reason, rows, rows[source], names, longest=limits[source])
     folders = [model.folder for model in models]
     if base is not None and not has_tokenizer(base.folder) and rows[2] == rows[0]:
         folders[2] = primary.folder  # many a base stands there as weights alone
     same = all(have_same_tokens(folders[0], folder) for folder in folders[1:])
-    if same and (len(set(rows)) == 1 or None in rows):
+    same_rows = len(set(rows)) == 1 and all(
+        row_count(info) == row_count(tables[0].get(name, info))
+        for others in tables[1:]
+        for name, info in others.items()
+    )
+    if same and (same_rows or None in rows):
         return by_number, []
     try:
         if None in rows:
             raise SlerpMergeError("no matrix with a row for each token is known", "State vocab_size in config.json.")
         tokens = [read_tokens(folder, role) for folder, role in zip(folders, ("primary", "secondary", "base"))]
     except SlerpMergeError as error:
-        if not same:
+        if None in rows or not all(have_same_files(folders[0], folder) for folder in folders[1:]):
             return by_number, judge_unread_tokens(rows, error, any(map(has_tokenizer, folders)), tokenizer)
-        # The same ids, even if nobody can read what they stand for.
-        tokens = [{str(token_id): token_id for token_id in range(min(rows))}] * len(rows)
-    if all(model_tokens == tokens[0] for model_tokens in tokens) and len(set(rows)) == 1:
+        tokens = tokens_by_number([added_tokens(folder) for folder in folders], min(limits))
+    if same_rows and all(model_tokens == tokens[0] for model_tokens in tokens):
         return by_number, []
     wants_union = tokenizer == "union" and not same
+    if wants_union and limits[source] > rows[source]:
+        what = f"The embedding of {folders[source]} goes on behind its vocabulary, where new tokens would stand."
+        raise SlerpMergeError(what, "There is no union with it; choose --tokenizer primary or secondary.")
     appended = tokens_to_append(folders, tokens, rows, source) if wants_union else []
-    return match_rows(by_number, tokens, appended)
+    return match_rows(by_number, tokens, appended, limits)
+
+
+def tokens_by_number(added: Sequence[Mapping[str, int]], count: int) -> list[dict[str, int]]:
+    """Tokens of one tokenizer that nobody can read: one for each id, beside those that each model's settings add."""
+    taken = {token_id for tokens in added for token_id in tokens.values()}
+    unread = {f"id {token_id}": token_id for token_id in range(count) if token_id not in taken}
+    return [{**unread, **tokens} for tokens in added]
 
 
 def judge_unread_tokens(
@@ -202,55 +229,60 @@ def judge_unread_tokens(
 
 
 def match_rows(
-    by_number: Vocabulary, tokens: Sequence[Mapping[str, int]], appended: Sequence[AppendedToken]
+    by_number: Vocabulary,
+    tokens: Sequence[Mapping[str, int]],
+    appended: Sequence[AppendedToken],
+    limits: Sequence[int],
 ) -> tuple[Vocabulary, list[Mismatch]]:
     """(the vocabulary with its map of rows, the line of the parity table about it).
 
     The child's rows are those of the parent that its tokenizer is from, in their order, then the appended ones. Beside
-    each stands every other model's row for the same token.
+    each stands every other model's row for the same token. limits: rows of each model's longest table.
     """
-    rows, source = by_number.parent_rows, int(by_number.tokenizer_source == "secondary")
+    source = int(by_number.tokenizer_source == "secondary")
     other = 1 - source
-    child_rows = max([rows[source], *(token.token_id + 1 for token in appended)])
-    sources = [numpy.full(child_rows, -1) for _ in rows]
-    sources[source][: rows[source]] = numpy.arange(rows[source])
-    has_token = numpy.zeros(child_rows, bool)
+    sources = [numpy.full(max([limits[source], *(token.token_id + 1 for token in appended)]), -1) for _ in limits]
+    sources[source][: limits[source]] = numpy.arange(limits[source])
+    has_token = numpy.zeros(len(sources[0]), bool)
     for content, token_id in sorted(tokens[source].items()):
-        if token_id < rows[source]:
+        if token_id < limits[source]:
             has_token[token_id] = True
             for number, model_tokens in enumerate(tokens):
                 row = model_tokens.get(content, -1)
-                if number != source and 0 <= row < rows[number]:
+                if number != source and 0 <= row < limits[number]:
                     sources[number][token_id] = row
     is_blended = numpy.logical_and.reduce([source_rows >= 0 for source_rows in sources])
-    in_place = numpy.logical_and.reduce([source_rows == sources[0] for source_rows in sources])
     for number, source_rows in enumerate(sources):
         source_rows[~is_blended & (number != source)] = -1
     for token in appended:
         sources[source][token.token_id], sources[other][token.token_id] = -1, tokens[other][token.content]
+    vocabulary = dataclasses.replace(
+        by_number, row_map=RowMap(tuple(sources)), longest=len(has_token), appended=tuple(appended)
+    )
+    rows = vocabulary.map_of(by_number.parent_rows)
+    in_place = numpy.logical_and.reduce([source_rows == rows.sources[0] for source_rows in rows.sources])
+    has_token = has_token[: len(in_place)]
     counts = {
-        "matched": int((is_blended & in_place).sum()),
-        "moved": int((is_blended & ~in_place).sum()),
-        "kept": int((has_token & ~is_blended).sum()),
-        "padding": int(((sources[source] >= 0) & ~has_token).sum()),
+        "matched": int((rows.is_blended & in_place).sum()),
+        "moved": int((rows.is_blended & ~in_place).sum()),
+        "kept": int((has_token & ~rows.is_blended).sum()),
+        "padding": int(((rows.sources[source] >= 0) & ~has_token).sum()),
         "appended": len(appended),
         "left_out": 0 if appended else len(tokens[other].keys() - tokens[source].keys()),
     }
-    vocabulary = dataclasses.replace(
-        by_number,
-        rows=child_rows,
-        row_map=RowMap(tuple(sources)),
-        appended=tuple(appended),
-        counts=tuple(counts.items()),
-    )
-    return vocabulary, [describe_rows(vocabulary, counts, [len(model_tokens) for model_tokens in tokens[:2]])]
+    vocabulary = dataclasses.replace(vocabulary, rows=len(in_place), counts=tuple(counts.items()))
+    return vocabulary, [describe_rows(vocabulary, counts, tokens)]
 
 
-def describe_rows(vocabulary: Vocabulary, counts: Mapping[str, int], token_counts: Sequence[int]) -> Mismatch:
-    """The line of the parity table that says how many rows matched, moved and were kept."""
-    sizes = [f"{rows} rows, {tokens} tokens" for rows, tokens in zip(vocabulary.parent_rows, token_counts)]
-    if not counts["matched"] + counts["moved"]:
-        return Mismatch("blocking", "vocabulary", *sizes, "The tokenizers have no token in common.")
+def describe_rows(vocabulary: Vocabulary, counts: Mapping[str, int], tokens: Sequence[Mapping[str, int]]) -> Mismatch:
+    """The line of the parity table that says how many rows matched, moved and were kept.
+
+    It blocks, unless it is accepted, where less than half of the smallest vocabulary is in common: parents that were
+    fine-tuned from one base share nearly all of it, even if one has grown or been cut. Tokenizers that were trained
+    apart share single bytes and short words; then most of the child's rows are one parent's alone, under layers that
+    are a blend of two.
+    """
+    sizes = [f"{rows} rows, {len(known)} tokens" for rows, known in zip(vocabulary.parent_rows, tokens[:2])]
     source, other = "primary", "secondary"
     if vocabulary.tokenizer_source == "secondary":
         source, other = other, source
@@ -264,4 +296,8 @@ def describe_rows(vocabulary: Vocabulary, counts: Mapping[str, int], token_count
     why = f"Rows follow tokens: {', '.join(f'{counts[key]} {text}' for key, text in words.items() if counts[key])}."
     if counts["left_out"]:
         why += f" {counts['left_out']} of the {other}'s are left out; --tokenizer union would append them."
+    in_common, smallest = len(set(tokens[0]).intersection(*tokens[1:])), min(map(len, tokens))
+    if in_common < MIN_SHARE_IN_COMMON * smallest:
+        why = f"The tokenizers have {in_common or 'no'} token{'s' * (in_common > 1)} in common. {why}"
+        return Mismatch("blocking", "vocabulary", *sizes, why, accepted_as="vocabulary")
     return Mismatch("resolved", "vocabulary", *sizes, why)

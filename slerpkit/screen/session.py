@@ -132,8 +132,7 @@ class Session:
         if not self.asks or self.arguments.dry_run:
             return False
         for mismatch in parity.of_severity("blocking"):
-            line = f"  {mismatch.subject}: primary {mismatch.primary}, secondary {mismatch.secondary}."
-            self.show(printable(line), markup=False)
+            self.show(printable(f"  {mismatch}"), markup=False)
         return self.wizard.prompt.confirm("The parents use their weights in different ways. Merge all the same?", False)
 
     def show(self, picture: RenderableType, **how: Any) -> None:

@@ -1,0 +1,69 @@
+"""How two tokenizers of the same tokens cut a text into them: normalizer, pre-tokenizer, merges.
+
+The child's rows do not depend on it, but it is told: each parent learned on text that was cut in its own way. Read
+vocabulary.py before this.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slerpkit.messages import SlerpMergeError, shorten
+from slerpkit.parity.report import Mismatch
+from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_cutting
+from slerpkit.parity.vocabulary import have_same_tokens, open_tokenizer, read_tokens
+
+if TYPE_CHECKING:
+    from slerpkit.parents.checkpoint import Checkpoint
+    from slerpkit.parity.report import Vocabulary
+
+
+def compare_segmentation(primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary) -> list[Mismatch]:
+    """A notice where both parents have the same tokens, and cut a text into them in other ways."""
+    folders = {"primary": primary.folder, "secondary": secondary.folder}
+    if have_same_tokens(*folders.values()) or dict(vocabulary.counts).get("left_out") or vocabulary.appended:
+        return []  # one tokenizer, or tokens that are known to differ
+    try:
+        rules = [read_rules(folder) for folder in folders.values()]
+        differing = [name for name in rules[0] if name in rules[1] and rules[0][name] != rules[1][name]]
+        if not differing:
+            return []
+        tokens = [read_tokens(folder, role).keys() for role, folder in folders.items()]
+    except SlerpMergeError:  # a file that cannot be read; it is told with the rows
+        return []
+    if tokens[0] != tokens[1]:
+        return []
+    shown = (", ".join(f"{name} {describe_rule(own[name])}" for name in differing) for own in rules)
+    source = vocabulary.tokenizer_source
+    why = f"The same tokens, but text is cut into them in another way; the child cuts it as the {source} does."
+    return [Mismatch("notice", "tokenizer", *shown, why)]
+
+
+def read_rules(folder: Path) -> dict[str, Any]:
+    """What decides how a folder's tokenizer cuts, by the names of its parts; nothing of older kinds.
+
+    The tokenizers library spells each rule in one way, however old the file is. Raises SlerpMergeError where a file
+    cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        model = find_sentencepiece(folder)
+        return {} if model is None else read_cutting(model)
+    content = json.loads(open_tokenizer(path).to_str())
+    model = content["model"]
+    vocabulary = model.pop("vocab")
+    model.pop("unk_id", None)  # follows the tokens
+    return {
+        "normalizer": content["normalizer"],
+        "pre-tokenizer": content["pre_tokenizer"],
+        "merges": model.pop("merges", None),
+        "scores": sorted(vocabulary) if isinstance(vocabulary, list) else None,
+        "model": model,
+    }
+
+
+def describe_rule(rule: Any) -> str:
+    """A rule in a few words, of a long list its length."""
+    return f"({len(rule)})" if isinstance(rule, list) else shorten(rule)
