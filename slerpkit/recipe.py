@@ -1,7 +1,7 @@
 """What the person decided (MergeRecipe), apart from how the run goes (RunOptions), and whether each can be.
 
 All that determines the child's values stands in MergeRecipe. No file is opened here and none is written: a recipe's
-file is read and written by recipe_file.py, flags and answers become a recipe in screen/. Read schedule.py before this.
+file is read by recipe_file.py, flags and answers become a recipe in screen/. Read schedule.py before this.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ TOKENIZER_CHOICES = ("auto", "primary", "secondary", "union")
 TEMPLATE_CHOICES = ("auto", "primary", "secondary", "either", *CHAT_TEMPLATES)
 METHODS = ("slerp", "slerp-norm", "lerp", "nuslerp")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PARENTS = ("primary", "secondary")
 # What nuslerp takes as one vector, and the word that people type for it.
 VECTORS = {"tensor": "tensor", "row": "first_dim", "column": "last_dim"}
 
@@ -32,15 +33,54 @@ VECTORS = {"tensor": "tensor", "row": "first_dim", "column": "last_dim"}
 class LayerSlice:
     """A run of the child's layers and the layers of both parents that make them, one by one.
 
-    `schedule` gives t. Where a recipe weights each parent instead, `weights` holds both schedules.
+    `schedule` gives t. Where a recipe weights each parent instead, `weights` holds both schedules. A start of None
+    leaves that parent out: the other's layers are copied, whatever the schedule.
     """
 
-    primary_start: int
-    secondary_start: int
+    primary_start: int | None
+    secondary_start: int | None
     length: int
     schedule: Schedule
     weights: tuple[Schedule, Schedule] | None = None
     base_start: int | None = None  # None: as in the primary
+
+    @property
+    def alone(self) -> str | None:
+        """The parent, "primary" or "secondary", whose layers are copied; None where both are blended."""
+        if None not in (self.primary_start, self.secondary_start):
+            return None
+        return PARENTS[self.primary_start is None]
+
+    def range_of(self, role: str) -> range:
+        """The layers of a parent, "primary" or "secondary", that take part."""
+        start = self.primary_start if role == "primary" else self.secondary_start
+        return range(0) if start is None else range(start, start + self.length)
+
+    def describe(self, blend: str) -> str:
+        """Its layers in words, with how they are blended."""
+        ranges = [(role, self.range_of(role)) for role in PARENTS]
+        if self.alone is not None:
+            return next(f"layers {part[0]} to {part[-1]} of the {role}, copied" for role, part in ranges if part)
+        first, second = (f"{part[0]} to {part[-1]}" for _, part in ranges)
+        return f"layers {first} with {second}: {blend}"
+
+
+@dataclass(frozen=True)
+class RecordedModel:
+    """What a saved recipe says of a model that it was saved with."""
+
+    role: str  # "primary", "secondary" or "base"
+    name: str = ""
+    headers: str = ""  # fingerprints, as recipe_identity.py makes them; empty where none was written
+    sample: str = ""
+
+
+@dataclass(frozen=True)
+class RecipeOrigin:
+    """What a recipe's file says that makes no difference to the child, and the person may want to know."""
+
+    remarks: tuple[str, ...] = ()
+    recorded: tuple[RecordedModel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +116,7 @@ class MergeRecipe:
     pad_to_multiple_of: int = 1  # the child's rows are rounded up to a multiple of this
     accept: tuple[str, ...] = ()  # config keys, or "vocabulary", whose difference may pass
     chat_template: str = "auto"  # one of TEMPLATE_CHOICES, or Jinja; auto is that of the tokenizer
+    origin: RecipeOrigin = dataclasses.field(default=RecipeOrigin(), compare=False)  # of the file, where one is read
 
     @property
     def compared_vectors(self) -> str:
@@ -100,11 +141,7 @@ class MergeRecipe:
 
         if not self.slices:
             return words(self)
-        return " · ".join(
-            f"layers {part.primary_start} to {part.primary_start + part.length - 1}"
-            f" with {part.secondary_start} to {part.secondary_start + part.length - 1}: {words(part)}"
-            for part in self.slices
-        )
+        return " · ".join(part.describe(words(part)) for part in self.slices)
 
 
 @dataclass(frozen=True)
@@ -171,6 +208,8 @@ def check_recipe(recipe: MergeRecipe) -> None:
             f"The granularity {granularity_of(recipe.vectors)!r} goes with the method nuslerp alone.",
             "Add --method nuslerp.",
         )
+    if any(part.primary_start is None and part.secondary_start is None for part in recipe.slices):
+        raise SlerpMergeError("A slice has layers of neither model.", "Say where its layers begin in one, or in both.")
     for part in recipe.slices or (recipe,):
         for schedule in part.weights or (part.schedule,):
             check_schedule(schedule, recipe)

@@ -1,32 +1,28 @@
-"""mergekit's YAML, read with the line of every fault.
+"""A mergekit recipe read into a MergeRecipe, with the line of every fault.
 
-Knows words and lines, and the folders that a recipe names; whether the models in them fit is not known here. How a
-recipe is written stands in recipe_writer.py.
+Whether the models that it names fit each other is not known here. Read recipe_yaml.py and recipe_models.py before this;
+how a recipe is written stands in recipe_writer.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slerpkit.chat_templates import CHAT_TEMPLATES, is_template_text
-from slerpkit.files import clean_path, read_bytes
-from slerpkit.lazy import yaml
-from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import has_tokenizer
 from slerpkit.parents.tensors import MAX_LAYER_INDEX
-from slerpkit.recipe import CHILD_DTYPES, LayerSlice, MergeRecipe
-from slerpkit.schedule import Schedule, ScheduleRule
-
-if TYPE_CHECKING:
-    pass
+from slerpkit.recipe import CHILD_DTYPES, PARENTS, LayerSlice, MergeRecipe, RecipeOrigin, RecordedModel
+from slerpkit.recipe_models import Cut, RecipeModels, Source
+from slerpkit.recipe_yaml import RecipeFile
+from slerpkit.schedule import Schedule
 
 RECIPE_NAME = "merge_recipe.yaml"
-RECIPE_METHODS = {"slerp": "slerp", "nuslerp": "nuslerp", "linear": "lerp"}
+# What a recipe calls a method, and what it is here; passthrough copies, and blends nothing.
+RECIPE_METHODS = {"slerp": "slerp", "nuslerp": "nuslerp", "linear": "lerp", "passthrough": "slerp"}
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "chat_template", "name", "slerpmerge",
@@ -35,92 +31,14 @@ RECIPE_PARAMETERS = {
     "slerp": ("t",),
     "nuslerp": ("weight", "nuslerp_flatten", "nuslerp_row_wise"),
     "linear": ("weight", "normalize"),
+    "passthrough": ("scale",),
 }
+MODEL_PARAMETERS = ("weight", "scale")  # of these, what may differ from model to model
 OWN_SETTINGS = (
     "version", "method", "t", "slices_t", "dot_threshold", "epsilon", "extrapolate", "primary", "secondary", "base",
     "chat_template", "accept",
 )  # fmt: skip
-
-
-class RecipeFile:
-    """A recipe as nodes of YAML, so that every complaint can name its line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.root = yaml.compose(read_bytes(path, 1_000_000).decode("utf-8"), Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f", line {mark.line + 1}" if mark else ""
-            reason = getattr(error, "problem", None) or str(error)
-            raise SlerpMergeError(f"{path}{place}: this is not valid YAML: {reason}.", "Correct that line.") from error
-        if self.root is None:
-            raise SlerpMergeError(f"{path} is empty.", "A recipe names at least merge_method and two models.")
-
-    def fault(self, node: Any, what: str, hint: str) -> SlerpMergeError:
-        return SlerpMergeError(f"{self.path}, line {node.start_mark.line + 1}: {what}.", hint)
-
-    def mapping(self, node: Any, allowed: Sequence[str], what: str) -> dict[str, Any]:
-        """The nodes of a mapping by key. Unknown keys are refused, with the nearest known one."""
-        if node.id != "mapping":
-            raise self.fault(node, f"{what} should be a mapping of keys to values", f"Known: {', '.join(allowed)}.")
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            name = self.text(key, "a key")
-            if name not in allowed:
-                near = difflib.get_close_matches(name, allowed, 1)
-                hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(allowed)}."
-                raise self.fault(key, f"{name!r} is not known in {what}", hint)
-            if name in found:
-                raise self.fault(key, f"{name!r} stands twice in {what}", "Keep one of them.")
-            found[name] = value
-        return found
-
-    def items(self, node: Any, what: str) -> list[Any]:
-        if node.id != "sequence" or not node.value:
-            raise self.fault(node, f"{what} should be a list", "Write each entry on a line of its own, after a dash.")
-        return node.value
-
-    def text(self, node: Any, what: str) -> str:
-        if node.id != "scalar":
-            raise self.fault(node, f"{what} should be a single value", "Write it on the same line.")
-        return node.value
-
-    def number(self, node: Any, what: str) -> float:
-        text = self.text(node, what)
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") or not math.isfinite(value):
-            raise self.fault(node, f"{what} should be a number, not {text!r}", "Write it like 0.5.")
-        return value
-
-    def truth(self, node: Any, what: str) -> bool:
-        text = self.text(node, what).lower()
-        if text not in ("true", "false"):
-            raise self.fault(node, f"{what} should be true or false, not {text!r}", "Write true or false.")
-        return text == "true"
-
-    def rules(self, node: Any, what: str) -> tuple[ScheduleRule, ...]:
-        """A number, a list of numbers (a gradient), or a list of {filter, value}, as mergekit reads them."""
-        if node.id == "sequence" and node.value and node.value[0].id == "mapping":
-            found = []
-            for entry in node.value:
-                parts = self.mapping(entry, ("filter", "value"), f"an entry of {what}")
-                if "value" not in parts:
-                    hint = "Write `value:` with a number or a list."
-                    raise self.fault(entry, f"an entry of {what} has no value", hint)
-                silent = "filter" not in parts or parts["filter"].tag == "tag:yaml.org,2002:null"
-                name_filter = "*" if silent else self.text(parts["filter"], "filter")
-                found.append(ScheduleRule(self.gradient(parts["value"], what), name_filter))
-            return tuple(found)
-        return (ScheduleRule(self.gradient(node, what)),)
-
-    def gradient(self, node: Any, what: str) -> tuple[float, ...]:
-        if node.id == "sequence":
-            return tuple(self.number(entry, f"each value of {what}") for entry in self.items(node, what))
-        return (self.number(node, what),)
+RECORDED_KEYS = tuple(field.name for field in dataclasses.fields(RecordedModel) if field.name != "role")
 
 
 class RecipeReader:
@@ -128,16 +46,20 @@ class RecipeReader:
 
     def __init__(self, path: Path) -> None:
         self.file = RecipeFile(path)
+        self.names = RecipeModels(self.file)
         self.top = self.file.mapping(self.file.root, RECIPE_KEYS, "a recipe")
         self.method = self.read_method()
-        self.scopes: list[dict[str, Any]] = []  # nodes of `parameters`, the widest last
         self.body = self.top
-        if "parameters" in self.top:
-            self.scopes.insert(0, self.parameters(self.top["parameters"]))
+        scopes = [self.top]
         if "modules" in self.top:
             self.body = self.only_module(self.top["modules"])
-            if "parameters" in self.body:
-                self.scopes.insert(0, self.parameters(self.body["parameters"]))
+            scopes.insert(0, self.body)
+        self.scopes = [self.parameters(scope) for scope in scopes]  # the widest last
+        self.is_whole = "models" in self.body
+        if self.is_whole == ("slices" in self.body):
+            raise self.file.fault(self.file.root, "a recipe needs either models or slices", "Give one of them.")
+        self.entries = self.body["models"] if self.is_whole else self.body["slices"]
+        self.base_model = self.names.find(self.top["base_model"], "base_model") if "base_model" in self.top else None
 
     def read_method(self) -> str:
         if "merge_method" not in self.top:
@@ -150,31 +72,24 @@ class RecipeReader:
             raise self.file.fault(self.top["merge_method"], f"the method {method!r} is not done here", hint)
         return method
 
-    def parameters(self, node: Any) -> dict[str, Any]:
-        return self.file.mapping(node, RECIPE_PARAMETERS[self.method], f"parameters of {self.method}")
+    def parameters(self, keys: Mapping[str, Any], of_model: bool = False) -> dict[str, Any]:
+        """The nodes of the parameters that a scope states: a recipe, a module, a slice or a model's entry."""
+        if "parameters" not in keys:
+            return {}
+        known = [name for name in RECIPE_PARAMETERS[self.method] if not of_model or name in MODEL_PARAMETERS]
+        what = f"parameters of {self.method}" + " for a single model" * of_model
+        found = self.file.mapping(keys["parameters"], known, what)
+        if "scale" in found:
+            hint = "Leave it out: here passthrough copies layers as they are."
+            raise self.file.fault(found["scale"], "scale is not done here", hint)
+        return found
 
     def only_module(self, node: Any) -> dict[str, Any]:
         if node.id != "mapping" or len(node.value) != 1:
             raise self.file.fault(node, "modules should name exactly one", "Merge one module at a time.")
         return self.file.mapping(node.value[0][1], ("models", "slices", "parameters"), "a module")
 
-    def model(self, node: Any, what: str) -> Path:
-        """A model's folder: relative to the recipe's own where it exists there."""
-        if node.id == "mapping":
-            node = self.file.mapping(node, ("model", "path", "name"), what).get("model", node)
-        text = self.file.text(node, what)
-        folder = clean_path(text)
-        beside = self.file.path.parent / folder
-        folder = beside if beside.exists() else folder
-        if "+" in text and not folder.exists():
-            hint = "Merge the adapter into its model first, and name the result."
-            raise self.file.fault(node, f"{text!r} adds a LoRA adapter to a model", hint)
-        return folder
-
-    def base_model(self) -> Path | None:
-        return self.model(self.top["base_model"], "base_model") if "base_model" in self.top else None
-
-    def schedule(self, name: str, scopes: Sequence[dict[str, Any]], node: Any) -> Schedule:
+    def schedule(self, name: str, scopes: Sequence[Mapping[str, Any]], node: Any) -> Schedule:
         """A parameter's rules, from the narrowest scope to the widest: the next is asked where no filter matches."""
         rules = [rule for scope in scopes if name in scope for rule in self.file.rules(scope[name], name)]
         if not rules:
@@ -182,116 +97,163 @@ class RecipeReader:
             raise self.file.fault(node, f"{self.method} needs the parameter {name}", hint)
         return Schedule(tuple(rules))
 
-    def flag(self, name: str, default: bool) -> bool:
-        for scope in self.scopes:
-            if name in scope:
-                return self.file.truth(scope[name], name)
-        return default
+    def flag(self, name: str, scopes: Sequence[Mapping[str, Any]], default: bool) -> bool:
+        node = next((scope[name] for scope in scopes if name in scope), None)
+        return default if node is None else self.file.truth(node, name)
+
+    def flag_of_all(self, name: str, cuts: Sequence[Cut], default: bool) -> bool:
+        """A setting that holds for the whole merge here, though mergekit asks it of each slice."""
+        values = [self.flag(name, cut.scopes, default) for cut in cuts]
+        if len(set(values)) > 1:
+            node = next(scope[name] for cut in cuts for scope in cut.scopes[:1] if name in scope)
+            hint = "Here it holds for the whole: write it once, under the recipe's own parameters."
+            raise self.file.fault(node, f"{name} differs from slice to slice", hint)
+        return values[0] if values else default
 
     def read(self) -> MergeRecipe:
         """The recipe. Raises SlerpMergeError with file and line."""
         own = self.own_settings()
-        models = self.models()
-        folders = [folder for folder, _, _ in models[0][1]]
-        sides, base = self.sides(folders)
-        fields: dict[str, Any] = {"primary": sides[0], "secondary": sides[1], "method": RECIPE_METHODS[self.method]}
-        if base is not None:
-            fields["base"] = base
-        cuts = [self.slice(scope, sources, sides, base) for scope, sources in models]
+        cuts = self.cuts()
+        roles = self.roles(cuts)
+        sides = roles["primary"], roles["secondary"]
+        fields: dict[str, Any] = {**roles, "method": RECIPE_METHODS[self.method]}
+        slices = [self.slice(cut, roles, cuts) for cut in cuts]
         if "slices_t" in own:
             exact = own.pop("slices_t")
-            cuts = [dataclasses.replace(cut, schedule=t, weights=None) for cut, t in zip(cuts, exact)]
-        if "slices" in self.body:
-            fields["slices"] = tuple(cuts)
-        fields["schedule"], fields["weights"] = cuts[0].schedule, cuts[0].weights
+            if len(exact) != len(slices):
+                what = f"slices_t has {len(exact)} entries for {len(slices)} slices"
+                raise self.file.fault(self.top["slerpmerge"], what, "Leave slices_t out where you change slices.")
+            slices = [dataclasses.replace(part, schedule=t, weights=None) for part, t in zip(slices, exact)]
+        if not self.is_whole:
+            if sum(part.length for part in slices) > MAX_LAYER_INDEX:
+                raise self.file.fault(self.entries, "these slices make too many layers", "Check each layer_range.")
+            fields["slices"] = tuple(slices)
+        fields["schedule"], fields["weights"] = slices[0].schedule, slices[0].weights
+        blended = [cut for cut, part in zip(cuts, slices) if part.alone is None]
         if self.method == "linear":
-            fields["normalize"] = self.flag("normalize", True)
-        if self.method == "nuslerp" and not self.flag("nuslerp_flatten", True):
-            fields["vectors"] = "first_dim" if self.flag("nuslerp_row_wise", False) else "last_dim"
-        return MergeRecipe(**{**fields, **self.dtypes(), **self.tokenizer(sides), **self.chat_template(), **own})
+            fields["normalize"] = self.flag_of_all("normalize", blended, True)
+        if self.method == "nuslerp" and not self.flag_of_all("nuslerp_flatten", blended, True):
+            row_wise = self.flag_of_all("nuslerp_row_wise", blended, False)
+            fields["vectors"] = "first_dim" if row_wise else "last_dim"
+        origin = RecipeOrigin(tuple(self.file.remarks), own.pop("recorded", ()))
+        fields |= {**self.dtypes(), **self.tokenizer(sides), **self.chat_template(), **own}
+        return MergeRecipe(**fields, origin=origin)
 
-    def models(self) -> list[tuple[list[dict[str, Any]], list[tuple[Path, Any, dict[str, Any]]]]]:
-        """For each slice, or the one whole: (scopes of its parameters, [(folder, node, keys) of each source])."""
-        if ("models" in self.body) == ("slices" in self.body):
-            raise self.file.fault(self.file.root, "a recipe needs either models or slices", "Give one of them.")
-        if "models" in self.body:
-            entries = self.file.items(self.body["models"], "models")
-            return [(self.scopes, [self.source(entry, ("model", "parameters")) for entry in entries])]
+    def cuts(self) -> list[Cut]:
+        """Each slice, or the one whole, with the sources that it lists."""
+        if self.is_whole:
+            nodes = self.file.items(self.entries, "models")
+            sources = [self.source(node, ("model", "parameters")) for node in nodes]
+            return [Cut(None, self.scopes, sources, self.base_model)]
         found = []
-        for node in self.file.items(self.body["slices"], "slices"):
+        for node in self.file.items(self.entries, "slices"):
             keys = self.file.mapping(node, ("sources", "parameters", "base_model"), "a slice")
             if "sources" not in keys:
                 raise self.file.fault(node, "a slice has no sources", "List its models with their layer_range.")
-            scopes = [self.parameters(keys["parameters"]), *self.scopes] if "parameters" in keys else self.scopes
-            entries = self.file.items(keys["sources"], "sources")
-            found.append((scopes, [self.source(entry, ("model", "layer_range", "parameters")) for entry in entries]))
+            nodes = self.file.items(keys["sources"], "sources")
+            sources = [self.source(entry, ("model", "layer_range", "parameters")) for entry in nodes]
+            base = self.base_model
+            if "base_model" in keys and self.method in ("linear", "passthrough"):
+                self.file.remark(keys["base_model"], f"base_model in a slice decides nothing in {self.method}")
+            elif "base_model" in keys:
+                base = self.names.find(keys["base_model"], "base_model")
+            found.append(Cut(node, [self.parameters(keys), *self.scopes], sources, base))
         return found
 
-    def source(self, node: Any, allowed: Sequence[str]) -> tuple[Path, Any, dict[str, Any]]:
+    def source(self, node: Any, allowed: Sequence[str]) -> Source:
         keys = self.file.mapping(node, allowed, "a model's entry")
         if "model" not in keys:
             raise self.file.fault(node, "an entry names no model", "Write `model:` with a folder.")
-        return self.model(keys["model"], "model"), node, keys
+        return Source(self.names.find(keys["model"], "model"), node, keys, self.parameters(keys, of_model=True))
 
-    def sides(self, folders: Sequence[Path]) -> tuple[tuple[Path, Path], Path | None]:
-        """((t = 0, t = 1), base of the task vectors) from the models listed and base_model."""
-        stated = self.base_model()
-        node = self.body.get("models") or self.body["slices"]
-        if self.method != "slerp":
-            others = [folder for folder in folders if folder != stated or self.method == "linear"]
-            if len(others) != 2:
-                raise self.file.fault(node, f"{len(others)} models are listed", f"{self.method} blends two here.")
-            return (others[0], others[1]), None if self.method == "linear" else stated
-        if stated is None:
-            raise self.file.fault(self.file.root, "base_model is missing", "slerp needs it: it decides which is t = 0.")
-        others = [folder for folder in folders if folder != stated]
-        if len(others) != 1:
-            what = f"{len(others)} models beside base_model are listed"
-            raise self.file.fault(node, what, "slerp blends base_model with exactly one other.")
-        return (stated, others[0]), None
+    def roles(self, cuts: Sequence[Cut]) -> dict[str, Path]:
+        """The models by their part: "primary" at t = 0, "secondary", and "base" of the task vectors where one is."""
+        sides = self.sides_in_order(cuts) or self.names.sides(self.method, cuts, self.base_model, self.entries)
+        found = dict(zip(PARENTS, sides))
+        if self.method not in ("slerp", "nuslerp"):
+            return found
+        base = cuts[0].base if self.method == "nuslerp" else None
+        for cut in cuts:
+            if cut.base != base and (self.method == "nuslerp" or cut.base not in sides):
+                name = "none" if cut.base is None else self.names.names[cut.base]
+                what = f"base_model is another here than before, {name}"
+                raise self.file.fault(cut.node, what, "Only two models are blended here, from one base at most.")
+        return found if base is None else {**found, "base": base}
 
-    def slice(
-        self,
-        scopes: list[dict[str, Any]],
-        sources: Sequence[tuple[Path, Any, dict[str, Any]]],
-        sides: tuple[Path, Path],
-        base: Path | None,
-    ) -> LayerSlice:
-        by_folder = {folder: (node, keys) for folder, node, keys in sources}
-        for folder in sides:
-            if folder not in by_folder:
-                raise self.file.fault(sources[0][1], f"a slice leaves out {folder}", "Name both models in each slice.")
-        for folder, node, _ in sources:
-            if folder not in (*sides, base):
-                raise self.file.fault(node, f"a third model, {folder}", "Only two models are blended here.")
-        listed = [folder for folder in (*sides, base) if folder in by_folder]
-        ranges = [self.layer_range(*by_folder[folder]) for folder in listed]
-        for folder, layers in zip(listed, ranges):
-            if len(layers) != len(ranges[0]):
-                what = f"layer ranges of different length: {len(ranges[0])} and {len(layers)}"
-                raise self.file.fault(by_folder[folder][0], what, "Each layer needs its counterpart.")
-        weights = None
-        schedule = Schedule.constant(0.5)
+    def sides_in_order(self, cuts: Sequence[Cut]) -> tuple[Path, Path] | None:
+        """Ours list the primary first, which alone tells the roles where a model has two; None where it has one."""
+        pair = next((cut.sources[:2] for cut in cuts if len(cut.sources) > 1), [])
+        folders = [source.folder for source in pair]
+        has_two_roles = len(set(folders)) == 1 or (self.method == "nuslerp" and self.base_model in folders)
+        return (folders[0], folders[1]) if folders and has_two_roles and "slerpmerge" in self.top else None
+
+    def slice(self, cut: Cut, roles: Mapping[str, Path], cuts: Sequence[Cut]) -> LayerSlice:
+        """A slice with the layers that each role gives to it."""
+        parts = self.parts(cut, roles)
+        sides = [role for role in PARENTS if role in parts]
+        is_listed = any(source.folder == roles["primary"] for other in cuts for source in other.sources)
+        is_alone = self.method == "passthrough" or (is_listed if self.method == "slerp" else not self.is_whole)
+        if sides == ["secondary"] and not is_alone:
+            # base_model alone beside what is listed: its layers are the other's counterparts.
+            parts["primary"] = dataclasses.replace(parts["secondary"], folder=roles["primary"], parameters={})
+            sides = list(PARENTS)
+        ranges = {role: self.layer_range(source) for role, source in parts.items()}
+        lengths = {role: len(layers) for role, layers in ranges.items()}
+        for role, length in lengths.items():
+            if length != lengths[sides[0]]:
+                what = f"layer ranges of different length: {lengths[sides[0]]} and {length}"
+                raise self.file.fault(parts[role].node, what, "Each layer needs its counterpart.")
+        starts = {f"{role}_start": ranges[role].start if role in ranges else None for role in (*PARENTS, "base")}
+        schedule, weights = self.blend(cut, parts, sides, roles)
+        return LayerSlice(**starts, length=lengths[sides[0]], schedule=schedule, weights=weights)
+
+    def parts(self, cut: Cut, roles: Mapping[str, Path]) -> dict[str, Source]:
+        """The sources of a slice by role. Raises SlerpMergeError where one has none, or no parent is among them."""
+        found: dict[str, Source] = {}
+        for source in cut.sources:
+            name = self.names.names[source.folder]
+            fitting = [role for role, folder in roles.items() if folder == source.folder]
+            role = next((role for role in fitting if role not in found), None)
+            if role is None:
+                what = f"{name} is listed twice" if fitting else f"a third model, {name}"
+                raise self.file.fault(source.node, what, "Only two models are blended here, each named once.")
+            found[role] = source
+        if not found.keys() & set(PARENTS):
+            raise self.file.fault(cut.node, "a slice has the base model alone", "List one of the two models, or both.")
+        return found
+
+    def blend(
+        self, cut: Cut, parts: Mapping[str, Source], sides: Sequence[str], roles: Mapping[str, Path]
+    ) -> tuple[Schedule, tuple[Schedule, Schedule] | None]:
+        """(t's schedule, the weights' where the method has them) of a slice; layers of one model alone are copied."""
+        node = cut.sources[0].node
+        if len(sides) == 1:
+            if self.method == "linear" and not self.flag("normalize", cut.scopes, True):
+                scopes = [parts[sides[0]].parameters, *cut.scopes]
+                if set(self.schedule("weight", scopes, node).values()) != {1.0}:
+                    hint = "Write weight 1, or normalize: true."
+                    raise self.file.fault(node, "a weight would scale the layers of a single model", hint)
+            return Schedule.constant(float(sides[0] == "secondary")), None
+        if self.method == "passthrough":
+            raise self.file.fault(node, "passthrough takes one model in a slice", "Use slerp or linear to blend two.")
         if self.method == "slerp":
-            schedule = self.schedule("t", scopes, sources[0][1])
-        else:
-            own = [by_folder[folder][1].get("parameters") for folder in sides]
-            own_scopes = [[self.parameters(node)] if node is not None else [] for node in own]
-            first, second = (self.schedule("weight", [*extra, *scopes], sources[0][1]) for extra in own_scopes)
-            weights = first, second
-        base_start = ranges[2].start if len(ranges) > 2 else None
-        return LayerSlice(ranges[0].start, ranges[1].start, len(ranges[0]), schedule, weights, base_start)
+            if cut.base is None:
+                raise self.file.fault(cut.node, "base_model is missing in this slice", "Write it for the whole recipe.")
+            t = self.schedule("t", cut.scopes, node)
+            return (t.mirrored() if cut.base == roles["secondary"] != roles["primary"] else t), None
+        first, second = (self.schedule("weight", [parts[side].parameters, *cut.scopes], node) for side in sides)
+        return Schedule.constant(0.5), (first, second)
 
-    def layer_range(self, node: Any, keys: Mapping[str, Any]) -> range:
-        if "slices" not in self.body:
+    def layer_range(self, source: Source) -> range:
+        if self.is_whole:
             return range(0)
-        if "layer_range" not in keys:
-            raise self.file.fault(node, "layer_range is missing", "Write `layer_range: [first, one past the last]`.")
-        ends = [self.file.number(end, "layer_range") for end in self.file.items(keys["layer_range"], "layer_range")]
+        if "layer_range" not in source.keys:
+            hint = "Write `layer_range: [first, one past the last]`."
+            raise self.file.fault(source.node, "layer_range is missing", hint)
+        node = source.keys["layer_range"]
+        ends = [self.file.number(end, "layer_range") for end in self.file.items(node, "layer_range")]
         if len(ends) != 2 or any(end != int(end) for end in ends) or not 0 <= ends[0] < ends[1] <= MAX_LAYER_INDEX:
-            raise self.file.fault(
-                keys["layer_range"], "layer_range should be two rising whole numbers", "Write it like [0, 32]."
-            )
+            raise self.file.fault(node, "layer_range should be two rising whole numbers", "Write it like [0, 32].")
         return range(int(ends[0]), int(ends[1]))
 
     def dtypes(self) -> dict[str, Any]:
@@ -300,10 +262,11 @@ class RecipeReader:
         for key, field in (("dtype", "cast_dtype"), ("out_dtype", "dtype")):
             if key in self.top:
                 value = self.file.text(self.top[key], key)
-                if value not in CHILD_DTYPES[1:]:
+                name = value.removeprefix("torch.")
+                if name not in CHILD_DTYPES[1:]:
                     known = ", ".join(CHILD_DTYPES[1:])
                     raise self.file.fault(self.top[key], f"{key} cannot be {value!r}", f"Known: {known}.")
-                found[field] = value
+                found[field] = name
         if "cast_dtype" in found:
             found.setdefault("dtype", found["cast_dtype"])
         return found
@@ -312,13 +275,13 @@ class RecipeReader:
         """tokenizer_source, or tokenizer with its source: base, or one of the two models."""
         node = self.top.get("tokenizer_source")
         if "tokenizer" in self.top:
-            node = self.file.mapping(self.top["tokenizer"], ("source",), "tokenizer").get("source")
+            node = self.file.mapping(self.top["tokenizer"], ("source",), "tokenizer", is_strict=True).get("source")
         if node is None:  # this tool's own recipes, where they are silent, mean its own rule
             return {} if "slerpmerge" in self.top else self.tokenizer_of_base_model(sides)
         source = self.file.text(node, "tokenizer_source")
         if source == "union":
             return {"tokenizer": "union"}
-        folder = self.base_model() if source == "base" else self.model(node, "tokenizer_source")
+        folder = self.base_model if source == "base" else self.names.find(node, "tokenizer_source")
         if folder not in sides:
             what = f"the tokenizer's source {source!r} is not one of the two models"
             raise self.file.fault(node, what, "Name one of them.")
@@ -326,9 +289,8 @@ class RecipeReader:
 
     def tokenizer_of_base_model(self, sides: tuple[Path, Path]) -> dict[str, Any]:
         """base_model's, as mergekit has it, where that is one of the two models and has one; else nothing is said."""
-        stated = self.base_model()
-        roles = [role for role, folder in zip(("primary", "secondary"), sides) if folder == stated]
-        return {"tokenizer": roles[0]} if roles and has_tokenizer(stated) else {}
+        roles = [role for role, folder in zip(PARENTS, sides) if folder == self.base_model]
+        return {"tokenizer": roles[0]} if roles and has_tokenizer(self.base_model) else {}
 
     def chat_template(self) -> dict[str, Any]:
         """A template by name, or Jinja text; auto is whichever of the models has one."""
@@ -341,10 +303,10 @@ class RecipeReader:
         return {"chat_template": "either" if chosen == "auto" else chosen}
 
     def own_settings(self) -> dict[str, Any]:
-        """What this tool's own recipes say beyond mergekit's; the parents' identity there is for people."""
+        """What this tool's own recipes say beyond mergekit's."""
         if "slerpmerge" not in self.top:
             return {}
-        keys = self.file.mapping(self.top["slerpmerge"], OWN_SETTINGS, "slerpmerge")
+        keys = self.file.mapping(self.top["slerpmerge"], OWN_SETTINGS, "slerpmerge", is_strict=True)
         found: dict[str, Any] = {}
         if "method" in keys:
             found["method"] = self.file.text(keys["method"], "method")
@@ -363,7 +325,15 @@ class RecipeReader:
         if "slices_t" in keys:
             nodes = self.file.items(keys["slices_t"], "slices_t")
             found["slices_t"] = [Schedule(self.file.rules(node, "slices_t")) for node in nodes]
+        found["recorded"] = tuple(
+            RecordedModel(role, **{key: self.file.text(node, key) for key, node in self.recorded(keys[role]).items()})
+            for role in (*PARENTS, "base")
+            if role in keys
+        )
         return found
+
+    def recorded(self, node: Any) -> dict[str, Any]:
+        return self.file.mapping(node, RECORDED_KEYS, "a model in slerpmerge", is_strict=True)
 
 
 def read_recipe(path: Path) -> MergeRecipe:

@@ -5,8 +5,6 @@ What mergekit's keys cannot say stands under `slerpmerge`, where mergekit passes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
 from slerpkit.lazy import yaml
-from slerpkit.recipe import LayerSlice, MergeRecipe
-from slerpkit.schedule import Schedule, ScheduleRule
+from slerpkit.recipe import PARENTS, LayerSlice, MergeRecipe
+from slerpkit.recipe_identity import header_fingerprint, sample_fingerprint
+from slerpkit.schedule import Schedule
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
@@ -28,16 +27,12 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
     mergekit's keys cannot say stands under `slerpmerge`.
     """
     places = {role: relative_place(parent.folder, child) for role, parent in parents.items()}
-    method = "slerp"
-    if recipe.method == "nuslerp" or recipe.base is not None:
-        method = "nuslerp"
-    elif recipe.method == "lerp":
-        method = "linear"
+    method = method_of(recipe)
     content: dict[str, Any] = {"merge_method": method}
-    if method == "slerp":
-        content["base_model"] = places["primary"]
-    elif recipe.base is not None:
+    if recipe.base is not None:
         content["base_model"] = places["base"]
+    elif method != "nuslerp":  # which does without: elsewhere it says whose config the child has
+        content["base_model"] = places["primary"]
     if recipe.slices:
         content["slices"] = [recipe_slice(part, places, method) for part in recipe.slices]
     else:
@@ -45,8 +40,8 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         cut = recipe_slice(whole, places, method)
         content["models"] = [{k: v for k, v in source.items() if k != "layer_range"} for source in cut["sources"]]
         content.update({"parameters": cut["parameters"]} if "parameters" in cut else {})
-    settings = {} if recipe.normalize else {"normalize": False}
-    if recipe.vectors != "tensor":
+    settings = {"normalize": False} if method == "linear" and not recipe.normalize else {}
+    if method == "nuslerp" and recipe.vectors != "tensor":
         settings |= {"nuslerp_flatten": False, "nuslerp_row_wise": recipe.vectors == "first_dim"}
     if settings:
         content["parameters"] = {**content.get("parameters", {}), **settings}
@@ -67,25 +62,38 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         **({"chat_template": recipe.chat_template} if recipe.chat_template in ("primary", "secondary") else {}),
         **({"accept": list(recipe.accept)} if recipe.accept else {}),
     }
-    if method != "slerp" and recipe.slices and recipe.slices[0].weights is None:
+    blended = [part for part in recipe.slices if part.alone is None]
+    if method != "slerp" and any(part.weights is None for part in blended):
         own["slices_t"] = [recipe_rules(part.schedule) for part in recipe.slices]
-    elif method != "slerp" and recipe.weights is None:
+    elif method != "slerp" and not recipe.slices and recipe.weights is None:
         own["t"] = recipe_rules(recipe.schedule)
     for role, parent in parents.items():
-        own[role] = {"name": parent.name, "headers": header_fingerprint(parent)}
+        fingerprints = {"headers": header_fingerprint(parent), "sample": sample_fingerprint(parent)}
+        own[role] = {"name": parent.name, **fingerprints}
     return yaml.safe_dump({**content, "slerpmerge": own}, sort_keys=False, allow_unicode=True)
+
+
+def method_of(recipe: MergeRecipe) -> str:
+    """The method as mergekit calls it, or that of its methods which reads a merge in the same keys."""
+    if recipe.base is None and recipe.slices and all(part.alone for part in recipe.slices):
+        return "passthrough"
+    if recipe.method == "nuslerp" or recipe.base is not None:
+        return "nuslerp"
+    return "linear" if recipe.method == "lerp" else "slerp"
 
 
 def recipe_slice(part: LayerSlice, places: Mapping[str, str], method: str) -> dict[str, Any]:
     """One slice as a recipe writes it: slerp has its t, the others a weight for each model."""
-    starts = {"primary": part.primary_start, "secondary": part.secondary_start}
     sources: list[dict[str, Any]] = [
-        {"model": places[role], "layer_range": [start, start + part.length]} for role, start in starts.items()
+        {"model": places[role], "layer_range": [layers.start, layers.stop]}
+        for role, layers in ((role, part.range_of(role)) for role in PARENTS)
+        if part.alone in (None, role)
     ]
+    if part.alone is not None:  # linear asks for a weight all the same
+        return {"sources": [{**sources[0], **({"parameters": {"weight": 1}} if method == "linear" else {})}]}
     if method == "slerp":
         return {"sources": sources, "parameters": {"t": recipe_rules(part.schedule)}}
-    rest = Schedule(tuple(ScheduleRule(tuple(1 - t for t in r.gradient), r.name_filter) for r in part.schedule.rules))
-    for source, weight in zip(sources, part.weights or (rest, part.schedule)):
+    for source, weight in zip(sources, part.weights or (part.schedule.mirrored(), part.schedule)):
         source["parameters"] = {"weight": recipe_rules(weight)}
     if "base" in places:
         start = part.primary_start if part.base_start is None else part.base_start
@@ -111,9 +119,3 @@ def relative_place(folder: Path, child: Path) -> str:
     except ValueError:
         place = str(folder.resolve())
     return place
-
-
-def header_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over every tensor's name, dtype and shape, whatever the shards."""
-    table = sorted((info.name, info.dtype, list(info.shape)) for info in checkpoint.tensors.values())
-    return "sha256:" + hashlib.sha256(json.dumps(table).encode("utf-8")).hexdigest()

@@ -56,6 +56,10 @@ class Schedule:
             "Add a last value without a filter; it is used for everything that no filter matches.",
         )
 
+    def mirrored(self) -> Schedule:
+        """The schedule that does the same where the models change places."""
+        return Schedule(tuple(ScheduleRule(tuple(1 - t for t in r.gradient), r.name_filter) for r in self.rules))
+
     def values(self) -> Iterator[float]:
         """Every anchor of every gradient."""
         for rule in self.rules:

@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -615,11 +617,26 @@ models:
     weight: 1
 dtype: float32
 """
+FLAGGED = """merge_method: linear
+slices:
+- sources:
+  - {model: ./primary, layer_range: [0, 2]}
+  - {model: ./secondary, layer_range: [0, 2]}
+  parameters:
+    normalize: off
+- sources:
+  - {model: ./primary, layer_range: [0, 2]}
+  - {model: ./secondary, layer_range: [0, 2]}
+parameters:
+  weight: 1
+"""
 LEFT, RIGHT = "./primary\n    layer_range: ", "./secondary\n    layer_range: "
 # (the recipe, what is changed, into what, the line at fault, a word of the message, a word of the hint)
 WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "key": (GOOD, "base_model", "base_modle", 2, "base_modle", "base_model"),
-    "key-nobody-knows": (GOOD, "dtype", "xyzzy", 8, "xyzzy", "merge_method"),
+    "own-key-nobody-knows": (GOOD, "dtype: float32", "slerpmerge: {xyzzy: 1}", 8, "xyzzy", "dot_threshold"),
+    "key-in-a-model": (GOOD, "- model: ./secondary", "- model: ./secondary\n  paramters: {}", 6, "paramters",
+                       "parameters"),
     "parameter": (GOOD, "  t: 0.5", "  tt: 0.5", 7, "tt", "t"),
     "method": (GOOD, "slerp", "slrep", 1, "slrep", "slerp"),
     "ties": (GOOD, "slerp", "ties", 1, "ties", "mergekit"),
@@ -630,7 +647,29 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "no-method": (GOOD, "merge_method: slerp\n", "", 1, "merge_method", "slerp"),
     "text": (GOOD, "0.5", "half", 7, "half", "0.5"),
     "text-in-list": (GOOD, "0.5", "[0.1, half]", 7, "half", "0.5"),
-    "quoted": (GOOD, "0.5", "'0.5'", 7, "number", "0.5"),
+    "quoted-words": (GOOD, "0.5", "'0,5'", 7, "number", "0.5"),
+    "typed-as-number": (GOOD, "0.5", "!!int ''", 7, "number", "0.5"),
+    "nothing-typed": (GOOD, "./secondary", "''", 5, "no model", "org/name"),
+    "null-byte": (GOOD, "./secondary", '"a\\0b"', 5, "no usable path", "path"),
+    "address": (GOOD, "./secondary", "https://huggingface.co/org/name", 5, "an address", "hf download org/name"),
+    "revision": (GOOD, "./secondary", "org/name@v2", 5, "as it was at v2", "--revision v2"),
+    "lora-key": (GOOD, "./secondary", "{model: ./secondary, lora: ./adapter}", 5, "LoRA", "adapter"),
+    "architecture": (GOOD, "./secondary", "{model: ./b, override_architecture: X}", 5, "architecture", "config.json"),
+    "listed-twice": (GOOD, "- model: ./secondary", "- model: ./secondary\n- model: secondary/", 6, "twice", "once"),
+    "third-base": (GOOD, "base_model: ./primary", "base_model: ./third", 4, "./third", "January 2024"),
+    "merge-key": (GOOD, "dtype: float32", "<<: [3]", 8, "mapping", "Known"),
+    "documents": (GOOD, "dtype: float32", "---\nmerge_method: slerp", 9, "mergekit-multi", "file of its own"),
+    "linear-base": (TASK.replace("nuslerp", "linear"), "dtype", "name", 4, "./third", "blended in"),
+    "scale": (TASK.replace("nuslerp", "passthrough"), "weight", "scale", 6, "scale", "as they are"),
+    "normalize-of-a-slice": (FLAGGED, "layer_range", "layer_range", 7, "normalize differs", "under the recipe's own"),
+    "normalize-of-a-tensor": (FLAGGED, "off", "[{filter: mlp, value: off}]", 7, "differs", "true or false"),
+    "flatten-of-a-slice": (FLAGGED.replace("linear", "nuslerp"), "normalize", "nuslerp_flatten", 7, "differs", "own"),
+    "base-of-a-slice": (FLAGGED.replace("linear", "nuslerp"), "parameters:\n    normalize: off", "base_model: ./third",
+                        7, "another here", "one base"),
+    "base-of-no-slice": (SLICED.replace("t: 0.5", "t: 0.5\n"), "base_model: ./primary\n", "", 1, "base_model", "t = 0"),
+    "scaled-slice": (FLAGGED, "  - {model: ./secondary, layer_range: [0, 2]}\n  parameters:\n    normalize: off",
+                     "  parameters: {normalize: off, weight: 0.5}", 4, "scale", "normalize: true"),
+    "passthrough": (GOOD.replace("t: 0.5", ""), "slerp", "passthrough", 4, "one model", "slerp"),
     "not-a-number": (GOOD, "0.5", ".nan", 7, ".nan", "0.5"),
     "empty-list": (GOOD, "0.5", "[]", 7, "list", "dash"),
     "no-value": (GOOD, "t: 0.5", "t:\n  - filter: mlp", 8, "value", "value"),
@@ -713,6 +752,386 @@ def test_a_tensor_that_no_filter_matches_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries))
     with pytest.raises(SlerpMergeError, match=r"lm_head\.weight|model\.embed_tokens\.weight"):
         plan_of_file(path, tmp_path / "child")
+
+
+# ── Recipes as people publish them ──
+
+NEOX = ("attention.query_key_value.weight", "mlp.dense_h_to_4h.weight", "input_layernorm.weight")
+NEOX_OUTSIDE = ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "embed_out.weight")
+
+
+def neox_pair(folder: Path, depth: int = 4) -> tuple[Path, Path]:
+    return hollow_pair(folder, vectors({"gpt_neox.layers": depth}, NEOX, NEOX_OUTSIDE), depth)
+
+
+def t_of_text(folder: Path, text: str) -> dict[str, float]:
+    plan = plan_of_file(write(folder / "recipe.yaml", text), folder / "child")
+    return {tensor.name: tensor.t for tensor in plan.tensors}
+
+
+def remarks_of(folder: Path, text: str) -> tuple[str, ...]:
+    return read_recipe(write(folder / "recipe.yaml", text)).origin.remarks
+
+
+SPELLINGS = ["./secondary", "secondary", "./secondary/", "'./secondary'", "primary/../secondary", "secondary@main",
+             "{model: ./secondary}", "{model: {path: secondary, revision: null}, lora: null, override_architecture: ~}",
+             "{model: {path: secondary, revision: main}}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_model_is_one_model_however_it_is_spelt(spelling: str, tmp_path: Path) -> None:
+    primary, secondary = neox_pair(tmp_path)
+    text = GOOD.replace("base_model: ./primary", f"base_model: {spelling}") + "tokenizer_source: ./secondary/\n"
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", text))
+    assert (recipe.primary.resolve(), recipe.secondary.resolve()) == (secondary, primary)
+    assert (recipe.tokenizer, recipe.origin.remarks) == ("primary", ())
+
+
+def test_a_model_is_looked_for_beside_the_recipe_then_here_then_in_the_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    home = cache / "models--org--name"
+    tensors = vectors({"transformer.h": 2}, ("attn.c_attn.weight",), ("transformer.wte.weight",))
+    older, newer = (make_checkpoint(home / "snapshots" / commit, tensors) for commit in ("a" * 40, "b" * 40))
+    (home / "refs").mkdir()
+    write(home / "refs" / "v1", "a" * 40)
+    os.utime(older, (1, 1))
+    hidden = make_checkpoint(tmp_path / "recipes" / "primary", tensors)
+    make_checkpoint(tmp_path / "primary", tensors)
+    seen = make_checkpoint(tmp_path / "secondary", tensors)
+
+    def found(base_model: str) -> tuple[Path, Path]:
+        text = GOOD.replace("./primary", base_model)
+        recipe = read_recipe(write(tmp_path / "recipes" / "recipe.yaml", text))
+        return recipe.primary.resolve(), recipe.secondary.resolve()
+
+    assert found("./primary") == (hidden, seen)
+    assert found("org/name") == (newer, seen)
+    assert found("org/name@v1") == (older, seen)
+    assert found("{model: {path: org/name, revision: %s}}" % ("a" * 40)) == (older, seen)
+
+
+def test_base_model_beside_one_listed_model_is_t_zero(tmp_path: Path) -> None:
+    primary, secondary = neox_pair(tmp_path)
+    alone = GOOD.replace("- model: ./primary\n", "").replace("0.5", "[0.2, 0.8]")
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", alone))
+    assert (recipe.primary.resolve(), recipe.secondary.resolve()) == (primary, secondary)
+    assert t_of_text(tmp_path, alone)["gpt_neox.layers.3.mlp.dense_h_to_4h.weight"] == 0.8
+    linear = alone.replace("slerp", "linear").replace("t: [0.2, 0.8]", "weight: 1").replace("secondary", "secondary\n"
+        "  parameters: {weight: 3}")  # fmt: skip
+    assert set(t_of_text(tmp_path, linear).values()) == {0.75}
+
+
+def test_base_model_that_no_slice_lists_has_the_same_layers(tmp_path: Path) -> None:
+    neox_pair(tmp_path)
+    alone = SLICED.replace("  - model: ./primary\n    layer_range: [0, 2]\n", "").replace("[0, 2]", "[1, 3]")
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", alone))
+    assert recipe.slices == (LayerSlice(1, 1, 2, Schedule.constant(0.5)),)
+
+
+def test_base_model_of_a_slice_decides_that_slice(tmp_path: Path) -> None:
+    primary, secondary = neox_pair(tmp_path)
+    cut = SLICED.partition("slices:\n")[2].partition("parameters")[0]
+    text = SLICED.replace(cut, cut + cut + "  base_model: ./secondary\n").replace("0.5", "[0.25, 0.5]")
+    t = t_of_text(tmp_path, text)
+    assert [t[f"gpt_neox.layers.{layer}.input_layernorm.weight"] for layer in range(4)] == [0.25, 0.5, 0.75, 0.5]
+    assert (t["gpt_neox.embed_in.weight"], t["gpt_neox.final_layer_norm.weight"]) == (0.25, 0.75)
+    only_there = text.replace("base_model: ./primary\n", "").replace(cut + cut, cut + "  base_model: secondary\n" + cut)
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", only_there))
+    assert (recipe.primary.resolve(), recipe.secondary.resolve()) == (secondary, primary)
+    assert {part.schedule.rules[0].gradient for part in recipe.slices} == {(0.25, 0.5)}
+
+
+def test_a_filter_of_a_weight_names_each_sources_own_layer(tmp_path: Path) -> None:
+    neox_pair(tmp_path)
+    weight = "[{filter: layers.3., value: 3}, {filter: embed_out, value: 4}, {value: 1}]"
+    text = f"""merge_method: linear
+slices:
+- sources:
+  - {{model: ./primary, layer_range: [0, 2]}}
+  - {{model: ./secondary, layer_range: [2, 4], parameters: {{weight: {weight}}}}}
+parameters: {{weight: 1}}
+"""
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", text), tmp_path / "child")
+    t = {tensor.name: tensor.t for tensor in plan.tensors}
+    assert [t[f"gpt_neox.layers.{layer}.input_layernorm.weight"] for layer in range(2)] == [0.5, 0.75]
+    assert (t["embed_out.weight"], t["gpt_neox.embed_in.weight"], plan.remarks) == (0.8, 0.5, ())
+
+
+BEFORE = ("model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight", "gpt_neox.embed_in.weight",
+          "transformer.word_embeddings.weight", "backbone.embeddings.weight", "bert.embeddings.LayerNorm.bias",
+          "model.tok_embeddings.weight", "transformer.relative_pe.slopes", "shared.weight")  # fmt: skip
+BEHIND = ("model.norm.weight", "lm_head.weight", "embed_out.weight", "transformer.ln_f.bias", "output.weight",
+          "gpt_neox.final_layer_norm.weight", "transformer.output_layer.weight", "backbone.norm_f.weight",
+          "cls.predictions.decoder.weight", "score.weight")  # fmt: skip
+
+
+def test_what_stands_outside_the_layers_follows_the_first_slice_or_the_last(tmp_path: Path) -> None:
+    tensors = vectors({"model.layers": 2}, ("mlp.weight",), (*BEFORE, *BEHIND))
+    slices = tuple(LayerSlice(layer, layer, 1, Schedule.constant(t)) for layer, t in ((0, 0.2), (1, 0.7)))
+    t = planned_t(*hollow_pair(tmp_path, tensors, 2), slices=slices)
+    assert {name: t[name] for name in BEFORE} == dict.fromkeys(BEFORE, 0.2)
+    assert {name: t[name] for name in BEHIND} == dict.fromkeys(BEHIND, 0.7)
+
+
+@pytest.mark.parametrize("method", ["linear", "nuslerp"])
+def test_a_setting_that_every_slice_states_holds_for_the_whole(method: str, tmp_path: Path) -> None:
+    neox_pair(tmp_path)
+    name = "normalize" if method == "linear" else "nuslerp_flatten"
+    text = FLAGGED.replace("linear", method).replace("  parameters:\n    normalize: off\n", "")
+    text = text.replace("[0, 2]}\n- sources", f"[0, 2]}}\n  parameters: {{{name}: off}}\n- sources")
+    recipe = read_recipe(
+        write(tmp_path / "recipe.yaml", text.replace("parameters:\n  w", f"parameters:\n  {name}: 0\n  w"))
+    )
+    assert (recipe.normalize, recipe.vectors) == ((False, "tensor") if method == "linear" else (True, "last_dim"))
+
+
+PASSED_OVER = {
+    "metadata": (GOOD, "dtype: float32", "metadata:\n  author: me\n  t: 3", 8),
+    "output_dir": (GOOD, "dtype: float32", "output_dir: out", 8),
+    "model_name": (GOOD, "dtype: float32", "model_name: mine", 8),
+    "copy_tokenizer": (GOOD, "dtype: float32", "copy_tokenizer: true", 8),
+    "int8_mask": (GOOD, "  t: 0.5", "  t: 0.5\n  int8_mask: true", 8),
+    "embed_slerp": (GOOD, "  t: 0.5", "  embed_slerp: true\n  t: 0.5", 7),
+    "density": (GOOD, "- model: ./secondary", "- model: ./secondary\n  parameters: {density: 0.5}", 6),
+    "t": (GOOD, "- model: ./secondary", "- model: ./secondary\n  parameters: {t: 0.9}", 6),
+    "random_seed": (GOOD, "dtype: float32", "random_seed: 0", 8),
+    "normalize": (GOOD, "  t: 0.5", "  t: 0.5\n  normalize: true", 8),
+    "merge_method": (SLICED, "[0, 2]\nparameters", "[0, 2]\n  merge_method: ties\nparameters", 9),
+    "residual_weight": (SLICED, "- sources:", "- residual_weight: 0.1\n  sources:", 4),
+    "layer_range": (GOOD, "- model: ./secondary", "- model: ./secondary\n  layer_range: [0, 2]", 6),
+    "tokenizer_source": (GOOD, "dtype: float32", "tokenizer_source: null", 8),
+    "out_dtype": (GOOD, "dtype: float32", "out_dtype: ~", 8),
+    "parameters": (GOOD, "- model: ./secondary", "- model: ./secondary\n  parameters:", 6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", PASSED_OVER)
+def test_what_mergekit_passes_over_is_passed_over_with_a_remark(key: str, tmp_path: Path) -> None:
+    neox_pair(tmp_path)
+    text, old, new, line = PASSED_OVER[key]
+    assert text.count(old) == 1
+    path = write(tmp_path / "recipe.yaml", text.replace(old, new))
+    plan = plan_of_file(path, tmp_path / "child")
+    assert [remark.partition(" in ")[0] for remark in plan.remarks] == [f"recipe.yaml, line {line}: {key!r}"]
+    assert set(t_of_text(tmp_path, path.read_text()).values()) == {0.5}
+
+
+def test_a_remark_on_a_recipe_reaches_the_report(tmp_path: Path) -> None:
+    make_pair(tmp_path)
+    child = merge_recipe(write(tmp_path / "recipe.yaml", GOOD + "output_dir: out\n"), tmp_path / "child").child
+    remarks = json.loads((child / "merge_report.json").read_text(encoding="utf-8"))["remarks"]
+    assert remarks == ["recipe.yaml, line 9: 'output_dir' in a recipe is passed over, as mergekit does."]
+
+
+def test_a_base_model_of_a_slice_that_decides_nothing_is_remarked_on(tmp_path: Path) -> None:
+    text = FLAGGED.replace("parameters:\n    normalize: off", "base_model: ./primary")
+    assert remarks_of(tmp_path, text) == ("recipe.yaml, line 6: base_model in a slice decides nothing in linear.",)
+
+
+SPELT = {
+    "quoted": "'0.25'", "exponent": "25e-2", "exponent-of-a-float": "2.5e-1", "no-zero": ".25",
+    "hexadecimal": "[0x0, 0.5]", "quoted-list": "['0', \"5e-1\"]", "bool": "[no, 0.5]", "one-mapping": "{value: 0.25}",
+    "mapping-filter": "{filter: null, value: 0.25}", "merged": "{<<: {value: 0.25}}", "typed": "!!float '0.25'",
+    "merged-list": "[{<<: [{value: 0.25}, {value: 1, filter: '*'}]}]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELT)
+def test_a_number_is_read_however_it_is_spelt(spelling: str, tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", SPELT[spelling])))
+    assert recipe.schedule.rules[0].value_at(0.5) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("yes", True), ("off", False), ("0", False), ("1.0", True), ("'False'", False)]
+)
+def test_a_truth_is_read_however_it_is_spelt(word: str, meant: bool, tmp_path: Path) -> None:
+    text = (
+        TASK.replace("nuslerp", "linear").replace("base_model: ./third\n", "") + f"parameters: {{normalize: {word}}}\n"
+    )
+    assert read_recipe(write(tmp_path / "recipe.yaml", text)).normalize is meant
+
+
+WHOLE = {
+    "byte-order-mark": lambda text: "\ufeff" + text,
+    "windows": lambda text: text.replace("\n", "\r\n"),
+    "json": lambda text: json.dumps(yaml.safe_load(text), indent=1),
+    "fenced": lambda text: f"---\n{text}---\n",
+    "torch": lambda text: text.replace("float32", "torch.float32"),
+    "anchors": lambda text: text.replace(": ./primary\nm", ": &first ./primary\nm").replace(": ./primary", ": *first"),
+    "merge-key": lambda text: "x-common: &common\n  dtype: float32\n" + text.replace("dtype: float32", "<<: *common"),
+    "own-before-merged": lambda text: text + "<<: {dtype: float16, merge_method: linear}\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_a_recipe_is_read_however_its_file_is_written(form: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(WHOLE[form](GOOD).encode("utf-8"))
+    assert read_recipe(tmp_path / "recipe.yaml") == read_recipe(write(tmp_path / "plain.yaml", GOOD))
+
+
+BOMBS = {
+    "lists": "x0: &x0 [1, 1]\n" + "".join(f"x{n}: &x{n} [*x{n - 1}, *x{n - 1}]\n" for n in range(1, 60)) + "t: *x59\n",
+    "merge-keys": "x0: &x0 {a: 1}\n"
+    + "".join(f"x{n}: &x{n} {{<<: [*x{n - 1}, *x{n - 1}]}}\n" for n in range(1, 60))
+    + "models: [*x59]\n",
+    "ring": "<<: &x {<<: *x}\n",
+    "models": "x: &x {model: *x}\nmodels: [*x]\n",
+    "slices": "x: &x [{model: a}]\nslices: [" + "{sources: *x}, " * 60_000 + "]\n",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_aliases_that_unfold_without_end_are_refused(bomb: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "recipe.yaml", "merge_method: slerp\n" + BOMBS[bomb])
+    with pytest.raises(SlerpMergeError, match=r"recipe\.yaml, line \d+: ") as refused:
+        read_recipe(path)
+    assert "aliases" in refused.value.hint or bomb in ("lists", "slices")
+
+
+# ── Slices of one model ──
+
+STACK = """merge_method: {method}
+base_model: ./primary
+slices:
+- sources: [{{model: ./primary, layer_range: [0, 2]}}]
+- sources: [{{model: ./primary, layer_range: [1, 3]}}, {{model: ./secondary, layer_range: [3, 5]}}]
+- sources: [{{model: ./secondary, layer_range: [3, 6]}}]
+parameters: {{{parameter}: {value}}}
+"""
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear"])
+def test_layers_of_one_model_are_copied_between_those_of_two(method: str, tmp_path: Path) -> None:
+    """The primary has three layers, so that it could not give the counterparts of the secondary's last ones."""
+    v0, v1 = llama_tensors(1, torch.float32, layers=3), llama_tensors(2, torch.float32, layers=6)
+    kinds = ["full", "full", "sliding", "sliding", "chunked", "full"]
+    for side, tensors, depth in (("primary", v0, 3), ("secondary", v1, 6)):
+        config = {**LLAMA_CONFIG, "num_hidden_layers": depth, "layer_types": kinds[:depth]}
+        make_checkpoint(tmp_path / side, tensors, config)
+    parameters = {"slerp": ("t", 0.25), "linear": ("weight", 1)}[method]
+    text = STACK.format(method=method, parameter=parameters[0], value=parameters[1])
+    child = merge_recipe(write(tmp_path / "recipe.yaml", text), tmp_path / "child").child
+    made = load_tensors(child)
+    for layer, (source, number) in {0: (v0, 0), 1: (v0, 1), 4: (v1, 3), 5: (v1, 4), 6: (v1, 5)}.items():
+        for part in ("self_attn.k_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight"):
+            assert torch.equal(made[f"model.layers.{layer}.{part}"], source[f"model.layers.{number}.{part}"])
+    blended = [v0["model.layers.2.mlp.up_proj.weight"], v1["model.layers.4.mlp.up_proj.weight"]]
+    assert not any(torch.equal(made["model.layers.3.mlp.up_proj.weight"], source) for source in blended)
+    assert torch.equal(made["model.embed_tokens.weight"], v0["model.embed_tokens.weight"])
+    assert torch.equal(made["lm_head.weight"], v1["lm_head.weight"])
+    config = json.loads((child / "config.json").read_text(encoding="utf-8"))
+    assert config["num_hidden_layers"] == 7
+    assert config["layer_types"] == ["full", "full", "full", "sliding", "sliding", "chunked", "full"]
+    assert_replays(child, tmp_path / "again")
+
+
+@pytest.mark.parametrize("models", [("primary", "secondary"), ("primary", "primary")], ids=["two", "one"])
+def test_passthrough_stacks_layers(models: tuple[str, str], tmp_path: Path) -> None:
+    neox_pair(tmp_path)
+    first, second = models
+    text = f"""merge_method: passthrough
+slices:
+- sources: [{{model: ./{first}, layer_range: [0, 3]}}]
+- sources: [{{model: ./{second}, layer_range: [1, 4]}}]
+"""
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", text), tmp_path / "child")
+    sources = {tensor.name: tensor.sources for tensor in plan.tensors}
+    assert {tensor.operation for tensor in plan.tensors} == {"copy"}
+    for layer, (model, number) in enumerate(
+        [(first, 0), (first, 1), (first, 2), (second, 1), (second, 2), (second, 3)]
+    ):
+        (info,) = sources[f"gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight"]
+        assert (info.file.parent.name, info.name) == (model, f"gpt_neox.layers.{number}.mlp.dense_h_to_4h.weight")
+    assert sources["embed_out.weight"][0].file.parent.name == second
+    child = tmp_path / "child"
+    child.mkdir()
+    written = recipe_text(plan.recipe, plan.parents.by_role, child)
+    assert yaml.safe_load(written)["merge_method"] == "passthrough"
+    assert read_recipe(write(child / "merge_recipe.yaml", written)).slices == plan.recipe.slices
+
+
+def test_a_stacked_child_loads_in_transformers(tmp_path: Path) -> None:
+    primary, secondary = (
+        make_real_model(tmp_path / name, seed, num_hidden_layers=3) for name, seed in (("a", 1), ("b", 2))
+    )
+    half = Schedule.constant(0.5)
+    slices = LayerSlice(0, None, 2, half), LayerSlice(1, 1, 1, half), LayerSlice(None, 0, 3, half)
+    verify_with_transformers(merge(primary, secondary, tmp_path / "child", slices=slices).child)
+
+
+def test_layers_that_are_copied_must_be_like_the_primarys(tmp_path: Path) -> None:
+    primary, _ = neox_pair(tmp_path)
+    other = vectors({"gpt_neox.layers": 4}, NEOX, NEOX_OUTSIDE) | {"gpt_neox.layers.2.attention.bias": torch.ones(2)}
+    secondary = make_checkpoint(tmp_path / "other", other, {**LLAMA_CONFIG, "num_hidden_layers": 4})
+    half = Schedule.constant(0.5)
+    kept = plan_of(
+        primary, secondary, tmp_path / "child", slices=(LayerSlice(0, 0, 1, half), LayerSlice(None, 3, 1, half))
+    )
+    assert {tensor.t for tensor in kept.tensors if ".1." in tensor.name} == {1.0}
+    with pytest.raises(SlerpMergeError, match=r"layers of a slice: primary other tensors, secondary 2\. .*copied"):
+        plan_of(
+            primary, secondary, tmp_path / "child", slices=(LayerSlice(0, 0, 1, half), LayerSlice(None, 1, 3, half))
+        )
+    with pytest.raises(SlerpMergeError, match="layers of neither model"):
+        plan_of(primary, secondary, tmp_path / "child", slices=(LayerSlice(None, None, 1, half),))
+
+
+# ── The models that a recipe was saved with ──
+
+
+def test_a_replay_with_other_weights_says_so(tmp_path: Path) -> None:
+    primary, secondary = make_pair(tmp_path, torch.float32)
+    recipe = merge(primary, secondary, tmp_path / "child").child / "merge_recipe.yaml"
+
+    def remarks() -> tuple[str, ...]:
+        return plan_of_file(recipe, tmp_path / "again").remarks
+
+    assert remarks() == ()
+    tensors = load_tensors(secondary)
+    shutil.rmtree(secondary)
+    make_checkpoint(secondary, tensors, shards=3)
+    assert remarks() == ()
+    shutil.rmtree(secondary)
+    make_checkpoint(secondary, llama_tensors(5, torch.float32))
+    (said,) = remarks()
+    assert said.startswith("The secondary is not the secondary that this recipe was saved with: its weights are others")
+    shutil.rmtree(secondary)
+    make_checkpoint(secondary, llama_tensors(2, torch.bfloat16))
+    (said,) = remarks()
+    assert "other names, dtypes or shapes" in said
+
+
+def test_a_recipe_that_records_headers_alone_is_held_against_them(tmp_path: Path) -> None:
+    primary, secondary = make_pair(tmp_path)
+    recipe = merge(primary, secondary, tmp_path / "child").child / "merge_recipe.yaml"
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for role in ("primary", "secondary"):
+        del content["slerpmerge"][role]["sample"]
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert plan_of_file(recipe, tmp_path / "again").remarks == ()
+
+
+@pytest.mark.parametrize("base", ["primary", "secondary"])
+@pytest.mark.parametrize("cuts", [(), ((0, 1, 1), (1, 0, 1))], ids=["whole", "slices"])
+def test_a_recipe_whose_base_is_a_parent_is_replayed(
+    base: str, cuts: tuple[tuple[int, int, int], ...], tmp_path: Path
+) -> None:
+    primary, secondary = make_pair(tmp_path, torch.float32)
+    slices = tuple(LayerSlice(*cut, AWKWARD, None, 1) for cut in cuts)
+    settings = {"base": tmp_path / base, "method": "nuslerp", "schedule": AWKWARD, "slices": slices}
+    child = merge(primary, secondary, tmp_path / "child", **settings).child
+    assert read_recipe(child / "merge_recipe.yaml").base.resolve() == tmp_path / base
+    assert_replays(child, tmp_path / "again")
+
+
+@pytest.mark.parametrize("method", ["slerp", "lerp", "nuslerp"])
+def test_a_recipe_of_one_model_with_itself_is_replayed(method: str, tmp_path: Path) -> None:
+    primary, _ = make_pair(tmp_path)
+    child = merge(primary, primary, tmp_path / "child", method=method).child
+    assert_replays(child, tmp_path / "again")
 
 
 # ── Weights ──

@@ -402,8 +402,8 @@ def test_a_table_inside_a_layer_is_no_head_that_the_other_parent_has_tied(tmp_pa
     folders = [make_parent(tmp_path / role, n, WORDS, tie_word_embeddings=True) for n, role in enumerate(ROLES)]
     for folder in folders:
         replace_tensors(folder, {name: t for name, t in load_tensors(folder).items() if not name.startswith("lm_head")})
-    add_tables(folders[holder : holder + 1], "mtp.layers.0.lm_head.weight", (40, HIDDEN))
-    with pytest.raises(SlerpMergeError, match=r"mtp\.layers\.0\.lm_head\.weight"):
+    add_tables(folders[holder : holder + 1], "model.layers.0.lm_head.weight", (40, HIDDEN))
+    with pytest.raises(SlerpMergeError, match=r"model\.layers\.0\.lm_head\.weight"):
         merge(*folders, tmp_path / "child")
 
 

@@ -6,7 +6,7 @@ known from the plan; no weight is read here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from slerpkit.recipe_writer import recipe_text
 if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.staging import StagedChild
+    from slerpkit.recipe import LayerSlice
 
 
 def copy_companions(plan: MergePlan, child: StagedChild) -> None:
@@ -142,7 +143,8 @@ def write_child_config(plan: MergePlan, folder: Path) -> None:
         config["tie_word_embeddings"] = tie
     config = with_value(config, "tie_word_embeddings", stated_tie, tie)
     if plan.recipe.slices:
-        config = with_depth(config, plan)
+        layers = [(role, layer) for part in plan.recipe.slices for role, layer in config_layers(part)]
+        config = with_depth(config, plan.parents.secondary.config, layers)
     write_json(folder / "config.json", config)
 
 
@@ -156,18 +158,36 @@ def with_value(config: Mapping[str, Any], key: str, before: Any, after: Any) -> 
     return changed
 
 
-def with_depth(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
-    """The config of a child of another depth: the number of layers, and lists with an entry for each layer."""
-    layers = [part.primary_start + step for part in plan.recipe.slices for step in range(part.length)]
+def config_layers(part: LayerSlice) -> list[tuple[str, int]]:
+    """(role, layer) of the parent whose config speaks for each layer of a slice: the primary, unless it is left out."""
+    role = "secondary" if part.alone == "secondary" else "primary"
+    return [(role, layer) for layer in part.range_of(role)]
+
+
+def with_depth(
+    config: Mapping[str, Any], other: Mapping[str, Any], layers: Sequence[tuple[str, int]]
+) -> dict[str, Any]:
+    """The config of a child of other layers: their number, and lists with an entry for each.
+
+    config: the primary's. other: the secondary's, which speaks for the layers that are copied from it.
+    """
     depth = stated_depth(config)
     changed = dict(config)
+
+    def entry(key: str, role: str, layer: int) -> Any:
+        """What a list says of a parent's layer."""
+        values = other.get(key) if role == "secondary" else config[key]
+        values = values if isinstance(values, list) and layer < len(values) else config[key]
+        return values[min(layer, len(values) - 1)]
+
     for key, value in config.items():
         if DEPTH_KEY.search(key) and value == depth:
             changed[key] = len(layers)
         elif isinstance(value, list) and key.endswith("_only_layers"):  # numbers of layers, not an entry for each
-            changed[key] = [number for number, layer in enumerate(layers) if layer in value]
+            listed = {"primary": value, "secondary": other.get(key) or []}
+            changed[key] = [number for number, (role, layer) in enumerate(layers) if layer in listed[role]]
         elif isinstance(value, list) and len(value) == depth and "layer" in key:
-            changed[key] = [value[layer] for layer in layers]
+            changed[key] = [entry(key, role, layer) for role, layer in layers]
         elif isinstance(value, dict) and key == "text_config":
-            changed[key] = with_depth(value, plan)
+            changed[key] = with_depth(value, other.get(key) or {}, layers)
     return changed

@@ -35,7 +35,7 @@ def merge_fingerprint(
 ) -> dict[str, Any]:
     """All that the bits of the child's files depend on, as JSON can hold it."""
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    for name in ("accept", "chat_template"):  # they change no weight
+    for name in ("accept", "chat_template", "origin"):  # they change no weight
         del values[name]
     settings = {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
     return {

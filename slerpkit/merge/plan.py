@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -25,10 +24,18 @@ from slerpkit.merge.save_directory import check_save_directory, staged_bytes, st
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
-from slerpkit.parents.tensors import SAFETENSORS_NAMES, TORCH_NAMES, TensorReader, natural_order
+from slerpkit.parents.tensors import (
+    SAFETENSORS_NAMES,
+    TORCH_NAMES,
+    TensorReader,
+    natural_order,
+    stands_before_layers,
+)
 from slerpkit.parity.kinship import measure_kinship
 from slerpkit.parity.modules import modules_source
-from slerpkit.recipe import MAX_THREADS, check_t
+from slerpkit.recipe import MAX_THREADS, PARENTS, check_t
+from slerpkit.recipe_identity import recorded_differences
+from slerpkit.schedule import Schedule
 
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import ShardPlan
@@ -36,7 +43,6 @@ if TYPE_CHECKING:
     from slerpkit.parity.kinship import Kinship
     from slerpkit.parity.report import ParityReport, TensorSources
     from slerpkit.recipe import MergeRecipe, RunOptions
-    from slerpkit.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -163,8 +169,10 @@ def parameters_for(
         return recipe.schedule, recipe.weights, position
     number = pair.layer.slice_number
     if number is None:
-        number = 0 if re.search(r"emb|wte|wpe", pair.name) else len(recipe.slices) - 1
+        number = 0 if stands_before_layers(pair.name) else len(recipe.slices) - 1
     part = recipe.slices[number]
+    if part.alone is not None:
+        return Schedule.constant(float(PARENTS.index(part.alone))), None, position
     return part.schedule, part.weights, position
 
 
@@ -173,7 +181,8 @@ def blend_parameter(pair: TensorSources, recipe: MergeRecipe) -> tuple[float, tu
     schedule, weights, position = parameters_for(pair, recipe)
     if weights is None:
         return schedule.t_for(pair.name, position), None
-    first, second = (part.t_for(pair.name, position) for part in weights)
+    # A weight is a model's own, so its filters speak of that model's names, where t's speak of the child's.
+    first, second = (part.t_for(name, position) for part, name in zip(weights, pair.source_names))
     total = first + second
     if recipe.method == "nuslerp":
         t = second / total if abs(total) >= 1e-6 else 0.5
@@ -201,7 +210,7 @@ def plan_tensor(pair: TensorSources, recipe: MergeRecipe) -> TensorPlan:
         dtype = SAFETENSORS_NAMES[recipe.dtype]
     plan = functools.partial(TensorPlan, pair.name, pair.shape, dtype=dtype, folder=pair.folder)
     if pair.secondary is None or math.prod(pair.shape) == 0:
-        return plan((info,), operation="copy")
+        return plan((info,), operation="copy", t=float(pair.layer.alone == "secondary"))
     if not info.is_float:
         return plan((info, pair.secondary), operation="copy")  # the second is read to see that it is equal
     t, weights = blend_parameter(pair, recipe)
@@ -290,7 +299,12 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
         kinship=measure_kinship(pairs),
         leftover=leftover,
-        remarks=(*unmatched_filters(recipe, tensors), *remarks_on_base(pairs)),
+        remarks=(
+            *recipe.origin.remarks,
+            *recorded_differences(recipe.origin.recorded, parents.by_role),
+            *unmatched_filters(recipe, pairs),
+            *remarks_on_base(pairs),
+        ),
         read_bytes_per_second=rate,
         expected_seconds=sum(tensor.source_bytes for tensor in unfinished) / rate
         + unfinished_bytes / WRITE_BYTES_PER_SECOND
@@ -323,12 +337,12 @@ def remarks_on_base(pairs: Sequence[TensorSources]) -> Iterator[str]:
         yield f"The base and the primary look like {kinship.describe()}. It is hardly what the parents learned from."
 
 
-def unmatched_filters(recipe: MergeRecipe, tensors: Sequence[TensorPlan]) -> Iterator[str]:
-    """Filters that no tensor's name holds: probably misspelt."""
+def unmatched_filters(recipe: MergeRecipe, pairs: Sequence[TensorSources]) -> Iterator[str]:
+    """Filters that no tensor's name holds, in the child or in a parent: probably misspelt."""
     schedules = [part for cut in recipe.slices or (recipe,) for part in (cut.schedule, *(cut.weights or ()))]
     filters = dict.fromkeys(rule.name_filter for schedule in schedules for rule in schedule.rules)
     for name_filter in filters:
-        if name_filter != "*" and not any(name_filter in tensor.name for tensor in tensors):
+        if name_filter != "*" and not any(name_filter in " ".join((p.name, *p.source_names)) for p in pairs):
             yield f"The filter {name_filter!r} matches no tensor."
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, clean_path, nested_files, read_json
+from slerpkit.files import check_kind, check_path, clean_path, nested_files, read_bytes, read_json
 from slerpkit.lazy import huggingface_hub
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
@@ -128,11 +128,12 @@ def hint_for_address(scheme: str, host: str, path: str) -> str:
     return f"Give {name[0]}, once it is in the Hugging Face cache: hf download {name[0]}"
 
 
-def find_model(text: str) -> Path:
+def find_model(text: str, revision: str | None = None) -> Path:
     """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache.
 
-    What is neither comes back as the path that it would be; open_checkpoint says what is wrong with it. Raises
-    SlerpMergeError for an address, which a path would not keep as it was typed.
+    What is neither comes back as the path that it would be; open_checkpoint says what is wrong with it. revision: of
+    a model in the cache, where it is not to be the newest one there. Raises SlerpMergeError for an address, which a
+    path would not keep as it was typed.
     """
     if (address := ADDRESS.fullmatch(text.strip().strip("'\""))) is not None:
         raise SlerpMergeError(f"{address[0]} is an address, and no folder.", hint_for_address(*address.groups()))
@@ -142,15 +143,24 @@ def find_model(text: str) -> Path:
         for other in (str(path).replace("\\", "/"), str(path).lstrip("'\"")):
             if Path(other).exists():
                 return Path(other)
-        if HUB_NAME.fullmatch(path.as_posix()) and (snapshot := cached_snapshot(path.as_posix())) is not None:
+        if HUB_NAME.fullmatch(path.as_posix()) and (snapshot := cached_snapshot(path.as_posix(), revision)) is not None:
             return snapshot
     return path
 
 
-def cached_snapshot(name: str) -> Path | None:
-    """The newest snapshot of org/name in the Hugging Face cache that is there whole; None where there is none."""
-    folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+def cached_snapshot(name: str, revision: str | None = None) -> Path | None:
+    """The newest snapshot of org/name in the Hugging Face cache that is there whole; None where there is none.
+
+    revision: a commit, or the branch or tag whose commit the cache knows.
+    """
+    home = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    folder = home / "snapshots"
     snapshots = sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime) if folder.is_dir() else []
+    if revision is not None:
+        named = home / "refs" / revision
+        is_named = ".." not in named.parts and named.is_file()
+        commit = read_bytes(named, 1000).decode("utf-8", "replace").strip() if is_named else revision
+        snapshots = [snapshot for snapshot in snapshots if snapshot.name == commit]
     return next((snapshot for snapshot in snapshots if open_if_whole(snapshot) is not None), None)
 
 

@@ -71,6 +71,11 @@ def renumber(tensor_name: str, index: int) -> str:
     return ".".join(parts)
 
 
+def stands_before_layers(tensor_name: str) -> bool:
+    """Whether a tensor outside the layers is read before them: an embedding, and no head, of whatever name."""
+    return bool(re.search(r"emb(?!ed_out)|wte|wpe|relative_pe|^shared\.", tensor_name))
+
+
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
     """Where each tensor stands in its stack of layers: 0 first, 1 last, 0 outside layers, 1 in a stack of one."""
     layers = {name: find_layer(name) for name in names}

@@ -28,6 +28,7 @@ from slerpkit.recipe import MergeRecipe
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint, Parents
+    from slerpkit.recipe import LayerSlice
 
 
 def accept(mismatches: list[Mismatch], names: Sequence[str]) -> list[Mismatch]:
@@ -51,11 +52,11 @@ def check_base(primary: Checkpoint, base: Checkpoint | None, recipe: MergeRecipe
     return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in mismatches if m.severity == "blocking"]
 
 
-def check_same_model(primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
+def check_same_model(primary: Checkpoint, secondary: Checkpoint, slices: Sequence[LayerSlice]) -> list[Mismatch]:
     """A notice where both parents are one folder."""
     if primary.folder.resolve() != secondary.folder.resolve():
         return []
-    why = "The child will be a copy of it."
+    why = "The child is made of its layers alone." if slices else "The child will be a copy of it."
     return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
 
 
@@ -109,7 +110,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *compare_code(primary, secondary, vocabulary),
         *compare_segmentation(primary, secondary, vocabulary),
         *child_generation_config(primary, secondary, vocabulary, template)[1],
-        *check_same_model(primary, secondary),
+        *check_same_model(primary, secondary, slices),
     ]
     mismatches.sort(key=lambda mismatch: ("blocking", "resolved", "notice").index(mismatch.severity))
     return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, template)

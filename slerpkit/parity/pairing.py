@@ -26,6 +26,7 @@ from slerpkit.parity.embeddings import (
 from slerpkit.parity.labels import is_last_layer
 from slerpkit.parity.prediction import judge_predictions, prediction_tensors
 from slerpkit.parity.report import LayerSource, Mismatch, TensorSources
+from slerpkit.recipe import PARENTS
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
@@ -66,33 +67,48 @@ def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
     return stack, depths.get(stack, 0)
 
 
-def child_layout(primary: Checkpoint, slices: Sequence[LayerSlice]) -> Iterator[tuple[str, TensorInfo, LayerSource]]:
-    """(the child's name, the primary's tensor, the layers it comes from) for every tensor of the child."""
+def child_layout(
+    primary: Checkpoint, secondary: Checkpoint, slices: Sequence[LayerSlice]
+) -> Iterator[tuple[str, TensorInfo, LayerSource]]:
+    """(the child's name, the primary's tensor, the layers it comes from) for every tensor of the child.
+
+    The tensor is the secondary's where a slice copies its layers.
+    """
     positions = layer_positions(primary.tensors.keys() - prediction_tensors(primary))
     sliced_stack, depth = main_stack(primary) if slices else (None, 0)
-    layers: dict[int, list[TensorInfo]] = {}
     for name, info in primary.tensors.items():
-        stack, index = find_layer(name) or (None, 0)
-        if stack is not None and stack == sliced_stack:
-            layers.setdefault(index, []).append(info)
-        else:
+        if sliced_stack is None or (find_layer(name) or (None,))[0] != sliced_stack:
             yield name, info, LayerSource(positions.get(name, 1.0))
+    layers = {role: stacked_layers(model) for role, model in zip(PARENTS, (primary, secondary))} if slices else {}
     child_index = 0
-    for number, layer_slice in enumerate(slices):
-        for step in range(layer_slice.length):
-            primary_layer = layer_slice.primary_start + step
+    for number, cut in enumerate(slices):
+        first, second = cut.range_of("primary"), cut.range_of("secondary")
+        for step in range(cut.length):
+            of_base = first if cut.base_start is None else range(cut.base_start, cut.base_start + cut.length)
             layer_source = LayerSource(
-                position=step / (layer_slice.length - 1) if layer_slice.length > 1 else 1.0,
-                secondary_layer=layer_slice.secondary_start + step,
-                base_layer=primary_layer if layer_slice.base_start is None else layer_slice.base_start + step,
+                position=step / (cut.length - 1) if cut.length > 1 else 1.0,
+                secondary_layer=None if cut.alone else second[step],
+                base_layer=None if cut.alone else of_base[step],
                 slice_number=number,
+                alone=cut.alone,
             )
-            for info in layers.get(primary_layer, []):
+            of_secondary = cut.alone == "secondary"
+            for info in layers[PARENTS[of_secondary]].get((second if of_secondary else first)[step], []):
                 yield renumber(info.name, child_index), info, layer_source
             child_index += 1
-    for index in sorted(layers):
-        for info in layers[index] if index >= depth else []:  # they follow the last layer, however many there are
+    for index, infos in sorted(layers["primary"].items() if slices else ()):
+        for info in infos if index >= depth else []:  # they follow the last layer, however many there are
             yield renumber(info.name, child_index + index - depth), info, LayerSource(1.0)
+
+
+def stacked_layers(checkpoint: Checkpoint) -> dict[int, list[TensorInfo]]:
+    """The tensors of each layer of the language model."""
+    stack, _ = main_stack(checkpoint)
+    layers: dict[int, list[TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        if (layer := find_layer(name)) is not None and layer[0] == stack:
+            layers.setdefault(layer[1], []).append(info)
+    return layers
 
 
 def name_in_layer(info: TensorInfo, index: int | None) -> str:
@@ -101,16 +117,30 @@ def name_in_layer(info: TensorInfo, index: int | None) -> str:
 
 
 def check_slices(slices: Sequence[LayerSlice], primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
-    """Layers that a recipe asks for and a parent does not have."""
+    """Layers that a recipe asks for and a parent does not have, or that the primary's class could not take."""
     mismatches = []
     depths = [main_stack(parent)[1] for parent in (primary, secondary)]
     for layer_slice in slices:
-        ends = [start + layer_slice.length for start in (layer_slice.primary_start, layer_slice.secondary_start)]
+        ends = [layer_slice.range_of(role).stop for role in PARENTS]
         if ends[0] > depths[0] or ends[1] > depths[1]:
             asked = [f"{depth} layers, asked up to {end}" for depth, end in zip(depths, ends)]
             why = "A slice asks for layers that are not there."
             mismatches.append(Mismatch("blocking", "layer_range", *asked, why))
+    copied = {layer for cut in slices if cut.alone == "secondary" for layer in cut.range_of("secondary")}
+    if not copied:
+        return mismatches
+    known = {layer_form(infos) for infos in stacked_layers(primary).values()}
+    layers = stacked_layers(secondary)
+    strange = [str(layer) for layer in sorted(copied) if layer in layers and layer_form(layers[layer]) not in known]
+    if strange:
+        why = "These layers are copied from the secondary, and no layer of the primary has the same tensors."
+        mismatches.append(Mismatch("blocking", "layers of a slice", "other tensors", format_names(strange), why))
     return mismatches
+
+
+def layer_form(infos: Iterable[TensorInfo]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """What a layer's tensors are called and how large they are, whichever layer it is."""
+    return frozenset((renumber(info.name, 0), info.shape) for info in infos if not is_known_buffer(info))
 
 
 def pair_tensors(
@@ -127,7 +157,10 @@ def pair_tensors(
     only_primary: list[str] = []
     used_names: set[str] = set()
     predicting, alone = [prediction_tensors(parent) for parent in (primary, secondary)], []
-    for name, primary_tensor, layer_source in child_layout(primary, slices):
+    for name, primary_tensor, layer_source in child_layout(primary, secondary, slices):
+        if layer_source.alone is not None:
+            pairs.append(TensorSources(name, primary_tensor, None, None, layer_source))
+            continue
         secondary_name = name_in_layer(primary_tensor, layer_source.secondary_layer)
         used_names.add(secondary_name)
         secondary_tensor = secondary.tensors.get(secondary_name)
@@ -161,16 +194,21 @@ def pair_tensors(
         if base is not None:
             mismatches += check_base_tensor(primary_tensor, base_tensor, rows)
         pairs.append(TensorSources(name, primary_tensor, secondary_tensor, base_tensor, layer_source, rows))
-    sliced_stack = main_stack(secondary)[0] if slices else ""
-    only_secondary = [
-        name
-        for name in secondary.tensors
-        if name not in used_names and not (sliced_stack and (find_layer(name) or ("",))[0] == sliced_stack)
-    ]
+    only_secondary = unused_names(secondary, used_names, bool(slices))
     left_out = [name for name in only_secondary if name in predicting[1]]
     only_secondary = [name for name in only_secondary if name not in predicting[1]]
     kept, told = judge_predictions(alone, len(left_out), [*map(len, predicting)], vocabulary)
     return pairs + kept, mismatches + told + judge_unpaired(primary, secondary, only_primary, only_secondary)
+
+
+def unused_names(secondary: Checkpoint, used_names: set[str], is_sliced: bool) -> list[str]:
+    """The secondary's tensors that the child is made without; layers that slices leave out do not count."""
+    sliced_stack = main_stack(secondary)[0] if is_sliced else ""
+    return [
+        name
+        for name in secondary.tensors
+        if name not in used_names and not (sliced_stack and (find_layer(name) or ("",))[0] == sliced_stack)
+    ]
 
 
 def rows_of(meaning: Vocabulary | Labels | None, *sources: TensorInfo | None) -> RowMap | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.lazy import numpy
 from slerpkit.messages import SlerpMergeError, printable
+from slerpkit.parents.tensors import renumber
 
 if TYPE_CHECKING:
     from slerpkit.parents.tensors import TensorInfo
@@ -172,6 +173,7 @@ class LayerSource:
     secondary_layer: int | None = None  # None: the tensor has the same name there
     base_layer: int | None = None
     slice_number: int | None = None  # None outside the recipe's slices
+    alone: str | None = None  # the parent, "primary" or "secondary", that the layer is copied from; None: both
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,18 @@ class TensorSources:
     """What the child's tensor of this name is made from."""
 
     name: str
-    primary: TensorInfo
-    secondary: TensorInfo | None  # None: the primary's stands alone
+    primary: TensorInfo  # the secondary's, where its layer is copied
+    secondary: TensorInfo | None  # None: the one stands alone
     base: TensorInfo | None = None
     layer: LayerSource = LayerSource()
     rows: RowMap | None = None  # where rows follow tokens or labels
     folder: str = ""  # below the model's, of a module that keeps its weights there, and begins their names with it
+
+    @property
+    def source_names(self) -> tuple[str, str]:
+        """What the tensor is called in the primary and in the secondary, by the primary's names."""
+        layer = self.layer.secondary_layer
+        return self.primary.name, self.primary.name if layer is None else renumber(self.primary.name, layer)
 
     @property
     def shape(self) -> tuple[int, ...]:
