@@ -201,6 +201,9 @@ def check_recipe(recipe: MergeRecipe) -> None:
     check_choice("setting vectors", recipe.vectors, tuple(VECTORS.values()))
     check_choice("child's dtype", recipe.dtype, CHILD_DTYPES)
     check_choice("tokenizer", recipe.tokenizer, TOKENIZER_CHOICES)
+    if recipe.pad_to_multiple_of < 1:
+        what = f"Rows cannot be padded to a multiple of {recipe.pad_to_multiple_of}."
+        raise SlerpMergeError(what, "Usual is 64; 1 adds none.")
     if not is_template_text(recipe.chat_template):
         check_choice("chat template", recipe.chat_template, TEMPLATE_CHOICES)
     if recipe.vectors != "tensor" and recipe.method != "nuslerp":

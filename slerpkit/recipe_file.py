@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slerpkit.chat_templates import CHAT_TEMPLATES, is_template_text
-from slerpkit.parents.checkpoint import has_tokenizer
 from slerpkit.parents.tensors import MAX_LAYER_INDEX
 from slerpkit.recipe import CHILD_DTYPES, PARENTS, LayerSlice, MergeRecipe, RecipeOrigin, RecordedModel
 from slerpkit.recipe_models import Cut, RecipeModels, Source
+from slerpkit.recipe_tokenizer import TokenizerReader
 from slerpkit.recipe_yaml import RecipeFile
 from slerpkit.schedule import Schedule
 
@@ -115,7 +114,6 @@ class RecipeReader:
         own = self.own_settings()
         cuts = self.cuts()
         roles = self.roles(cuts)
-        sides = roles["primary"], roles["secondary"]
         fields: dict[str, Any] = {**roles, "method": RECIPE_METHODS[self.method]}
         slices = [self.slice(cut, roles, cuts) for cut in cuts]
         if "slices_t" in own:
@@ -136,7 +134,8 @@ class RecipeReader:
             row_wise = self.flag_of_all("nuslerp_row_wise", blended, False)
             fields["vectors"] = "first_dim" if row_wise else "last_dim"
         origin = RecipeOrigin(tuple(self.file.remarks), own.pop("recorded", ()))
-        fields |= {**self.dtypes(), **self.tokenizer(sides), **self.chat_template(), **own}
+        of_tokenizer = TokenizerReader(self.file, self.names, roles, self.base_model).read(self.top)
+        fields |= {**self.dtypes(), **of_tokenizer, **own}
         return MergeRecipe(**fields, origin=origin)
 
     def cuts(self) -> list[Cut]:
@@ -270,37 +269,6 @@ class RecipeReader:
         if "cast_dtype" in found:
             found.setdefault("dtype", found["cast_dtype"])
         return found
-
-    def tokenizer(self, sides: tuple[Path, Path]) -> dict[str, Any]:
-        """tokenizer_source, or tokenizer with its source: base, or one of the two models."""
-        node = self.top.get("tokenizer_source")
-        if "tokenizer" in self.top:
-            node = self.file.mapping(self.top["tokenizer"], ("source",), "tokenizer", is_strict=True).get("source")
-        if node is None:  # this tool's own recipes, where they are silent, mean its own rule
-            return {} if "slerpmerge" in self.top else self.tokenizer_of_base_model(sides)
-        source = self.file.text(node, "tokenizer_source")
-        if source == "union":
-            return {"tokenizer": "union"}
-        folder = self.base_model if source == "base" else self.names.find(node, "tokenizer_source")
-        if folder not in sides:
-            what = f"the tokenizer's source {source!r} is not one of the two models"
-            raise self.file.fault(node, what, "Name one of them.")
-        return {"tokenizer": "primary" if folder == sides[0] else "secondary"}
-
-    def tokenizer_of_base_model(self, sides: tuple[Path, Path]) -> dict[str, Any]:
-        """base_model's, as mergekit has it, where that is one of the two models and has one; else nothing is said."""
-        roles = [role for role, folder in zip(PARENTS, sides) if folder == self.base_model]
-        return {"tokenizer": roles[0]} if roles and has_tokenizer(self.base_model) else {}
-
-    def chat_template(self) -> dict[str, Any]:
-        """A template by name, or Jinja text; auto is whichever of the models has one."""
-        if "chat_template" not in self.top:
-            return {}
-        chosen = self.file.text(self.top["chat_template"], "chat_template")
-        if chosen not in ("auto", *CHAT_TEMPLATES) and not is_template_text(chosen):
-            known = f"Known: auto, {', '.join(CHAT_TEMPLATES)}, or a template in Jinja."
-            raise self.file.fault(self.top["chat_template"], f"no chat template is called {chosen!r}", known)
-        return {"chat_template": "either" if chosen == "auto" else chosen}
 
     def own_settings(self) -> dict[str, Any]:
         """What this tool's own recipes say beyond mergekit's."""

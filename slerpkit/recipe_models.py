@@ -52,8 +52,11 @@ class RecipeModels:
         self.by_place: dict[Path, Path] = {}
         self.names: dict[Path, str] = {}  # as each was written first
 
-    def find(self, node: Any, what: str) -> Path:
-        """A model's folder: beside the recipe, else from where the program runs, else in the Hugging Face cache."""
+    def find(self, node: Any, what: str, prefix: str = "") -> Path:
+        """A model's folder: beside the recipe, else from where the program runs, else in the Hugging Face cache.
+
+        prefix: what may stand before it.
+        """
         revision = None
         while node.id == "mapping":  # mergekit itself writes {model: {path: ..., revision: ...}, lora: null}
             keys = self.file.mapping(node, ("model", "path", "revision", *UNMERGED), what)
@@ -64,7 +67,7 @@ class RecipeModels:
                 raise self.file.fault(node, f"{what} names no model", "Write `model:` with a folder.")
             revision = self.file.text(keys["revision"], "revision") if "revision" in keys else revision
             node = inner
-        text = self.file.text(node, what)
+        text = self.file.text(node, what).removeprefix(prefix)
         if not text.strip():
             raise self.file.fault(node, f"{what} names no model", "Write a folder, or org/name.")
         if (text, revision) not in self.folders:

@@ -49,8 +49,11 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         content["dtype"] = recipe.cast_dtype
     if recipe.dtype not in ("auto", recipe.cast_dtype):
         content["out_dtype"] = recipe.dtype
-    if recipe.tokenizer != "auto":
-        content["tokenizer_source"] = places.get(recipe.tokenizer, recipe.tokenizer)
+    source = places.get(recipe.tokenizer, recipe.tokenizer)
+    if recipe.token_sources or recipe.pad_to_multiple_of > 1:
+        content["tokenizer"] = {"source": source, **recipe_tokens(recipe, places)}
+    elif recipe.tokenizer != "auto":
+        content["tokenizer_source"] = source
     if recipe.chat_template not in ("auto", "primary", "secondary"):
         content["chat_template"] = "auto" if recipe.chat_template == "either" else recipe.chat_template
     own: dict[str, Any] = {
@@ -80,6 +83,19 @@ def method_of(recipe: MergeRecipe) -> str:
     if recipe.method == "nuslerp" or recipe.base is not None:
         return "nuslerp"
     return "linear" if recipe.method == "lerp" else "slerp"
+
+
+def recipe_tokens(recipe: MergeRecipe, places: Mapping[str, str]) -> dict[str, Any]:
+    """Which rows stand for tokens, and padding, as a recipe writes them."""
+    tokens: dict[str, Any] = {}
+    for want in recipe.token_sources:
+        source: Any = {"kind": "zero"} if want.role is None else places[want.role]
+        if want.row_of is not None:
+            key = "token" if isinstance(want.row_of, str) else "token_id"
+            source = {"kind": "model_token", "model": source, key: want.row_of}
+        tokens[want.token] = {"source": source, **({"force": True} if want.force else {})}
+    found: dict[str, Any] = {"tokens": tokens} if tokens else {}
+    return found | ({"pad_to_multiple_of": recipe.pad_to_multiple_of} if recipe.pad_to_multiple_of > 1 else {})
 
 
 def recipe_slice(part: LayerSlice, places: Mapping[str, str], method: str) -> dict[str, Any]:

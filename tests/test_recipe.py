@@ -678,7 +678,7 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "dtype": (GOOD, "float32", "float7", 8, "float7", "bfloat16"),
     "out-dtype": (GOOD, "dtype: float32", "out_dtype: int8", 8, "int8", "bfloat16"),
     "stranger": (GOOD, "dtype: float32", "tokenizer_source: ./third", 8, "third", "one of them"),
-    "third base": (TASK, "dtype: float32", "tokenizer_source: base", 10, "'base' is not one of the two", "one of them"),
+    "third base": (TASK, "dtype: float32", "tokenizer_source: base", 10, "'./third' is not one of the two", "one of them"),
     "chat-template": (GOOD, "dtype: float32", "chat_template: chat-ml", 8, "chat-ml", "chatml"),
     "models-and-slices": (GOOD, "dtype: float32", "slices: []", 1, "either models or slices", "one"),
     "neither": (GOOD, "models:\n- model: ./primary\n- model: ./secondary\n", "", 1, "either models or slices", "one"),

@@ -29,7 +29,8 @@ FLOORS = (
     " slerpkit.chat_templates slerpkit.recipe",
     "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
     " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.checkpoint",
-    "slerpkit.recipe_yaml slerpkit.recipe_models slerpkit.recipe_file slerpkit.recipe_identity slerpkit.recipe_writer",
+    "slerpkit.recipe_yaml slerpkit.recipe_models slerpkit.recipe_tokenizer"
+    " slerpkit.recipe_file slerpkit.recipe_identity slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
     " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.sentencepiece_file"
     " slerpkit.parity.token_sources"
