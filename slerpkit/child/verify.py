@@ -70,7 +70,7 @@ def verify_child(
     try:
         verify_headers(plan, child.folder)
         recomputed, spots = verify_values(plan, child.folder, result, team)
-        more = further(child.folder)
+        more = checked_further(child.folder, further)
     except WorkerDied:  # that says nothing of the child
         raise
     except SlerpMergeError:
@@ -102,6 +102,14 @@ def verify_child(
     warnings += [warning] if warning else []
     warnings += ids_without_rows(plan, child.folder)
     return Verification((*checks, *more.checks), (*warnings, *more.warnings))
+
+
+def checked_further(folder: Path, further: Callable[[Path], Verification]) -> Verification:
+    """What a further check finds. Raises SlerpMergeError as that does, and says what became of the child."""
+    try:
+        return further(folder)
+    except SlerpMergeError as error:
+        raise SlerpMergeError(error.message, f"Nothing was saved. {error.hint}") from error
 
 
 def verify_headers(plan: MergePlan, folder: Path) -> None:

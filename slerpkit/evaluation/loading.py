@@ -7,6 +7,7 @@ parents/checkpoint.py before this.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import re
@@ -83,13 +84,17 @@ def load_without_weights(checkpoint: Checkpoint) -> Loading:
         return Loading(named, unchecked=f"its config names the code {code}, which is never run here")
     try:
         architecture = find_architecture(checkpoint)
-        found = loading_report(quiet_transformers(), architecture, checkpoint)
+        found = loading_report(quiet_transformers(), making_nothing_up(architecture), checkpoint)
     except SlerpMergeError as error:
         return Loading(named, unchecked=error.message.rstrip("."))
     except Exception as error:  # configs of strangers fail inside the library, each in its own way
+        if "conversion of the weights" in str(error) and (gaps := gaps_in_lists(checkpoint.tensors)):
+            return Loading(named, missing=gaps)  # that go into one tensor with others; the library says it in its log
         reason = shorten(f"{type(error).__name__}: {error}", 300)
         return Loading(named, unchecked=f"this version of transformers does not build it: {reason}")
     loading = Loading(named, *(keys_of(found, kind) for kind in ("missing", "unexpected", "mismatched")))
+    if not set(loading.mismatched) <= set(checkpoint.tensors) and (gaps := gaps_in_lists(checkpoint.tensors)):
+        loading = dataclasses.replace(loading, missing=(*loading.missing, *gaps))  # for which it came out too short
     excuse = excuse_for_faults(checkpoint) if loading.faults else None
     return loading if excuse is None else Loading(named, unchecked=excuse)
 
@@ -102,6 +107,21 @@ def excuse_for_faults(checkpoint: Checkpoint) -> str | None:
     if version_numbers(saved_by) > version_numbers(version):
         return f"transformers {saved_by} saved it, and {version}, which is older, takes other keys"
     return None
+
+
+def gaps_in_lists(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that one member of a list inside a layer, such as its experts, has not and another has."""
+    lists: dict[str, dict[str, set[str]]] = {}  # by what stands before the number: the rests, by number
+    for name in names:
+        if (match := re.match(r"(.*\.\d+\..*?\.)(\d+)(\..*)", name)) is not None:
+            before, number, rest = match.groups()
+            lists.setdefault(before, {}).setdefault(number, set()).add(rest)
+    return tuple(
+        f"{before}{number}{rest}"
+        for before, members in lists.items()
+        for number, rests in members.items()
+        for rest in sorted(set().union(*members.values()) - rests)
+    )
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -131,6 +151,20 @@ def stand_in_class() -> type:
             return super().__torch_function__(func, types, args, kwargs)
 
     return StandIn
+
+
+# How classes of transformers, by their age, make up what is missing: at full size, and at random.
+MAKING_UP = (
+    "_move_missing_keys_from_meta_to_cpu",
+    "_move_missing_keys_from_meta_to_device",
+    "_initialize_missing_keys",
+)
+
+
+def making_nothing_up(architecture: Any) -> Any:
+    """The same class, but for memory that it would take for missing weights."""
+    nothing = {name: lambda *_, **__: None for name in MAKING_UP if hasattr(architecture, name)}
+    return type(architecture.__name__, (architecture,), {"__module__": architecture.__module__, **nothing})
 
 
 def stand_in(info: TensorInfo) -> Any:
