@@ -982,8 +982,9 @@ class TestOddNames:
 
 class TestFullVerification:
     @pytest.fixture
-    def real_pair(self, tmp_path) -> None:
+    def real_pair(self, tmp_path, capsys) -> None:
         make_real_pair(tmp_path)
+        capsys.readouterr()  # the library's own bars
 
     def test_the_child_is_loaded_and_the_report_says_so(self, run, real_pair, tmp_path):
         outcome = run(*MERGE, "--json", "--verify", "full")

@@ -68,8 +68,11 @@ class Lookahead:
 def what_is_lacking(folder: Path) -> str:
     """What a person is told of the keys that a model's class needs and has not; empty where there is none."""
     loading = load_without_weights(open_checkpoint(folder))
-    names = loading.missing + loading.mismatched
-    if not names:
-        return ""
-    needed = f"{loading.architecture} needs {format_names(names, NAMED_KEYS)}"
-    return f"{needed}, which the primary does not have so: whoever loads the child gets random numbers there."
+    name, sentences = loading.architecture, []
+    if loading.missing:
+        lost = f"{name} needs {format_names(loading.missing, NAMED_KEYS)}, which the primary lacks"
+        sentences.append(f"{lost}; whoever loads the child gets random numbers there.")
+    if loading.mismatched:
+        names = format_names(loading.mismatched, NAMED_KEYS)
+        sentences.append(f"{name} has {names} in another shape than the primary; the child will not load as it is.")
+    return " ".join(sentences)

@@ -107,11 +107,15 @@ class Session:
         return self.wizard.complete(given, self.history.answers(), questions)
 
     def prepare_for(self, primary: Checkpoint, options: RunOptions) -> None:
-        """Starts what a primary needs and is not there: workers, and a look at it where somebody can read of it."""
+        """Starts what a primary needs beside the questions: workers, and a look at it where somebody reads of it."""
         is_new = self.lookahead is None or self.lookahead.folder != primary.folder
         if is_new and self.asks and not self.arguments.inspect:
             self.end_lookahead()
             self.lookahead = lookaheads.Lookahead(primary.folder)
+        self.start_workers(primary, options)
+
+    def start_workers(self, primary: Checkpoint, options: RunOptions) -> None:
+        """Starts the workers for such a primary, where none are there, so that they are ready when they are needed."""
         if self.workers is None and options.device in ("auto", "cpu"):
             threads = plans.choose_threads(options.threads)
             kind = plans.choose_workers("cpu", 2 * primary.byte_count, primary.dtypes)
