@@ -6,6 +6,7 @@ slerpmerge names none of these families; what differs between them it finds in n
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 import transformers
 
+from slerpkit.evaluation.loading import load_without_weights
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.checkpoint import Checkpoint
+from slerpkit.parents.checkpoint import Checkpoint, open_checkpoint
 from slerpkit.parity.configs import compare_configs
 from tests.builders import distance, edit_json, load_tensors, merge, reference_slerp, replace_tensors
 
@@ -146,6 +148,19 @@ def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, arch
     shown = output.logits if hasattr(output, "logits") else output.logits_per_text
     assert torch.isfinite(shown).all()
     assert shown.std() > 0
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_class_misses_nothing_of_a_sound_model_and_whatever_is_taken_away(tmp_path, architecture):
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
+    sound = open_checkpoint(make_family_parent(tmp_path / "model", architecture, 1))
+    found = load_without_weights(sound)
+    assert (found.architecture, found.faults, found.unchecked) == (architecture, {}, None)
+    for name in list(sound.tensors)[:: max(1, len(sound.tensors) // 5)]:
+        left = {other: info for other, info in sound.tensors.items() if other != name}
+        missing = load_without_weights(dataclasses.replace(sound, tensors=left)).missing
+        assert len(missing) == 1 or (name in missing), name
 
 
 # ── Settings that change what the weights mean ──────────────────────────────────────────────────
