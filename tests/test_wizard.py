@@ -1254,6 +1254,13 @@ class TestLookahead:
         edit_json(model / "config.json", architectures=[architecture])
         assert Lookahead(model).look(PATIENCE) is None
 
+    def test_nothing_is_loaded_from_the_folder_that_the_person_stands_in(self, tmp_path, monkeypatch):
+        without(make_real_model(tmp_path / "model", 1), "model.norm.weight")
+        (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+        monkeypatch.chdir(tmp_path)
+        assert "needs model.norm.weight" in Lookahead(Path("model")).look(PATIENCE)
+        assert not (tmp_path / "ran").exists()
+
     def test_it_is_given_up_at_once(self, tmp_path):
         lookahead = Lookahead(make_checkpoint(tmp_path / "model", llama_tensors(1)))
         process, started = lookahead._process, time.monotonic()

@@ -11,23 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import slerpkit
 from slerpkit.evaluation.loading import load_without_weights
+from slerpkit.merge.team import PACKAGE_ROOT
 from slerpkit.messages import format_names
 from slerpkit.parents.checkpoint import open_checkpoint
 
 NAMED_KEYS = 3
-LOOK = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-if hasattr(os, "nice"):
-    os.nice(10)  # the workers load at the same time, and are needed sooner
-from pathlib import Path
-from slerpkit.screen.lookahead import what_is_lacking
-sys.stdout.buffer.write(what_is_lacking(Path(sys.argv[2])).encode("utf-8", "backslashreplace"))
-sys.stdout.flush()
-os._exit(0)
-"""
 
 
 class Lookahead:
@@ -39,7 +28,7 @@ class Lookahead:
         self._process: subprocess.Popen[str] | None = None
         with contextlib.suppress(OSError):  # where no process can be started, the merge itself says so
             self._process = subprocess.Popen(
-                [sys.executable, "-c", LOOK, str(Path(slerpkit.__file__).parents[1]), str(folder.resolve())],
+                [sys.executable, "-c", LOOK, str(PACKAGE_ROOT), str(folder.resolve())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -76,3 +65,16 @@ def what_is_lacking(folder: Path) -> str:
         names = format_names(loading.mismatched, NAMED_KEYS)
         sentences.append(f"{name} has {names} in another shape than the primary; the child will not load as it is.")
     return " ".join(sentences)
+
+
+LOOK = f"""
+import os, sys
+sys.path[:] = [sys.argv[1], *filter(None, sys.path)]  # nothing is loaded from the current folder
+if hasattr(os, "nice"):
+    os.nice(10)  # the workers load at the same time, and are needed sooner
+from pathlib import Path
+from {what_is_lacking.__module__} import {what_is_lacking.__name__} as look
+sys.stdout.buffer.write(look(Path(sys.argv[2])).encode("utf-8", "backslashreplace"))
+sys.stdout.flush()
+os._exit(0)  # without taking the libraries apart first
+"""
