@@ -132,6 +132,51 @@ def test_rotary_settings_that_differ_block_under_any_spelling(tmp_path, left, ri
     assert (found.primary, found.secondary) == shown
 
 
+@pytest.mark.parametrize(
+    ("key", "left", "right"),
+    [
+        ("token_dropout", True, False), ("moe_token_dropout", 0.2, 0.0), ("router_jitter_noise", 0.01, 0.1),
+        ("output_logit_soft_cap", 30.0, 15.0), ("output_multiplier", 1.0, 0.5),
+        ("_remove_final_layer_norm", True, False),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_setting_of_training_blocks(tmp_path, key, left, right):
+    stranger = {"model_type": "nobody", "architectures": ["Nobody"]}
+    assert only(compare_configs(tmp_path, {**stranger, key: left}, {**stranger, key: right}), "blocking").subject == key
+
+
+def scaled(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": kind, **more}}
+
+
+TRAINED = {"original_max_position_embeddings": 32}
+FACTORS = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("both", "severity"),
+    [
+        ({}, "notice"),
+        (scaled("linear", factor=4.0), "notice"),
+        (scaled("yarn", factor=4.0, **TRAINED), "notice"),
+        (scaled("longrope", factor=4.0, **FACTORS, **TRAINED), "notice"),
+        (scaled("dynamic", factor=4.0), "blocking"),
+        (scaled("yarn", factor=4.0), "blocking"),
+        (scaled("longrope", **FACTORS, **TRAINED), "blocking"),
+        ({**scaled("longrope", **FACTORS), **TRAINED}, "blocking"),
+        ({"max_relative_positions": -1}, "blocking"),
+        ({"max_relative_positions": 16}, "notice"),
+    ],
+)
+def test_a_limit_blocks_where_positions_are_computed_from_it(tmp_path, both, severity):
+    """Elsewhere it only says where the child ends, as the primary does."""
+    stranger = {"model_type": "nobody", "architectures": ["Nobody"], **both}
+    limits = ({**stranger, "max_position_embeddings": limit} for limit in (64, 128))
+    found = only(compare_configs(tmp_path, *limits), severity)
+    assert found.subject == "max_position_embeddings"
+    assert ("computed from it" in found.consequence) is (severity == "blocking") is (found.accepted_as is not None)
+
+
 @pytest.mark.parametrize("both", [{}, {"rope_theta": ...}], ids=["theta stated", "theta not stated"])
 @pytest.mark.parametrize("none", [None, ...], ids=["null", "absent"])
 def test_scaled_positions_beside_unscaled_ones_block(tmp_path, both, none):

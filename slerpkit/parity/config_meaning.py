@@ -25,6 +25,7 @@ ROPE_KEYS = {
     "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor",
 }
+TRAINED_LENGTH_KEY = "original_max_position_embeddings"  # of texts, before they were made longer
 LOCAL_THETA_KEYS = ("rope_local_base_freq", "local_rope_theta")  # of layers with a sliding window, by themselves
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Sections of a position are told by keys of their own, whatever a version calls their kind.
@@ -62,18 +63,24 @@ def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = canonical.pop("rope_scaling", None)
     rope = dict(together) if isinstance(together, dict) else {}
     rope.update(scaling if isinstance(scaling, dict) else {})
-    shared = {name: canonical.pop(key) for key, name in reversed(ROPE_KEYS.items()) if canonical.get(key) is not None}
+    shared: dict[str, Any] = {}
+    for key, name in ROPE_KEYS.items():  # a second spelling that says another thing stays, under its own name
+        if canonical.get(key) is not None and canonical[key] == shared.setdefault(name, canonical[key]):
+            del canonical[key]
     local = [canonical.pop(key) for key in LOCAL_THETA_KEYS if canonical.get(key) is not None]
-    by_layer_type = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    by_layer_type = {key: {**shared, **value} for key, value in rope.items() if isinstance(value, dict)}
+    if local and not by_layer_type:
+        by_layer_type = {FULL: {**shared, **rope}, SLIDING: {"rope_theta": local[0]}}
+    trained = canonical.get(TRAINED_LENGTH_KEY)
+    kinds = [canonical_rope_types(value) for value in by_layer_type.values() or [{**shared, **rope}]]
+    for kind in kinds:
+        if trained is not None and kind["rope_type"] != "default":
+            kind[TRAINED_LENGTH_KEY] = trained  # stated by itself, it goes before the one among the others
+            canonical.pop(TRAINED_LENGTH_KEY, None)
     if by_layer_type:
-        canonical["rope_parameters"] = {
-            key: canonical_rope_types({**shared, **value}) for key, value in by_layer_type.items()
-        }
-    elif local:
-        both = {FULL: {**shared, **rope}, SLIDING: {"rope_theta": local[0]}}
-        canonical["rope_parameters"] = {key: canonical_rope_types(value) for key, value in both.items()}
+        canonical["rope_parameters"] = dict(zip(by_layer_type, kinds))
     elif rope or shared or "num_attention_heads" in canonical:
-        canonical["rope_parameters"] = canonical_rope_types({**shared, **rope})  # unscaled, where nothing is said
+        canonical["rope_parameters"] = kinds[0]  # unscaled, where nothing is said
     return canonical
 
 
@@ -155,7 +162,7 @@ def readable_config(config: Mapping[str, Any], apart: bool) -> dict[str, Any]:
         rope = rope[FULL] if isinstance(rope.get(FULL), dict) else rope
         readable |= {key: rope[name] for key, name in ROPE_KEYS.items() if rope.get(name) is not None}
         scaling = {key: value for key, value in rope.items() if key not in ROPE_KEYS}
-        readable["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+        readable["rope_scaling"] = None if scaling in ({}, {"rope_type": "default"}) else scaling
     return readable
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import shorten
-from slerpkit.parity.config_meaning import flatten_config, read_meanings
+from slerpkit.parity.config_meaning import TRAINED_LENGTH_KEY, flatten_config, read_meanings
 from slerpkit.parity.report import Mismatch
 
 if TYPE_CHECKING:
@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")  # of a language model inside a larger one
 # Keys whose value is the id of a token: they follow the tokenizer.
 TOKEN_ID_KEY = re.compile(r"token_(id|index)s?$|suppress_tokens$|forced_decoder_ids$")
-# Keys that say how a model was made or run, not what it is.
+# Keys that say how a model was made or run, not what it is. What only looks like one is not among them: some models
+# put tokens to nothing, or noise into their routing, when they answer too, and scale what they put out.
 SILENT_KEY = re.compile(
-    r"dropout|layerdrop|drop_path|drop_rate|pdrop$|^_|^name_or_path$|transformers_version|^use_cache$|initializer"
-    r"|init_std|^init_device$|gradient_checkpointing|^output_|return_dict|torchscript|pretraining_tp|^ep_size$"
-    r"|task_specific_params|finetuning_task|auto_map|unsloth|aux_loss|z_loss|router_jitter_noise|^seq_aux$"
+    r"(?<!token_)dropout|layerdrop|drop_path|drop_rate|pdrop$|^name_or_path$|transformers_version|^use_cache$|initializer"
+    r"|^_(name_or_path|commit_hash|num_labels|auto_class|from_model_config|diffusers_version)$"
+    r"|^_(flash_attn|attn_implementation|experts_implementation)"
+    r"|^output_(attentions|hidden_states|scores|logits|past|router_logits|auxiliary_logits)$"
+    r"|init_std|^init_device$|gradient_checkpointing|return_dict|torchscript|pretraining_tp|^ep_size$"
+    r"|task_specific_params|finetuning_task|auto_map|unsloth|aux_loss|z_loss|^seq_aux$"
     r"|^use_bfloat16$|^prefix$|problem_type|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
-    r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$|^mask_(time|feature)_"
+    r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$"
+    r"|^mask_(time|feature)_(prob|length|min_masks)$"
 )
 # How a model was made to speak, which configs held before generation_config.json did.
 GENERATION_KEY = re.compile(
@@ -38,8 +43,10 @@ LABEL_KEY = re.compile(r"^(id2label|label2id|num_labels)$")
 CAPACITY_KEY = re.compile(
     r"(?<!original_)max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|model_max_length"
 )
+RATIO_ROPE_TYPES = ("yarn", "longrope", "llama3")  # scaled by how far a text reaches beyond those of the training
 DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
+FOLLOWED_LIMIT = "Equal shapes hide this: positions are computed from it."
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -103,9 +110,23 @@ def judge_differences(
         known_by = f"{key.rpartition('.')[0]}.rope_type" if "rope_parameters." in key else key
         if is_read and not all(known_by in config for config in configs):
             mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
+        elif CAPACITY_KEY.search(name) and any(computes_with_limit(config, key) for config in configs):
+            mismatches.append(Mismatch("blocking", key, *shown, FOLLOWED_LIMIT, accepted_as=key))
         else:
             mismatches.append(judge_config_key(key, *shown))
     return mismatches
+
+
+def computes_with_limit(config: Mapping[str, Any], limit: str) -> bool:
+    """Whether the model of a flat config computes positions from this limit of length, and does not only end there."""
+    scope = limit.rpartition(".")[0] + "." * ("." in limit)
+    for key, kind in config.items():
+        if key.startswith(f"{scope}rope_parameters.") and key.endswith("rope_type"):
+            needed = (key.removesuffix("rope_type") + name for name in ("factor", TRAINED_LENGTH_KEY))
+            if kind == "dynamic" or (kind in RATIO_ROPE_TYPES and any(config.get(name) is None for name in needed)):
+                return True
+    distance = config.get(f"{scope}max_relative_positions")
+    return isinstance(distance, int) and distance < 1  # then it is the limit
 
 
 def is_judged_elsewhere(key: str) -> bool:
