@@ -15,7 +15,7 @@ import torch
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity
-from slerpkit.parity.config_meaning import flatten_config, readable_config
+from slerpkit.parity.config_meaning import OLDER, flatten_config, readable_config
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.recipe import MergeRecipe
 from tests.builders import (
@@ -835,13 +835,13 @@ def test_one_meaning_under_two_spellings_is_no_difference(tmp_path, left, right)
 def test_rotary_settings_stand_apart_for_an_older_class(scaling, place):
     together = {"rope_parameters": {**scaling, "rope_theta": 5e5, "partial_rotary_factor": 0.5}, "hidden_size": 16}
     config = together if place == "top" else {place: together}
-    read = readable_config(config, apart=True)
+    read = readable_config(config, OLDER[0])
     inner = read if place == "top" else read[place]
     assert "rope_parameters" not in inner
     assert (inner["rope_theta"], inner["partial_rotary_factor"]) == (5e5, 0.5)
     assert inner["rope_scaling"] == (scaling if scaling["rope_type"] == "yarn" else None)
     assert flatten_config(read) == flatten_config(config)
-    assert readable_config(config, apart=False) == config
+    assert readable_config(config) == config
 
 
 def test_models_saved_by_transformers_have_nothing_to_report(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import shorten
-from slerpkit.parity.config_meaning import TRAINED_LENGTH_KEY, flatten_config, read_meanings
+from slerpkit.parity.config_meaning import ROPE_DEFAULTS, TRAINED_LENGTH_KEY, flatten_config, read_meanings
 from slerpkit.parity.report import Mismatch
 
 if TYPE_CHECKING:
@@ -95,19 +95,21 @@ def judge_differences(
     mismatches = []
     for key in sorted(configs[0].keys() | configs[1].keys()):
         name = key.rpartition(".")[2]
-        values = [config.get(key) for config in configs]
+        is_rope = "rope_parameters." in key
+        silence = ROPE_DEFAULTS.get(name) if is_rope and is_read else None
+        values = [config.get(key, silence) for config in configs]
         if is_judged_elsewhere(key) or same_value(*values) or (any_depth and is_per_layer(name, values[0])):
             continue
         if None in values and (name == "architectures" or not one_type):
             continue  # model_type tells as much; another architecture has other keys
         if name == "sliding_window" and not any(values):
             continue  # none, and not spoken of
-        shown = [
-            ("not stated" if value is None else shorten(value)) + " by default" * (name not in names and key in config)
-            for value, names, config in zip(values, names_stated, configs)
-        ]
+        shown = []
+        for value, names, config in zip(values, names_stated, configs):
+            is_filled_in = name not in names and (value is not None or key in config)
+            shown.append(("not stated" if value is None else shorten(value)) + " by default" * is_filled_in)
         # Of rotary settings a class keeps those alone that are stated; each is read where there is a kind of them.
-        known_by = f"{key.rpartition('.')[0]}.rope_type" if "rope_parameters." in key else key
+        known_by = f"{key.rpartition('.')[0]}.rope_type" if is_rope else key
         if is_read and not all(known_by in config for config in configs):
             mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
         elif CAPACITY_KEY.search(name) and any(computes_with_limit(config, key) for config in configs):
