@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from slerpkit.evaluation.loading import load_without_weights
-from slerpkit.merge.team import PACKAGE_ROOT
+from slerpkit.merge.team import PACKAGE_ROOT, SAFE_PATH
 from slerpkit.messages import format_names
 from slerpkit.parents.checkpoint import open_checkpoint
 
@@ -69,7 +69,7 @@ def what_is_lacking(folder: Path) -> str:
 
 LOOK = f"""
 import os, sys
-sys.path[:] = [sys.argv[1], *filter(None, sys.path)]  # nothing is loaded from the current folder
+{SAFE_PATH}
 if hasattr(os, "nice"):
     os.nice(10)  # the workers load at the same time, and are needed sooner
 from pathlib import Path
