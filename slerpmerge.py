@@ -64,6 +64,7 @@ else:  # each is loaded when the story comes to it: --help needs none, the first
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
+PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -131,7 +132,7 @@ def merge(session: Session, given: Answers) -> None:
     if objective is not None:
         keep_sweep(session, report, curve)
     afterwards.save_maps_of_merge(session, report)
-    report = afterwards.verify_fully(session, report)
+    afterwards.verify_as_asked(session, report)
     compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
     afterwards.evaluate_as_flags_ask(session, compared, objective)
     if session.asks and afterwards.may_generate_text(plan):
@@ -169,7 +170,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     check_options(options)
     parents = story.open_parents(recipe)
     if not arguments.dry_run:
-        session.start_workers(parents.primary, options)  # they load what they need meanwhile
+        session.prepare_for(parents.primary, options)  # it loads what it needs meanwhile
     parity = story.check_parity(parents, recipe)
     if parity.acceptable and session.accepts(parity):
         recipe = dataclasses.replace(recipe, accept=(*recipe.accept, *parity.acceptable))
@@ -181,7 +182,8 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
     plan = story.plan_merge(recipe, options, parents, parity)
-    session.show(panels.render_plan(session.console, plan, finds_t=answers.blend.objective is not None))
+    lacks = session.what_primary_lacks(PATIENCE_SECONDS)
+    session.show(panels.render_plan(session.console, plan, answers.blend.objective is not None, lacks))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
         session.show(panels.render_curves(session.console, plan))
     if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
@@ -205,12 +207,19 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
     is_lost = plan.leftover is not None and plan.leftover.reason != ""
     if is_lost:
         session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
-    while (decision := session.wizard.decide(plan.kinship.warning is None and not is_lost)) == "inspect":
-        with session.view:
-            team = session.workers_for(plan)
-            found = story.measure_differences(plan.parity.pairs, plan.recipe, team, session.observe)
-        session.show(figures.render_map(session.console, found))
-    return decision
+    lacks = session.what_primary_lacks()
+    while True:
+        decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
+        if decision == "inspect":
+            with session.view:
+                team = session.workers_for(plan)
+                found = story.measure_differences(plan.parity.pairs, plan.recipe, team, session.observe)
+            session.show(figures.render_map(session.console, found))
+        elif decision == "start" and session.what_primary_lacks() != lacks:  # known since the plan was drawn
+            lacks = session.what_primary_lacks()
+            session.show(printable(lacks), style="yellow", markup=False)
+        else:
+            return decision
 
 
 def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers) -> None:
@@ -253,10 +262,12 @@ def keep_sweep(session: Session, report: MergeReport, curve: Finding) -> None:
 def make_child(session: Session, plan: MergePlan) -> MergeReport:
     """The merge itself, timed with all that the person waits for, and its report shown."""
     session.closing_note, session.leaves_something = CLEANED_UP, False
+    session.end_lookahead()
     started = time.perf_counter()
     terminal.collect_garbage_again()
     with session.view:
-        report = story.execute_merge(plan, session.observe, session.workers_for(plan))
+        further = afterwards.further_check(session)
+        report = story.execute_merge(plan, session.observe, session.workers_for(plan), further)
     report = dataclasses.replace(report, total_seconds=time.perf_counter() - started)
     session.show(panels.render_report(session.console, report))
     return report

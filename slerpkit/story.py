@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.child.companions import copy_companions
 from slerpkit.child.report import MergeReport, write_report
-from slerpkit.child.verify import verify_child
+from slerpkit.child.verify import nothing_further, verify_child
 from slerpkit.files import clean_path
 from slerpkit.merge.events import ignore
 from slerpkit.merge.plan import choose_threads, plan_merge
@@ -24,6 +24,9 @@ from slerpkit.recipe import check_options, check_recipe, recipe_and_options
 from slerpkit.schedule import Schedule, parse_blend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from slerpkit.child.verify import Verification
     from slerpkit.merge.difference_map import DifferenceMap
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
@@ -44,18 +47,24 @@ def prepare_merge(recipe: MergeRecipe, options: RunOptions) -> MergePlan:
     return plan_merge(recipe, options, parents, parity)
 
 
-def execute_merge(plan: MergePlan, observe: Observer = ignore, team: WorkerTeam | None = None) -> MergeReport:
+def execute_merge(
+    plan: MergePlan,
+    observe: Observer = ignore,
+    team: WorkerTeam | None = None,
+    further: Callable[[Path], Verification] = nothing_further,
+) -> MergeReport:
     """Makes the planned child. It appears under its name whole and checked, or not at all.
 
-    team: workers that were started before; without it the merge has its own. Raises SlerpMergeError where the world
-    does not let it; parents and save directory are then as before.
+    team: workers that were started before; without it the merge has its own. further: a check of the whole child, in
+    its folder, before it is put in place. Raises SlerpMergeError where the world, or a check, does not let it; parents
+    and save directory are then as before.
     """
     started = time.perf_counter()
     own_team = team_for(plan.threads, plan.device, plan.source_bytes, plan.dtypes, team)
     with StagedChild(plan, observe) as child, own_team as team:
         merged = stream_merge(plan, child, team, observe)
         copy_companions(plan, child)
-        verified = verify_child(plan, child, merged, team)
+        verified = verify_child(plan, child, merged, team, further)
         report = write_report(plan, child, merged, verified)
         sync_seconds = child.sync()
         check_parents_unchanged(plan, child)

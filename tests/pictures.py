@@ -222,6 +222,7 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     session = Session(build_parser().parse_args(["--verify", "quick"]), slerpmerge.NOTHING_WRITTEN)
     session.console, session.interactive = console, True
     session.view = MergeView(console)
+    session.prepare_for = lambda *_: None
     session.history = mock.Mock(content={}, recent=[], answers=Answers)
     session.wizard = wizard.Wizard(TypedAnswers(console), ModelFinder([]), lambda *_: None)
 

@@ -6,6 +6,7 @@ slerpmerge names none of these families; what differs between them it finds in n
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 import transformers
 
+from slerpkit.evaluation.loading import load_without_weights
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.checkpoint import Checkpoint
+from slerpkit.parents.checkpoint import Checkpoint, open_checkpoint
 from slerpkit.parity.configs import compare_configs
 from tests.builders import distance, edit_json, load_tensors, merge, reference_slerp, replace_tensors
 
@@ -44,15 +46,17 @@ WHISPER = {
     "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
 
+STATES = {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
+
 # architecture -> its configuration's class and values
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LlamaForCausalLM": ("LlamaConfig", GROUPED),
-    "MistralForCausalLM": ("MistralConfig", GROUPED),
+    "MistralForCausalLM": ("MistralConfig", {**GROUPED, "sliding_window": 4}),
     "Qwen2ForCausalLM": ("Qwen2Config", {**GROUPED, "tie_word_embeddings": True}),
     "Qwen3ForCausalLM": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
-    "Gemma2ForCausalLM": ("Gemma2Config", {**GROUPED, "head_dim": 8}),
-    "Gemma3ForCausalLM": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8}),
-    "Phi3ForCausalLM": ("Phi3Config", GROUPED),
+    "Gemma2ForCausalLM": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 4}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 4}),
+    "Phi3ForCausalLM": ("Phi3Config", {**GROUPED, "sliding_window": 4}),
     "GPT2LMHeadModel": ("GPT2Config", {**OLD, "n_embd": WIDTH, "n_positions": 64}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", TEXT),
     "FalconForCausalLM": (
@@ -74,7 +78,81 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "MambaConfig",
         {"vocab_size": TOKENS, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4},
     ),
+    "GptOssForCausalLM": (
+        "GptOssConfig",
+        {**GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    ),
+    "PhimoeForCausalLM": ("PhimoeConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": 4,
+        },
+    ),
+    "Gemma3nForCausalLM": (
+        "Gemma3nTextConfig",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "vocab_size_per_layer_input": TOKENS,
+            "hidden_size_per_layer_input": 8,
+            "intermediate_size": [48] * 2,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 0,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5] * 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "Cohere2ForCausalLM": ("Cohere2Config", {**GROUPED, "num_hidden_layers": 4, "sliding_window": 4}),
+    "Exaone4ForCausalLM": ("Exaone4Config", {**GROUPED, "num_hidden_layers": 4, "sliding_window": 4}),
+    "SmolLM3ForCausalLM": ("SmolLM3Config", {**GROUPED, "num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "GraniteForCausalLM": ("GraniteConfig", GROUPED),
+    "NemotronForCausalLM": ("NemotronConfig", GROUPED),
+    "Ernie4_5ForCausalLM": ("Ernie4_5Config", {**GROUPED, "head_dim": 8}),
+    "Mamba2ForCausalLM": (
+        "Mamba2Config",
+        {
+            "vocab_size": TOKENS,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
+    "BambaForCausalLM": ("BambaConfig", {**GROUPED, **STATES, "mamba_n_heads": 8, "attn_layer_indices": [1]}),
+    "FalconH1ForCausalLM": ("FalconH1Config", {**GROUPED, **STATES, "mamba_n_heads": 4, "mamba_d_ssm": 32}),
     "BertForMaskedLM": ("BertConfig", TEXT),
+    "ModernBertForMaskedLM": (
+        "ModernBertConfig",
+        {**TEXT, "num_hidden_layers": 3, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "DebertaV2ForMaskedLM": (
+        "DebertaV2Config",
+        {
+            **TEXT,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 4,
+            "position_biased_input": False,
+        },
+    ),
+    "EsmForMaskedLM": (
+        "EsmConfig",
+        {**TEXT, "position_embedding_type": "rotary", "mask_token_id": 4, "token_dropout": True},
+    ),
     "T5ForConditionalGeneration": (
         "T5Config",
         {"vocab_size": TOKENS, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
@@ -91,6 +169,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+def class_of(architecture: str) -> Any:
+    """The model's class; the test is skipped where the installed transformers does not have it yet."""
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
+    return getattr(transformers, architecture)
 
 
 def inputs_of(architecture: str) -> dict[str, torch.Tensor]:
@@ -123,8 +208,7 @@ def make_family_parent(folder: Path, architecture: str, seed: int) -> Path:
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, architecture):
-    if not hasattr(transformers, architecture):
-        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
+    load: Callable[..., Any] = class_of(architecture).from_pretrained
     primary, secondary = (make_family_parent(tmp_path / str(seed), architecture, seed) for seed in (1, 2))
     parents.watch(primary, secondary)
     child = merge(primary, secondary, tmp_path / "child", 0.3).child
@@ -138,7 +222,6 @@ def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, arch
         else:
             assert torch.equal(found, left[name]), name
 
-    load: Callable[..., Any] = getattr(transformers, architecture).from_pretrained
     model, report = load(child, output_loading_info=True, torch_dtype=torch.float32)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     with torch.no_grad():
@@ -148,12 +231,25 @@ def test_a_child_of_every_family_is_right_loads_and_runs(tmp_path, parents, arch
     assert shown.std() > 0
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_class_misses_nothing_of_a_sound_model_and_whatever_is_taken_away(tmp_path, architecture):
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
+    sound = open_checkpoint(make_family_parent(tmp_path / "model", architecture, 1))
+    found = load_without_weights(sound)
+    assert (found.architecture, found.faults, found.unchecked) == (architecture, {}, None)
+    for name in list(sound.tensors)[:: max(1, len(sound.tensors) // 5)]:
+        left = {other: info for other, info in sound.tensors.items() if other != name}
+        missing = load_without_weights(dataclasses.replace(sound, tensors=left)).missing
+        assert len(missing) == 1 or (name in missing), name
+
+
 # ── Settings that change what the weights mean ──────────────────────────────────────────────────
 
-# What follows the tokenizer or bounds a text is told and not refused; whether a head is tied, its weights tell; what is
+# What follows the tokenizer is told and not refused; whether a head is tied, its weights tell; what is
 # put out beside the logits chooses among implementations of one meaning.
 TOLD = re.compile(
-    r"token_(id|index)|vocab_size|max_position|n_positions|id2label|label2id|dtype|architectures|model_type|^tie_|^output_"
+    r"token_(id|index)|vocab_size|id2label|label2id|dtype|architectures|model_type|^tie_|^output_(att|hidden|router)"
 )
 
 
@@ -208,9 +304,9 @@ QUICK = ("Gemma2ForCausalLM", "FalconForCausalLM", "MixtralForCausalLM", "BertFo
     "architecture", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_every_setting_that_moves_the_logits_blocks(tmp_path, architecture):
-    config_name, values = FAMILIES[architecture]
+    model_class, (config_name, values) = class_of(architecture), FAMILIES[architecture]
     torch.manual_seed(1)
-    model = getattr(transformers, architecture)(getattr(transformers, config_name)(**copy.deepcopy(values)))
+    model = model_class(getattr(transformers, config_name)(**copy.deepcopy(values)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

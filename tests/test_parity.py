@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity
-from slerpkit.parity.config_meaning import flatten_config, readable_config
+from slerpkit.parity.config_meaning import OLDER, as_class_of, flatten_config, readable_config
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.recipe import MergeRecipe
 from tests.builders import (
@@ -132,6 +133,51 @@ def test_rotary_settings_that_differ_block_under_any_spelling(tmp_path, left, ri
     assert (found.primary, found.secondary) == shown
 
 
+@pytest.mark.parametrize(
+    ("key", "left", "right"),
+    [
+        ("token_dropout", True, False), ("moe_token_dropout", 0.2, 0.0), ("router_jitter_noise", 0.01, 0.1),
+        ("output_logit_soft_cap", 30.0, 15.0), ("output_multiplier", 1.0, 0.5),
+        ("_remove_final_layer_norm", True, False),
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_setting_of_training_blocks(tmp_path, key, left, right):
+    stranger = {"model_type": "nobody", "architectures": ["Nobody"]}
+    assert only(compare_configs(tmp_path, {**stranger, key: left}, {**stranger, key: right}), "blocking").subject == key
+
+
+def scaled(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": kind, **more}}
+
+
+TRAINED = {"original_max_position_embeddings": 32}
+FACTORS = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("both", "severity"),
+    [
+        ({}, "notice"),
+        (scaled("linear", factor=4.0), "notice"),
+        (scaled("yarn", factor=4.0, **TRAINED), "notice"),
+        (scaled("longrope", factor=4.0, **FACTORS, **TRAINED), "notice"),
+        (scaled("dynamic", factor=4.0), "blocking"),
+        (scaled("yarn", factor=4.0), "blocking"),
+        (scaled("longrope", **FACTORS, **TRAINED), "blocking"),
+        ({**scaled("longrope", **FACTORS), **TRAINED}, "blocking"),
+        ({"max_relative_positions": -1}, "blocking"),
+        ({"max_relative_positions": 16}, "notice"),
+    ],
+)
+def test_a_limit_blocks_where_positions_are_computed_from_it(tmp_path, both, severity):
+    """Elsewhere it only says where the child ends, as the primary does."""
+    stranger = {"model_type": "nobody", "architectures": ["Nobody"], **both}
+    limits = ({**stranger, "max_position_embeddings": limit} for limit in (64, 128))
+    found = only(compare_configs(tmp_path, *limits), severity)
+    assert found.subject == "max_position_embeddings"
+    assert ("computed from it" in found.consequence) is (severity == "blocking") is (found.accepted_as is not None)
+
+
 @pytest.mark.parametrize("both", [{}, {"rope_theta": ...}], ids=["theta stated", "theta not stated"])
 @pytest.mark.parametrize("none", [None, ...], ids=["null", "absent"])
 def test_scaled_positions_beside_unscaled_ones_block(tmp_path, both, none):
@@ -189,6 +235,8 @@ def of_type(model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_setting_left_to_the_class_is_its_default(tmp_path, model_type, key, default, other):
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
     silent = of_type(model_type, {})
     assert compare_configs(tmp_path, silent, {**silent, key: default}).mismatches == ()
     for number, sides in enumerate(((silent, {**silent, key: other}), ({**silent, key: other}, silent))):
@@ -196,6 +244,27 @@ def test_a_setting_left_to_the_class_is_its_default(tmp_path, model_type, key, d
         assert found.accepted_as == found.subject
         assert key in found.subject
         assert " by default" in found.primary + found.secondary
+
+
+def test_a_rotary_setting_that_a_class_does_not_know_is_what_models_without_it_do(tmp_path, monkeypatch):
+    """As classes of version 4 for models whose later ones state it."""
+    meanings = [dict(LLAMA_CONFIG), {**LLAMA_CONFIG, "rope_scaling": {"rope_type": "default"}}]
+    monkeypatch.setattr("slerpkit.parity.configs.read_meanings", lambda *_: meanings)
+    silent = {"rope_theta": ...}
+    for number, (factor, severity) in enumerate(((1.0, None), (0.5, "blocking"))):
+        meanings[1]["partial_rotary_factor"] = factor
+        report = compare_configs(tmp_path / str(number), silent, {**silent, "partial_rotary_factor": factor})
+        if severity is None:
+            assert report.mismatches == ()
+        else:
+            found = only(report, severity)
+            assert (found.primary, found.secondary) == ("1.0 by default", "0.5")
+
+
+def test_two_spellings_of_a_setting_that_disagree_are_both_compared(tmp_path):
+    stranger = {"model_type": "nobody", "architectures": ["Nobody"], "rope_theta": ..., "partial_rotary_factor": 0.25}
+    report = compare_configs(tmp_path, {**stranger, "rotary_pct": 0.25}, {**stranger, "rotary_pct": 0.5})
+    assert subjects(report, "blocking") == ["rotary_pct"]
 
 
 def test_what_no_class_reads_is_compared_as_it_stands(tmp_path):
@@ -774,6 +843,10 @@ def test_one_model_given_twice_is_noted(tmp_path):
         ),
         ({"text_config": {"rope_theta": 1e4}}, {"text_config": {"rope_parameters": {"rope_theta": 1e4}}}),
         (
+            {"original_max_position_embeddings": 32, "rope_scaling": {"type": "su", "long_factor": [2.0, 2.0]}},
+            {"rope_parameters": {"rope_type": "longrope", "long_factor": [2.0, 2.0], "rope_theta": 1e4, **TRAINED}},
+        ),
+        (
             {"text_config": {"num_attention_heads": 4, "hidden_size": 16}},
             {"text_config": {"num_attention_heads": 4, "hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4}},
         ),
@@ -790,13 +863,42 @@ def test_one_meaning_under_two_spellings_is_no_difference(tmp_path, left, right)
 def test_rotary_settings_stand_apart_for_an_older_class(scaling, place):
     together = {"rope_parameters": {**scaling, "rope_theta": 5e5, "partial_rotary_factor": 0.5}, "hidden_size": 16}
     config = together if place == "top" else {place: together}
-    read = readable_config(config, apart=True)
+    read = readable_config(config, OLDER[0])
     inner = read if place == "top" else read[place]
     assert "rope_parameters" not in inner
     assert (inner["rope_theta"], inner["partial_rotary_factor"]) == (5e5, 0.5)
     assert inner["rope_scaling"] == (scaling if scaling["rope_type"] == "yarn" else None)
     assert flatten_config(read) == flatten_config(config)
-    assert readable_config(config, apart=False) == config
+    assert readable_config(config) == config
+
+
+def test_an_older_class_is_given_the_names_that_it_takes():
+    """Version 5 names kinds of layers anew, and some older classes refuse what they do not know."""
+    today = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "inner": {"layers_block_type": ["linear_attention"]},
+    }
+    together = {"rope_parameters": {"rope_type": "longrope", "long_factor": [2.0], **TRAINED}, **TRAINED}
+    assert readable_config(today, OLDER[0]) == today
+    older = {"layer_types": ["mamba", "attention"], "inner": {"layers_block_type": ["mamba"]}}
+    assert readable_config(today, OLDER[1]) == older
+    assert readable_config(together, OLDER[2])["rope_scaling"] == {"type": "longrope", "long_factor": [2.0]}
+    assert flatten_config(readable_config(together, OLDER[2])) == flatten_config(together)
+
+
+@pytest.mark.parametrize(
+    ("stated", "known", "given"),
+    [
+        ({"num_local_experts": 4}, {"num_experts": 8}, {"num_experts": 4}),
+        ({"num_local_experts": 4}, {"num_local_experts": 8}, {"num_local_experts": 4}),
+        ({"text_config": {"model_type": "seer_text", "a": 1}, "a": 2}, {"a": 0}, {"a": 2}),
+        ({"text_config": {"model_type": "seer_text", "a": 1}}, {"a": 0}, {"a": 1}),
+        ({"text_config": {"model_type": "other", "a": 1}}, {"a": 0}, {"text_config": {"model_type": "other", "a": 1}}),
+        ({"text_config": {"a": 1}}, {"text_config": {}}, {"text_config": {"a": 1}}),
+    ],
+)
+def test_a_class_is_given_settings_where_it_looks_for_them(stated, known, given):
+    assert as_class_of({"model_type": "seer", **stated}, known) == {"model_type": "seer", **given}
 
 
 def test_models_saved_by_transformers_have_nothing_to_report(tmp_path):

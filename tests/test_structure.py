@@ -44,12 +44,12 @@ FLOORS = (
     " slerpkit.merge.stream",
     "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
     "slerpkit.story",
-    "slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity slerpkit.evaluation.harness"
-    " slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
+    "slerpkit.evaluation.loading slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity"
+    " slerpkit.evaluation.harness slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
-    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.session"
-    " slerpkit.screen.afterwards",
+    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.lookahead"
+    " slerpkit.screen.session slerpkit.screen.afterwards",
     "slerpmerge",
 )
 # The package's door hands out merge_models, which it imports when it is asked for.

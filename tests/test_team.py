@@ -219,6 +219,17 @@ def is_alive(process: int) -> bool:
     return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
+def test_nothing_in_the_current_folder_is_run(pair, tmp_path, monkeypatch):
+    """It may be the folder of a model that somebody else has filled."""
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    for name in ("numpy", "torch", "signal", "slerpkit", "yaml"):
+        (stranger / f"{name}.py").write_text("open('was_run', 'w').close()\nraise SystemExit('a stranger\\'s')\n")
+    monkeypatch.chdir(stranger)
+    assert merge(*pair, tmp_path / "child").child.is_dir()
+    assert not (stranger / "was_run").exists()
+
+
 def test_the_main_process_needs_no_torch(pair, tmp_path):
     with start_merge(pair, tmp_path / "child", 0) as merging:
         output, fault = merging.communicate(timeout=60)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -256,7 +257,7 @@ def test_a_merged_child_loads(tmp_path, parents, tied, shard_bytes):
     parents.watch(*folders)
     child = merge(*folders, tmp_path / "child", max_shard_bytes=shard_bytes).child
     assert ("lm_head.weight" in load_tensors(child)) is not tied
-    loaded, tokenizer = verify_with_transformers(child)
+    loaded, tokenizer = verify_with_transformers(child).checks
     assert loaded == "LlamaForCausalLM loads it with no missing, unexpected or mismatched key"
     assert f"{VOCABULARY} tokens" in tokenizer
 
@@ -286,18 +287,73 @@ def test_a_tied_child_without_its_embedding_is_refused(tmp_path):
         verify_with_transformers(changed_copy(tied, tmp_path / "model", **{"model.embed_tokens.weight": None}))
 
 
+def verify_with_config(model: Path, folder: Path, without: str | None = None, **changes: Any) -> Verification:
+    """What is found of a copy of a model with another config, and perhaps without a tensor."""
+    changed_copy(model, folder, **({} if without is None else {without: None}))
+    edit_json(folder / "config.json", **changes)
+    return verify_with_transformers(folder)
+
+
 @pytest.mark.parametrize("architecture", ["UnheardOfForCausalLM", "logging", "AutoTokenizer"])
-def test_an_architecture_that_transformers_does_not_have_is_named(tmp_path, real_model, architecture):
+def test_an_architecture_that_transformers_does_not_have_is_said_as_not_checked(tmp_path, real_model, architecture):
     """Also a name that is there but is no model: config.json must not choose what is called."""
-    edit_json(copy_model(real_model, tmp_path / "model") / "config.json", architectures=[architecture])
-    with pytest.raises(SlerpMergeError, match=rf"transformers \S+ has no (model )?{architecture}"):
-        verify_with_transformers(tmp_path / "model")
+    found = verify_with_config(real_model, tmp_path / "model", architectures=[architecture])
+    (warning,) = found.warnings
+    assert re.match(rf"not checked with transformers: transformers \S+ has no {architecture}", warning)
+    assert "loads it" not in " ".join(found.checks)
 
 
-def test_a_model_type_that_transformers_does_not_know_is_refused_in_words(tmp_path, real_model):
-    edit_json(copy_model(real_model, tmp_path / "model") / "config.json", model_type="unheard-of")
-    with pytest.raises(SlerpMergeError, match="unheard-of"):
-        verify_with_transformers(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "unheard-of"}, "unheard-of"),
+        ({"hidden_act": "unheard-of"}, "unheard-of"),
+        ({"_attn_implementation": "somebody/kernels"}, "names the code somebody/kernels"),
+    ],
+)
+def test_a_config_that_transformers_cannot_take_is_said_as_not_checked(tmp_path, real_model, changes, words):
+    (warning,) = verify_with_config(real_model, tmp_path / "model", **changes).warnings
+    assert warning.startswith("not checked with transformers: ")
+    assert words in warning
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_own.Model"}}, "it brings code of its own"),
+        ({"transformers_version": "99.1.0"}, "transformers 99.1.0 saved it"),
+    ],
+)
+def test_keys_that_another_class_may_take_are_no_fault(tmp_path, real_model, changes, words):
+    found = verify_with_config(real_model, tmp_path / "model", "model.norm.weight", **changes)
+    assert words in found.warnings[0]
+    assert verify_with_config(real_model, tmp_path / "whole", **changes).warnings == ()
+
+
+def test_layers_that_predict_further_tokens_are_no_fault(tmp_path, real_model):
+    """transformers leaves them out when it loads; a stranger's name beside them stays one."""
+    copies = {"mtp.fc.weight": torch.ones(3), "mtp.layers.0.mlp.up_proj.weight": torch.ones(3)}
+    assert verify_with_transformers(changed_copy(real_model, tmp_path / "original", **copies)).warnings == ()
+    with pytest.raises(SlerpMergeError, match=r"unexpected keys: extra\.weight"):
+        verify_with_transformers(
+            changed_copy(real_model, tmp_path / "other", **copies, **{"extra.weight": torch.ones(3)})
+        )
+
+
+def test_logits_that_are_no_numbers_are_refused_and_others_are_told(tmp_path, real_model):
+    assert "its logits for a short text are finite" in verify_with_transformers(real_model, with_logits=True).checks
+    spoiled = changed_copy(
+        real_model, tmp_path / "model", **{"model.norm.weight": torch.full((HIDDEN,), math.nan, dtype=torch.bfloat16)}
+    )
+    assert verify_with_transformers(spoiled).warnings == ()
+    with pytest.raises(SlerpMergeError, match="logits for a short text are infinite or not a number"):
+        verify_with_transformers(spoiled, with_logits=True)
+
+
+def test_logits_that_there_is_no_memory_for_are_said_as_not_computed(real_model, monkeypatch):
+    monkeypatch.setattr("slerpkit.evaluation.models.free_memory", lambda: 1e6)
+    (warning,) = verify_with_transformers(real_model, with_logits=True).warnings
+    assert re.match("its logits were not computed: .* of memory", warning)
 
 
 @pytest.mark.parametrize("text", ["no json", "{}"])
@@ -317,23 +373,58 @@ def test_code_that_a_child_carries_is_not_run(tmp_path, real_model):
     assert not (tmp_path / "ran").exists()
 
 
+def write_hole(file: Path, shapes: Mapping[str, list[int]]) -> int:
+    """Writes a file whose tensors, in bfloat16, take no room on the disk; how many bytes they state."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+    header = json.dumps(entries).encode()
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + end)
+    return end
+
+
 def test_a_child_larger_than_memory_should_hold_is_loaded_without_its_weights(tmp_path, real_model):
     """Two matrices of 400 MB each, all hole on the disk: stand-ins take no memory either."""
     resource = pytest.importorskip("resource")
     model = copy_model(real_model, tmp_path / "model")
     longer = {HIDDEN: 1024, HIDDEN // 2: 512, VOCABULARY: 200_000}  # 64 times as wide
     edit_json(model / "config.json", vocab_size=200_000, hidden_size=1024, head_dim=256)
-    entries, end = {}, 0
-    for name, info in read_header(model / "model.safetensors").items():
-        shape = [longer.get(length, length) for length in info.shape]
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
-    header = json.dumps(entries).encode()
-    with (model / "model.safetensors").open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + end)
+    stored = read_header(model / "model.safetensors")
+    shapes = {name: [longer.get(length, length) for length in info.shape] for name, info in stored.items()}
+    end = write_hole(model / "model.safetensors", shapes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     verify_with_transformers(model)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 100e6 < end
+
+
+def test_experts_that_are_put_into_one_tensor_take_no_memory(tmp_path):
+    """Eight of 25 MB in each of two layers, all hole on the disk."""
+    resource = pytest.importorskip("resource")
+    transformers = pytest.importorskip("transformers")
+    width, inner, tokens, experts = 1024, 4096, 64, 8
+    config = transformers.MixtralConfig(
+        vocab_size=tokens, hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, num_local_experts=experts, architectures=["MixtralForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    shapes = {"model.embed_tokens.weight": [tokens, width], "lm_head.weight": [tokens, width]}
+    shapes["model.norm.weight"] = [width]
+    for layer in (f"model.layers.{number}." for number in range(2)):
+        shapes |= {f"{layer}self_attn.{part}_proj.weight": [width, width] for part in "qkvo"}
+        shapes |= {f"{layer}{norm}_layernorm.weight": [width] for norm in ("input", "post_attention")}
+        shapes[f"{layer}block_sparse_moe.gate.weight"] = [experts, width]
+        for expert in (f"{layer}block_sparse_moe.experts.{number}." for number in range(experts)):
+            shapes |= {f"{expert}w1.weight": [inner, width], f"{expert}w3.weight": [inner, width]}
+            shapes[f"{expert}w2.weight"] = [width, inner]
+    end = write_hole(tmp_path / "model.safetensors", shapes)
+    transformers.MixtralForCausalLM  # noqa: B018 - loaded before memory is measured
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (loaded,) = verify_with_transformers(tmp_path).checks
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert loaded.startswith("MixtralForCausalLM loads it")
     assert grown * (1 if sys.platform == "darwin" else 1024) < 100e6 < end
 
 

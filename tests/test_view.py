@@ -224,6 +224,8 @@ class TestPlanPanel:
         assert "1 thread " in words(shown(lambda console: render_plan(console, plan), 100)) + " "
 
     def test_where_a_sweep_finds_t_the_plan_says_none(self, scene):
+        text = words(shown(lambda console: render_plan(console, scene.plan, warning="It lacks a norm."), 100))
+        assert "mind It lacks a norm." in text
         text = words(shown(lambda console: render_plan(console, scene.plan, finds_t=True), 100))
         assert "blend slerp, t to be found" in text
         assert "0.5" not in text.partition("blend")[2].partition("kinship")[0]

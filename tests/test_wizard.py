@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import slerpmerge
 from slerpkit.files import clean_path
+from slerpkit.merge.plan import MergePlan
 from slerpkit.merge.save_directory import proposed_save_directory
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import find_model, open_checkpoint
@@ -27,6 +29,8 @@ from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse
 from slerpkit.screen.finder import ModelFinder
 from slerpkit.screen.flags import answers_given, build_parser, equivalent_command
 from slerpkit.screen.history import History
+from slerpkit.screen.lookahead import Lookahead
+from slerpkit.screen.session import Session
 from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from tests.builders import (
@@ -38,11 +42,13 @@ from tests.builders import (
     load_tensors,
     make_checkpoint,
     make_pair,
+    make_real_model,
     make_real_pair,
     reference_slerp,
+    replace_tensors,
     units_of_last_place,
 )
-from tests.terminal import Terminal, needs_terminal, words
+from tests.terminal import PATIENCE, Terminal, needs_terminal, words
 from tests.test_crash import interrupted
 from tests.test_judgement import write_text
 
@@ -1214,6 +1220,105 @@ class TestManners:
             terminal.wait_for(".weight  slerp, ")
             terminal.wait_for("layers  ██")
             assert terminal.stop() == 130
+
+
+# ── What the primary lacks ──
+
+
+def without(folder: Path, *names: str) -> Path:
+    """A model that lost some of its tensors."""
+    replace_tensors(folder, {name: tensor for name, tensor in load_tensors(folder).items() if name not in names})
+    return folder
+
+
+class TestLookahead:
+    def test_what_the_class_needs_and_nobody_has_is_known_after_a_while(self, tmp_path):
+        lost = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1) for part in "qk"]
+        model = without(make_real_model(tmp_path / "model", 1), *lost)
+        lookahead = Lookahead(model)
+        assert lookahead.look() is None, "it is not waited for"
+        warning = lookahead.look(PATIENCE)
+        assert warning.startswith(f"LlamaForCausalLM needs {lost[1]}, {lost[0]}, {lost[3]} and 1 more, which")
+        assert lookahead.look() == warning
+
+    def test_a_shape_that_the_class_does_not_have_is_told_too(self, tmp_path):
+        model = make_real_model(tmp_path / "model", 1)
+        edit_json(model / "config.json", intermediate_size=25)
+        warning = Lookahead(model).look(PATIENCE)
+        assert warning.startswith("LlamaForCausalLM has model.layers.0.mlp.down_proj.weight, ")
+        assert "and 3 more in another shape than the primary" in warning
+
+    @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "UnheardOfForCausalLM"])
+    def test_of_a_sound_model_or_an_unknown_one_nothing_is_said(self, tmp_path, architecture):
+        model = make_real_model(tmp_path / "model", 1)
+        edit_json(model / "config.json", architectures=[architecture])
+        assert Lookahead(model).look(PATIENCE) is None
+
+    def test_nothing_is_loaded_from_the_folder_that_the_person_stands_in(self, tmp_path, monkeypatch):
+        without(make_real_model(tmp_path / "model", 1), "model.norm.weight")
+        (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+        monkeypatch.chdir(tmp_path)
+        assert "needs model.norm.weight" in Lookahead(Path("model")).look(PATIENCE)
+        assert not (tmp_path / "ran").exists()
+
+    def test_it_is_given_up_at_once(self, tmp_path):
+        lookahead = Lookahead(make_checkpoint(tmp_path / "model", llama_tensors(1)))
+        process, started = lookahead._process, time.monotonic()
+        lookahead.end()
+        assert process.poll() is not None
+        assert time.monotonic() - started < 1
+        assert lookahead.look(PATIENCE) is None
+
+
+class TestLookaheadOfASession:
+    WARNING = "LlamaForCausalLM needs lm_head.weight, which the primary lacks."
+
+    @pytest.fixture
+    def session(self) -> Session:
+        session = Session(build_parser().parse_args([]), "")
+        session.interactive, session.console = True, mock.Mock(is_terminal=True, width=100)
+        session.wizard = mock.Mock()
+        return session
+
+    def decide(self, session: Session, plan: MergePlan, decisions: list[str], found: list[str | None]) -> list[bool]:
+        """Which answers Enter would have given, in turn; found: by the looks at the primary, one after the other."""
+        session.lookahead = mock.Mock(look=mock.Mock(side_effect=found))
+        session.wizard.decide = mock.Mock(side_effect=decisions)
+        assert slerpmerge.decide(session, plan, None) == decisions[-1]
+        return [call.args[0] for call in session.wizard.decide.call_args_list]
+
+    def test_enter_starts_no_merge_of_a_primary_that_lacks_something(self, tmp_path, session):
+        plan = prepare_merge(MergeRecipe(*make_pair(tmp_path)), RunOptions(tmp_path / "child"))
+        assert self.decide(session, plan, ["start"], [None, None]) == [True]
+        assert self.decide(session, plan, ["leave"], [self.WARNING]) == [False]
+
+    def test_what_is_known_only_after_the_plan_is_asked_about_once_more(self, tmp_path, session):
+        plan = prepare_merge(MergeRecipe(*make_pair(tmp_path)), RunOptions(tmp_path / "child"))
+        found = [None, self.WARNING, self.WARNING, self.WARNING]
+        assert self.decide(session, plan, ["start", "start"], found) == [True, False]
+        assert session.console.print.call_args.args == (self.WARNING,)
+
+    @pytest.mark.parametrize("flags", [[], ["--yes"], ["--inspect"]])
+    def test_it_runs_where_somebody_reads_of_it(self, tmp_path, session, monkeypatch, flags):
+        begun: list[Path] = []
+        monkeypatch.setattr(Session, "start_workers", lambda *_: None)
+        monkeypatch.setattr("slerpkit.screen.lookahead.Lookahead.__init__", lambda _, folder: begun.append(folder))
+        session.arguments = build_parser().parse_args(flags)
+        session.prepare_for(open_checkpoint(make_pair(tmp_path)[0]), RunOptions(tmp_path / "child"))
+        assert begun == ([] if flags else [tmp_path / "primary"])
+
+    def test_another_primary_takes_its_place(self, tmp_path, session, monkeypatch):
+        monkeypatch.setattr(Session, "start_workers", lambda *_: None)
+        folders, options = make_pair(tmp_path), RunOptions(tmp_path / "child")
+        with session:
+            session.prepare_for(open_checkpoint(folders[0]), options)
+            first, process = session.lookahead, session.lookahead._process
+            session.prepare_for(open_checkpoint(folders[0]), options)
+            assert session.lookahead is first
+            session.prepare_for(open_checkpoint(folders[1]), options)
+            assert process.poll() is not None
+            assert session.lookahead.folder == folders[1]
+        assert session.lookahead is None
 
 
 def slow_pair(folder: Path) -> Path:

@@ -1,11 +1,12 @@
 """The finished child, read back and held against its plan and its parents.
 
 Every header, a sample of the values recomputed by the workers, and the ids that tokenizer and config speak of.
-transformers is not asked here; evaluation/models.py can load the child with it.
+transformers is not asked here; evaluation/models.py can load the child with it, and be the further check.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,11 @@ class Verification:
     warnings: tuple[str, ...]  # what may be wrong
 
 
+def nothing_further(folder: Path) -> Verification:
+    """No further check of a child."""
+    return Verification((), ())
+
+
 def wrong_child(reason: str) -> SlerpMergeError:
     """The error for a child that is not what was planned."""
     return SlerpMergeError(
@@ -49,14 +55,22 @@ def wrong_child(reason: str) -> SlerpMergeError:
     )
 
 
-def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, team: WorkerTeam) -> Verification:
+def verify_child(
+    plan: MergePlan,
+    child: StagedChild,
+    result: MergeResult,
+    team: WorkerTeam,
+    further: Callable[[Path], Verification] = nothing_further,
+) -> Verification:
     """Reads the finished child back and holds it against plan, parents and tokenizer. Cheap; no transformers.
 
-    Raises SlerpMergeError where the child is not what was planned. What only may be wrong is a warning.
+    further: one more check, given the child's folder. Raises SlerpMergeError where the child is not what was planned,
+    or as that does; nothing of it is then kept. What only may be wrong is a warning.
     """
     try:
         verify_headers(plan, child.folder)
         recomputed, spots = verify_values(plan, child.folder, result, team)
+        more = checked_further(child.folder, further)
     except WorkerDied:  # that says nothing of the child
         raise
     except SlerpMergeError:
@@ -87,7 +101,15 @@ def verify_child(plan: MergePlan, child: StagedChild, result: MergeResult, team:
     checks += [tokens] if tokens else []
     warnings += [warning] if warning else []
     warnings += ids_without_rows(plan, child.folder)
-    return Verification(tuple(checks), tuple(warnings))
+    return Verification((*checks, *more.checks), (*warnings, *more.warnings))
+
+
+def checked_further(folder: Path, further: Callable[[Path], Verification]) -> Verification:
+    """What a further check finds. Raises SlerpMergeError as that does, and says what became of the child."""
+    try:
+        return further(folder)
+    except SlerpMergeError as error:
+        raise SlerpMergeError(error.message, f"Nothing was saved. {error.hint}") from error
 
 
 def verify_headers(plan: MergePlan, folder: Path) -> None:

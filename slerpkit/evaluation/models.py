@@ -1,8 +1,8 @@
 """Parents and child as transformers loads them, one in memory at a time.
 
-Which models can be asked, on what device and in what dtype, and what transformers itself says of a child's files. What
-they are asked is not known here. Only local files are read, and no code that a model brings along is run. Read
-parents/checkpoint.py and devices.py before this.
+Which models can be asked, on what device and in what dtype, and whether a child loads as it should. What else they are
+asked is not known here. Only local files are read, and no code that a model brings along is run. Read loading.py and
+devices.py before this.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.child.verify import Verification
 from slerpkit.devices import accelerator_memory, accelerators, check_device, free_memory, torch_threads_kept
+from slerpkit.evaluation.loading import (
+    code_it_names,
+    find_architecture,
+    load_without_weights,
+    quiet_transformers,
+    version_numbers,
+)
 from slerpkit.lazy import torch
 from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
 from slerpkit.parents.checkpoint import has_tokenizer, open_checkpoint
-from slerpkit.parents.tensors import TORCH_NAMES, dtype_width
+from slerpkit.parents.tensors import dtype_width
 from slerpkit.parity.configs import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -37,101 +43,9 @@ READER_NAME = re.compile(
     r"(For(MaskedLM|PreTraining|(\w+)?Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)"
     r"|(?<!LMHead)(?<!DoubleHeads)(?<!MT)(?<!EncoderDecoder)Model)$"
 )
+PROBE = "Once upon a time"
+SAME_FAULT = "Load the primary the same way: if it shows the same, the fault is its own."
 SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
-
-
-def quiet_transformers() -> Any:
-    """The transformers package, with no bars and warnings of its own on the screen.
-
-    The package itself, not its lazy stand-in: names of classes come from strangers' configs, and the stand-in would
-    look for them among its modules too.
-    """
-    transformers = importlib.import_module("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
-def find_architecture(checkpoint: Checkpoint) -> Any:
-    """The class of transformers that a checkpoint's config names. Raises SlerpMergeError where it has none."""
-    transformers = quiet_transformers()
-    architecture = getattr(transformers, checkpoint.architecture, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise SlerpMergeError(
-            f"transformers {transformers.__version__} has no {checkpoint.architecture}; {checkpoint.name} was not "
-            "loaded.",
-            "It needs code of its own, which is never run here, or a newer transformers.",
-        )
-    return architecture
-
-
-def verify_with_transformers(folder: Path) -> tuple[str, ...]:
-    """Loads a child as transformers would and returns what was found right, in words.
-
-    The class that config.json names is built without memory for weights (on the meta device), and its
-    own loading is given stand-ins of the child's names, shapes and dtypes: each one number, spread out.
-    Raises SlerpMergeError where a key is missing, unexpected or of another shape, or the tokenizer fails.
-    """
-    transformers = quiet_transformers()
-    checkpoint = open_checkpoint(folder)
-    architecture = find_architecture(checkpoint)
-    report = loading_report(transformers, architecture, checkpoint)
-    faults = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    for kind, names in faults.items():
-        if names:
-            raise SlerpMergeError(
-                f"{checkpoint.architecture} loads the child with {kind.replace('_', ' ')}: {format_names(names)}.",
-                "Load the primary the same way: if it shows the same, the fault is its own.",
-            )
-    checks = [f"{checkpoint.architecture} loads it with no missing, unexpected or mismatched key"]
-    if has_tokenizer(folder):
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise SlerpMergeError(
-                f"transformers cannot load the child's tokenizer: {error}",
-                "Load the parent's tokenizer the same way: if it shows the same, the fault is its own.",
-            ) from error
-        checks.append(f"its tokenizer loads with {len(tokenizer)} tokens")
-    return tuple(checks)
-
-
-def lost_on_meta(model: Any, checkpoint: Checkpoint) -> set[str]:
-    """Keys that older versions forget to call missing: on the meta device all weights look tied to each other."""
-    if not all(parameter.is_meta for parameter in model.parameters()):
-        return set()
-    tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    lost = set(model.state_dict()) - set(checkpoint.tensors) - tied
-    return {name for name in lost if not any(pattern.search(name) for pattern in ignored)}
-
-
-def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """transformers' own account of which keys it missed, did not expect, or found of another shape."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SlerpMergeError(
-            f"transformers {transformers.__version__} cannot read the child's config.json: {error}",
-            "Load the primary the same way: if it shows the same, the fault is its own, or transformers is too old.",
-        ) from error
-    # Older versions build on the meta device only when told so; newer ones do it themselves and refuse to be told.
-    for context in (torch.device("meta"), contextlib.nullcontext()):
-        stand_ins = {
-            info.name: torch.zeros((), dtype=getattr(torch, TORCH_NAMES[info.dtype]), device="cpu").expand(info.shape)
-            for info in checkpoint.tensors.values()
-        }
-        try:
-            with context, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that weights on the meta device hold nothing is the point
-                model, report = architecture.from_pretrained(
-                    None, config=config, state_dict=stand_ins, output_loading_info=True, ignore_mismatched_sizes=True
-                )
-            return {**report, "missing_keys": {*report["missing_keys"], *lost_on_meta(model, checkpoint)}}
-        except RuntimeError:
-            if isinstance(context, contextlib.nullcontext):
-                raise
-    raise AssertionError("unreachable: the last context returns or raises")
 
 
 @dataclass(frozen=True)
@@ -196,9 +110,9 @@ def check_generates_text(checkpoint: Checkpoint, reads_on: bool) -> None:
         what = f"{checkpoint.name} is a {checkpoint.architecture}, which does not predict a text from its beginning."
     if what is not None:
         raise SlerpMergeError(what, "Merge it without tasting; its parents can be inspected.")
-    kernels = [value for key, value in checkpoint.config.items() if "attn_implementation" in key and "/" in str(value)]
-    if kernels or (checkpoint.folder / "adapter_config.json").is_file():
-        asked = f"names the code {kernels[0]}" if kernels else "holds an adapter beside its weights"
+    code = code_it_names(checkpoint)
+    if code is not None or (checkpoint.folder / "adapter_config.json").is_file():
+        asked = f"names the code {code}" if code is not None else "holds an adapter beside its weights"
         what = f"{checkpoint.name} {asked}, which would be loaded with it."
         raise SlerpMergeError(what, "Take that out of its folder; it was not loaded.")
 
@@ -248,8 +162,7 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
     """
     transformers, checkpoint = quiet_transformers(), models.checkpoints[role]
     architecture = find_architecture(checkpoint)
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    how = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
+    how = {"dtype" if version_numbers(transformers.__version__) >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
     model = None
     try:
         with out_of_memory_named(checkpoint.name, device):
@@ -282,3 +195,54 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def verify_with_transformers(folder: Path, with_logits: bool = False) -> Verification:
+    """Holds a child against its class and its tokenizer as transformers has them; with_logits: also lets it read.
+
+    Raises SlerpMergeError where a key is missing, unexpected or of another shape, where the tokenizer fails, or where
+    logits are not finite. What cannot be tried here is a warning.
+    """
+    checkpoint = open_checkpoint(folder)
+    checks, untried = [], []
+    loading = load_without_weights(checkpoint)
+    for kind, names in loading.faults.items():
+        raise SlerpMergeError(f"{loading.architecture} loads the child with {kind}: {format_names(names)}.", SAME_FAULT)
+    if loading.unchecked is None:
+        checks.append(f"{loading.architecture} loads it with no missing, unexpected or mismatched key")
+    else:
+        untried.append(f"not checked with transformers: {loading.unchecked}")
+    if has_tokenizer(folder):
+        checks.append(f"its tokenizer loads with {count_of_tokens(folder)} tokens")
+    reads_on = generates_text(checkpoint) and not is_encoder_decoder(checkpoint)
+    if with_logits and reads_on and loading.unchecked is None:
+        found, right = try_logits(checkpoint)
+        (checks if right else untried).append(found)
+    return Verification(tuple(checks), tuple(untried))
+
+
+def count_of_tokens(folder: Path) -> int:
+    """How many tokens transformers has of a folder's tokenizer. Raises SlerpMergeError where it does not load."""
+    try:
+        return len(quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SlerpMergeError(f"transformers cannot load the child's tokenizer: {error}", SAME_FAULT) from error
+
+
+def try_logits(checkpoint: Checkpoint) -> tuple[str, bool]:
+    """(what is said of a child's logits for a short text, whether they were computed).
+
+    Raises SlerpMergeError where one of them is infinite or not a number.
+    """
+    models = ComparedModels((("child", checkpoint.folder),))
+    try:
+        check_generates_text(checkpoint, reads_on=True)
+        device, dtype = choose_device_and_dtype(models)
+        with loaded_model(models, "child", device, dtype) as (model, tokenizer):
+            ids = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(device)
+            are_finite = bool(torch.isfinite(model(input_ids=ids).logits).all())
+    except SlerpMergeError as error:  # no tokenizer or no memory, say: that tells nothing of the child
+        return f"its logits were not computed: {error.message.rstrip('.')}", False
+    if not are_finite:
+        raise SlerpMergeError("The child's logits for a short text are infinite or not a number.", SAME_FAULT)
+    return "its logits for a short text are finite", True

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 TASKS_AHEAD = 2  # that a worker has at most: one at hand, and one so that it need not wait for the next
 SECONDS_TO_END = 20.0  # that workers have to finish what they are at; a slow disk takes some for two tasks of each
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+# For a process of its own, whose first argument that is: `python -c` looks for libraries in the current folder first,
+# and that may be a stranger's.
+SAFE_PATH = "sys.path[:] = [sys.argv[1], *filter(None, sys.path)]"
 
 
 class WorkerDied(SlerpMergeError):
@@ -285,7 +288,7 @@ def fork_workers(with_torch: int, fates_number: int, *numbers: int) -> None:
 SERVER = f"""
 import gc, os, sys
 gc.disable()
-sys.path.insert(0, sys.argv[1])
+{SAFE_PATH}
 from {fork_workers.__module__} import {fork_workers.__name__} as fork_workers
 fork_workers(*map(int, sys.argv[2:]))
 os._exit(0)  # without taking the libraries apart first, for which the person would wait

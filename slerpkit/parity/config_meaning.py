@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slerpkit.lazy import transformers
 from slerpkit.parents.tensors import MAX_LAYER_INDEX
@@ -25,12 +25,16 @@ ROPE_KEYS = {
     "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor",
 }
+# What a model whose class knows nothing of a rotary setting does.
+ROPE_DEFAULTS = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+TRAINED_LENGTH_KEY = "original_max_position_embeddings"  # of texts, before they were made longer
 LOCAL_THETA_KEYS = ("rope_local_base_freq", "local_rope_theta")  # of layers with a sliding window, by themselves
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Sections of a position are told by keys of their own, whatever a version calls their kind.
 ROPE_TYPES = {"su": "longrope", "mrope": "default", "axial": "default"}
 LAYER_TYPES = {"mamba": "linear_attention", "attention": FULL}
 LAYER_TYPE_KEYS = ("layer_types", "layers_block_type")
+NEWER_NAMES = {"num_local_experts": "num_experts"}  # of settings that version 5 renamed in some classes
 LAYER_COUNT_KEY = re.compile(r"layers?$|depth$")
 # What classes need not read: it is judged by other means, and versions disagree on what they take.
 UNREAD_KEYS = ("quantization_config", "auto_map", "dtype", "torch_dtype", "id2label", "label2id")
@@ -62,18 +66,24 @@ def canonical_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = canonical.pop("rope_scaling", None)
     rope = dict(together) if isinstance(together, dict) else {}
     rope.update(scaling if isinstance(scaling, dict) else {})
-    shared = {name: canonical.pop(key) for key, name in reversed(ROPE_KEYS.items()) if canonical.get(key) is not None}
+    shared: dict[str, Any] = {}
+    for key, name in ROPE_KEYS.items():  # a second spelling that says another thing stays, under its own name
+        if canonical.get(key) is not None and canonical[key] == shared.setdefault(name, canonical[key]):
+            del canonical[key]
     local = [canonical.pop(key) for key in LOCAL_THETA_KEYS if canonical.get(key) is not None]
-    by_layer_type = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    by_layer_type = {key: {**shared, **value} for key, value in rope.items() if isinstance(value, dict)}
+    if local and not by_layer_type:
+        by_layer_type = {FULL: {**shared, **rope}, SLIDING: {"rope_theta": local[0]}}
+    trained = canonical.get(TRAINED_LENGTH_KEY)
+    kinds = [canonical_rope_types(value) for value in by_layer_type.values() or [{**shared, **rope}]]
+    for kind in kinds:
+        if trained is not None and kind["rope_type"] != "default":
+            kind[TRAINED_LENGTH_KEY] = trained  # stated by itself, it goes before the one among the others
+            canonical.pop(TRAINED_LENGTH_KEY, None)
     if by_layer_type:
-        canonical["rope_parameters"] = {
-            key: canonical_rope_types({**shared, **value}) for key, value in by_layer_type.items()
-        }
-    elif local:
-        both = {FULL: {**shared, **rope}, SLIDING: {"rope_theta": local[0]}}
-        canonical["rope_parameters"] = {key: canonical_rope_types(value) for key, value in both.items()}
+        canonical["rope_parameters"] = dict(zip(by_layer_type, kinds))
     elif rope or shared or "num_attention_heads" in canonical:
-        canonical["rope_parameters"] = canonical_rope_types({**shared, **rope})  # unscaled, where nothing is said
+        canonical["rope_parameters"] = kinds[0]  # unscaled, where nothing is said
     return canonical
 
 
@@ -139,23 +149,59 @@ def is_too_deep(config: Mapping[str, Any]) -> bool:
     return False
 
 
-def readable_config(config: Mapping[str, Any], apart: bool) -> dict[str, Any]:
-    """A config as a class of the installed transformers reads it. apart: its rotary settings stand by themselves."""
-    readable = {}
+class Older(NamedTuple):
+    """How classes of version 4 spell what version 5 spells in one way; rotary settings stand by themselves in each."""
+
+    rope_type: str  # the key that holds the kind of scaling
+    layer_types: Mapping[str, str]
+
+
+# Tried one after another: a class refuses what it does not know.
+OLDER = (
+    Older("rope_type", {}),
+    Older("rope_type", {new: old for old, new in LAYER_TYPES.items()}),
+    Older("type", {}),
+)
+
+
+def readable_config(config: Mapping[str, Any], older: Older | None = None) -> dict[str, Any]:
+    """A config as a class of the installed transformers reads it. older: how, where that is of version 4."""
+    readable: dict[str, Any] = {}
     for key, value in config.items():
         if key in UNREAD_KEYS:
             continue
         nested = isinstance(value, dict) and "rope" not in key and value.keys() != {"__float__"}
-        readable[key] = readable_config(value, apart) if nested else canonical_value(copy.deepcopy(value))
-    if apart and isinstance(readable.get("rope_parameters"), dict):
-        rope = readable.pop("rope_parameters")
-        if isinstance(rope.get(SLIDING), dict):
-            theta = rope[SLIDING].get("rope_theta")
-            readable |= {key: theta for key in LOCAL_THETA_KEYS if theta is not None}
-        rope = rope[FULL] if isinstance(rope.get(FULL), dict) else rope
-        readable |= {key: rope[name] for key, name in ROPE_KEYS.items() if rope.get(name) is not None}
-        scaling = {key: value for key, value in rope.items() if key not in ROPE_KEYS}
-        readable["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+        readable[key] = readable_config(value, older) if nested else canonical_value(copy.deepcopy(value))
+        if older is not None and key in LAYER_TYPE_KEYS and isinstance(value, list):
+            readable[key] = [older.layer_types.get(kind, kind) if isinstance(kind, str) else kind for kind in value]
+    rope = readable.get("rope_parameters")
+    if older is None or not isinstance(rope, dict):
+        return readable
+    del readable["rope_parameters"]
+    if isinstance(rope.get(SLIDING), dict):
+        theta = rope[SLIDING].get("rope_theta")
+        readable |= {key: theta for key in LOCAL_THETA_KEYS if theta is not None}
+    rope = rope[FULL] if isinstance(rope.get(FULL), dict) else rope
+    readable |= {key: rope[name] for key, name in ROPE_KEYS.items() if rope.get(name) is not None}
+    scaling = {key: value for key, value in rope.items() if key not in (*ROPE_KEYS, "rope_type")}
+    if TRAINED_LENGTH_KEY in readable:
+        scaling.pop(TRAINED_LENGTH_KEY, None)  # some take no more than they know
+    kind = rope.get("rope_type", "default")
+    readable["rope_scaling"] = {older.rope_type: kind, **scaling} if scaling or kind != "default" else None
+    return readable
+
+
+def as_class_of(readable: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A readable config under the names that a class knows. known: the settings of its defaults."""
+    inner = readable.get("text_config")
+    if isinstance(inner, dict) and "text_config" not in known:
+        own_type = str(readable.get("model_type"))
+        if str(inner.get("model_type", "")).startswith(own_type):  # else it is no part that once stood by itself
+            readable = {**inner, **{key: value for key, value in readable.items() if key != "text_config"}}
+    for newer, name in NEWER_NAMES.items():
+        if newer in readable and newer not in known and name in known:
+            readable = {**readable, name: readable[newer]}
+            del readable[newer]
     return readable
 
 
@@ -166,13 +212,15 @@ def read_meaning(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    is_older = int(transformers.__version__.partition(".")[0]) < 5
     try:
-        if model_type not in transformers.CONFIG_MAPPING:
-            return None
-        config_class: type[PretrainedConfig] = transformers.CONFIG_MAPPING[model_type]
-        apart = int(transformers.__version__.partition(".")[0]) < 5
-        return config_class.from_dict(readable_config(config, apart)).to_dict()
-    except Exception:  # a class refuses in ways of its own; the caller then compares what the files say, strictly
+        for spelling in OLDER if is_older else (None,):
+            try:
+                config_class: type[PretrainedConfig] = transformers.CONFIG_MAPPING[model_type]
+                readable = as_class_of(readable_config(config, spelling), config_class().to_dict())
+                return config_class.from_dict(readable).to_dict()
+            except Exception:  # a class refuses in ways of its own; the caller then compares what the files say
+                continue
         return None
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.messages import shorten
-from slerpkit.parity.config_meaning import flatten_config, read_meanings
+from slerpkit.parity.config_meaning import ROPE_DEFAULTS, TRAINED_LENGTH_KEY, flatten_config, read_meanings
 from slerpkit.parity.report import Mismatch
 
 if TYPE_CHECKING:
@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")  # of a language model inside a larger one
 # Keys whose value is the id of a token: they follow the tokenizer.
 TOKEN_ID_KEY = re.compile(r"token_(id|index)s?$|suppress_tokens$|forced_decoder_ids$")
-# Keys that say how a model was made or run, not what it is.
+# Keys that say how a model was made or run, not what it is. What only looks like one is not among them: some models
+# put tokens to nothing, or noise into their routing, when they answer too, and scale what they put out.
 SILENT_KEY = re.compile(
-    r"dropout|layerdrop|drop_path|drop_rate|pdrop$|^_|^name_or_path$|transformers_version|^use_cache$|initializer"
-    r"|init_std|^init_device$|gradient_checkpointing|^output_|return_dict|torchscript|pretraining_tp|^ep_size$"
-    r"|task_specific_params|finetuning_task|auto_map|unsloth|aux_loss|z_loss|router_jitter_noise|^seq_aux$"
+    r"(?<!token_)dropout|layerdrop|drop_path|drop_rate|pdrop$|^name_or_path$|transformers_version|^use_cache$|initializer"
+    r"|^_(name_or_path|commit_hash|num_labels|auto_class|from_model_config|diffusers_version)$"
+    r"|^_(flash_attn|attn_implementation|experts_implementation)"
+    r"|^output_(attentions|hidden_states|scores|logits|past|router_logits|auxiliary_logits)$"
+    r"|init_std|^init_device$|gradient_checkpointing|return_dict|torchscript|pretraining_tp|^ep_size$"
+    r"|task_specific_params|finetuning_task|auto_map|unsloth|aux_loss|z_loss|^seq_aux$"
     r"|^use_bfloat16$|^prefix$|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
-    r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$|^mask_(time|feature)_"
+    r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$"
+    r"|^mask_(time|feature)_(prob|length|min_masks)$"
 )
 # How a model was made to speak, which configs held before generation_config.json did.
 GENERATION_KEY = re.compile(
@@ -40,8 +45,10 @@ CAPACITY_KEY = re.compile(
 )
 # Of layers that predict further tokens (multi-token prediction), which stand apart from a model's own.
 PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token_pred")
+RATIO_ROPE_TYPES = ("yarn", "longrope", "llama3")  # scaled by how far a text reaches beyond those of the training
 DEPTH_KEY = re.compile(r"^(?!.*(nextn|mtp)).*(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size(_per_layer_input)?$")
+FOLLOWED_LIMIT = "Equal shapes hide this: positions are computed from it."
 DTYPE_KEYS = ("dtype", "torch_dtype")
 HEAD_OF_CLASS = re.compile(r"(For[A-Z]\w+|LMHeadModel|Model)$")
 DIFFERENT_KINDS = "Different architectures give their weights different meanings."
@@ -92,7 +99,9 @@ def judge_differences(
     mismatches = []
     for key in sorted(configs[0].keys() | configs[1].keys()):
         name = key.rpartition(".")[2]
-        values = [config.get(key) for config in configs]
+        is_rope = "rope_parameters." in key
+        silence = ROPE_DEFAULTS.get(name) if is_rope and is_read else None
+        values = [config.get(key, silence) for config in configs]
         if is_judged_elsewhere(key) or same_value(*values) or (any_depth and is_per_layer(name, values[0])):
             continue
         if None in values and (name in ("architectures", "problem_type") or not one_type):
@@ -101,16 +110,18 @@ def judge_differences(
             continue  # their classes tell more
         if name == "sliding_window" and not any(values):
             continue  # none, and not spoken of
-        shown = [
-            ("not stated" if value is None else shorten(value)) + " by default" * (name not in names and key in config)
-            for value, names, config in zip(values, names_stated, configs)
-        ]
+        shown = []
+        for value, names, config in zip(values, names_stated, configs):
+            is_filled_in = name not in names and (value is not None or key in config)
+            shown.append(("not stated" if value is None else shorten(value)) + " by default" * is_filled_in)
         # Of rotary settings a class keeps those alone that are stated; each is read where there is a kind of them.
-        known_by = f"{key.rpartition('.')[0]}.rope_type" if "rope_parameters." in key else key
+        known_by = f"{key.rpartition('.')[0]}.rope_type" if is_rope else key
         if is_read and not all(known_by in config for config in configs):
             mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
         elif name == "architectures" and have_other_classes(*stated):
             mismatches.append(Mismatch("blocking", key, *shown, describe_classes(*stated)))
+        elif CAPACITY_KEY.search(name) and any(computes_with_limit(config, key) for config in configs):
+            mismatches.append(Mismatch("blocking", key, *shown, FOLLOWED_LIMIT, accepted_as=key))
         else:
             mismatches.append(judge_config_key(key, *shown))
     return mismatches
@@ -137,6 +148,18 @@ def describe_classes(*configs: Mapping[str, Any]) -> str:
                 "and merge the two language models."
             )
     return DIFFERENT_KINDS
+
+
+def computes_with_limit(config: Mapping[str, Any], limit: str) -> bool:
+    """Whether the model of a flat config computes positions from this limit of length, and does not only end there."""
+    scope = limit.rpartition(".")[0] + "." * ("." in limit)
+    for key, kind in config.items():
+        if key.startswith(f"{scope}rope_parameters.") and key.endswith("rope_type"):
+            needed = (key.removesuffix("rope_type") + name for name in ("factor", TRAINED_LENGTH_KEY))
+            if kind == "dynamic" or (kind in RATIO_ROPE_TYPES and any(config.get(name) is None for name in needed)):
+                return True
+    distance = config.get(f"{scope}max_relative_positions")
+    return isinstance(distance, int) and distance < 1  # then it is the limit
 
 
 def is_judged_elsewhere(key: str) -> bool:

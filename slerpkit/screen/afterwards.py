@@ -6,21 +6,24 @@ merge begins, so that nobody waits for a child and then learns that its text was
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from slerpkit.child.report import amend_report
+from slerpkit.child.verify import Verification, nothing_further
 from slerpkit.evaluation.harness import find_tasks, score
 from slerpkit.evaluation.models import ComparedModels, check_generates_text, generates_text, verify_with_transformers
 from slerpkit.evaluation.perplexity import compare_perplexity, read_judged_text
 from slerpkit.evaluation.taste import taste
 from slerpkit.files import is_inside
 from slerpkit.merge.difference_map import map_of_merge, save_map
+from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError
-from slerpkit.screen.console import mark_of, render_error
+from slerpkit.screen.console import displayable, mark_of, render_error
 from slerpkit.screen.figures import render_finding
 
 if TYPE_CHECKING:
@@ -77,20 +80,29 @@ def save_maps_of_merge(session: Session, report: MergeReport) -> None:
         save_maps(session, map_of_merge(report.merged, report.plan.recipe.compared_vectors))
 
 
-def verify_fully(session: Session, report: MergeReport) -> MergeReport:
-    """--verify full, or what the person says to the offer of it: the report, with what was found right.
+def further_check(session: Session) -> Callable[[Path], Verification]:
+    """What --verify has checked of a child before it is put in place."""
+    if session.arguments.verify != "full":
+        return nothing_further
 
-    Raises SlerpMergeError where transformers does not load the child as it should.
+    def load(folder: Path) -> Verification:
+        session.observe(Noted("Loading the child with transformers ..."))
+        return verify_with_transformers(folder, with_logits=True)
+
+    return load
+
+
+def verify_as_asked(session: Session, report: MergeReport) -> None:
+    """Loads a child that stands, without memory for its weights, where the person takes the offer of it.
+
+    Raises SlerpMergeError where transformers does not load it as it should.
     """
-    asked = session.arguments.verify
-    if asked == "quick" or (asked is None and not session.offers("Load the child with transformers, to be sure?")):
-        return report
-    checks = verify_with_transformers(report.child)
-    for check in checks:
-        session.show(f"{mark_of(session.console, 'resolved')} {check}")
-    verified = dataclasses.replace(report.verified, checks=report.verified.checks + checks)
-    content = {**report.content, "checks": [*report.content["checks"], *checks]}
-    return dataclasses.replace(report, verified=verified, content=content)
+    if session.arguments.verify is not None or not session.offers("Load the child with transformers, to be sure?"):
+        return
+    found = verify_with_transformers(report.child)
+    for severity, lines in (("resolved", found.checks), ("notice", found.warnings)):
+        for line in lines:
+            session.show(Text.assemble(mark_of(session.console, severity), " ", displayable(session.console, line)))
 
 
 def evaluate_as_flags_ask(session: Session, models: ComparedModels, objective: Objective | None = None) -> None:

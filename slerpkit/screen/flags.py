@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--yes", action="store_true", help="take every default and start without asking")
     add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
     add("--restart", action="store_true", default=None, help="discard what an earlier run left unfinished")
-    add("--verify", choices=("quick", "full"), help="full: also load the child with transformers")
+    add("--verify", choices=("quick", "full"), help="full: transformers must load the child, or it is not kept")
     add("--json", action="store_true", help="print the report as one JSON object, alone on stdout")
     add("--quiet", action="store_true", help="say nothing but errors")
     add("--no-color", action="store_true", help="no colours; the environment's NO_COLOR does the same")

@@ -138,8 +138,11 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     return panel(console, Group(*lines), "t of every tensor")
 
 
-def render_plan(console: Console, plan: MergePlan, finds_t: bool = False) -> RenderableType:
-    """What will be made, from what, and what it will cost. finds_t: a sweep will decide on t, not the plan."""
+def render_plan(console: Console, plan: MergePlan, finds_t: bool = False, warning: str | None = None) -> RenderableType:
+    """What will be made, from what, and what it will cost.
+
+    finds_t: a sweep will decide on t, not the plan. warning: of what was found of the parents meanwhile.
+    """
     recipe = plan.recipe
     shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
     threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
@@ -160,6 +163,7 @@ def render_plan(console: Console, plan: MergePlan, finds_t: bool = False) -> Ren
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
     facts += [("mind", remark) for remark in plan.remarks]
+    facts += [("mind", warning)] if warning is not None else []
     facts += [("mind", plan.leftover.describe())] if plan.leftover is not None else []
     return panel(console, fact_table(console, facts), "Plan")
 

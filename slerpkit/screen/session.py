@@ -38,11 +38,14 @@ if TYPE_CHECKING:
     from slerpkit.parity.report import ParityReport
     from slerpkit.recipe import RunOptions
     from slerpkit.screen import finder, progress, prompts, wizard
+    from slerpkit.screen import lookahead as lookaheads
+    from slerpkit.screen.lookahead import Lookahead
     from slerpkit.screen.progress import MergeView
     from slerpkit.screen.wizard import Wizard
 else:  # a run without questions loads no wizard, and a refused one no view
     events, plans, teams = lazy_modules("slerpkit.merge", "events", "plan", "team")
     finder, progress, prompts, wizard = lazy_modules("slerpkit.screen", "finder", "progress", "prompts", "wizard")
+    (lookaheads,) = lazy_modules("slerpkit.screen", "lookahead")
 
 
 CARRIES_ON = "the same command carries on"
@@ -64,6 +67,7 @@ class Session:
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
         self.workers: WorkerTeam | None = None
+        self.lookahead: Lookahead | None = None  # at the primary, while the person reads
         self.findings: list[Finding] = []  # of the child; --json prints them
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
@@ -90,7 +94,7 @@ class Session:
         return wizard.Wizard(
             prompts.Prompter(self.console, models.start),
             models,
-            lambda primary, answers: self.start_workers(primary, answers.options),
+            lambda primary, answers: self.prepare_for(primary, answers.options),
         )
 
     def ask(self, given: Answers, questions: tuple[str, ...] = tuple(QUESTIONS)) -> Answers:
@@ -101,6 +105,14 @@ class Session:
         if unanswered != {"blend"}:
             self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
         return self.wizard.complete(given, self.history.answers(), questions)
+
+    def prepare_for(self, primary: Checkpoint, options: RunOptions) -> None:
+        """Starts what a primary needs beside the questions: workers, and a look at it where somebody reads of it."""
+        is_new = self.lookahead is None or self.lookahead.folder != primary.folder
+        if is_new and self.asks and not self.arguments.inspect:
+            self.end_lookahead()
+            self.lookahead = lookaheads.Lookahead(primary.folder)
+        self.start_workers(primary, options)
 
     def start_workers(self, primary: Checkpoint, options: RunOptions) -> None:
         """Starts the workers for such a primary, where none are there, so that they are ready when they are needed."""
@@ -114,14 +126,29 @@ class Session:
         if self.workers is not None and not self.workers.serves(
             plan.threads, plan.device, plan.source_bytes, plan.dtypes
         ):
-            self.close()
+            self.end_workers()
         return self.workers
 
-    def close(self) -> None:
+    def what_primary_lacks(self, seconds: float = 0) -> str | None:
+        """A warning of what the primary's class misses of it, where that is known by then."""
+        return self.lookahead.look(seconds) if self.lookahead is not None else None
+
+    def end_workers(self) -> None:
         """Ends the workers, where they were started."""
         if self.workers is not None:
             self.workers.close()
             self.workers = None
+
+    def end_lookahead(self) -> None:
+        """Gives up the look at the primary: nobody reads of it any more."""
+        if self.lookahead is not None:
+            self.lookahead.end()
+            self.lookahead = None
+
+    def close(self) -> None:
+        """Ends what runs beside the session."""
+        self.end_lookahead()
+        self.end_workers()
 
     def offers(self, what: str) -> bool:
         """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""
