@@ -66,7 +66,7 @@ class RecipeReader:
         method = self.file.text(self.top["merge_method"], "merge_method")
         if method not in RECIPE_METHODS:
             known = ", ".join(RECIPE_METHODS)
-            near = difflib.get_close_matches(method, RECIPE_METHODS, 1)
+            near = difflib.get_close_matches(method.lower(), RECIPE_METHODS, 1)
             hint = f"Did you mean {near[0]}?" if near else f"Known here: {known}. For others use mergekit."
             raise self.file.fault(self.top["merge_method"], f"the method {method!r} is not done here", hint)
         return method
@@ -134,8 +134,9 @@ class RecipeReader:
         if self.method == "nuslerp" and not self.flag_of_all("nuslerp_flatten", blended, True):
             row_wise = self.flag_of_all("nuslerp_row_wise", blended, False)
             fields["vectors"] = "first_dim" if row_wise else "last_dim"
-        origin = RecipeOrigin(tuple(self.file.remarks), own.pop("recorded", ()))
-        return MergeRecipe(**{**fields, **self.dtypes(), **self.tokenizer(sides), **own, "origin": origin})
+        fields |= {**self.dtypes(), **self.tokenizer(sides), **self.chat_template(), **own}
+        recorded = fields.pop("recorded", ())
+        return MergeRecipe(**fields, origin=RecipeOrigin(tuple(self.file.remarks), recorded))
 
     def cuts(self) -> list[Cut]:
         """Each slice, or the one whole, with the sources that it lists."""
@@ -274,11 +275,6 @@ class RecipeReader:
         node = self.top.get("tokenizer_source")
         if "tokenizer" in self.top:
             node = self.file.mapping(self.top["tokenizer"], ("source",), "tokenizer", is_strict=True).get("source")
-        if "chat_template" in self.top:
-            chosen = self.file.text(self.top["chat_template"], "chat_template")
-            if chosen != "auto":
-                what = f"chat_template {chosen!r} is not done here"
-                raise self.file.fault(self.top["chat_template"], what, "Leave it out, or write auto.")
         if node is None:  # this tool's own recipes, where they are silent, mean its own rule
             return {} if "slerpmerge" in self.top else self.tokenizer_of_base_model(sides)
         source = self.file.text(node, "tokenizer_source")
@@ -294,6 +290,16 @@ class RecipeReader:
         """base_model's, as mergekit has it, where that is one of the two models and has one; else nothing is said."""
         roles = [role for role, folder in zip(PARENTS, sides) if folder == self.base_model]
         return {"tokenizer": roles[0]} if roles and has_tokenizer(self.base_model) else {}
+
+    def chat_template(self) -> dict[str, Any]:
+        """Nothing but auto is done here."""
+        if "chat_template" not in self.top:
+            return {}
+        chosen = self.file.text(self.top["chat_template"], "chat_template")
+        if chosen != "auto":
+            what = f"chat_template {chosen!r} is not done here"
+            raise self.file.fault(self.top["chat_template"], what, "Leave it out, or write auto.")
+        return {}
 
     def own_settings(self) -> dict[str, Any]:
         """What this tool's own recipes say beyond mergekit's."""
