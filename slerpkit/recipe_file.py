@@ -66,7 +66,7 @@ class RecipeReader:
         method = self.file.text(self.top["merge_method"], "merge_method")
         if method not in RECIPE_METHODS:
             known = ", ".join(RECIPE_METHODS)
-            near = difflib.get_close_matches(method, RECIPE_METHODS, 1)
+            near = difflib.get_close_matches(method.lower(), RECIPE_METHODS, 1)
             hint = f"Did you mean {near[0]}?" if near else f"Known here: {known}. For others use mergekit."
             raise self.file.fault(self.top["merge_method"], f"the method {method!r} is not done here", hint)
         return method
@@ -133,10 +133,10 @@ class RecipeReader:
         if self.method == "nuslerp" and not self.flag_of_all("nuslerp_flatten", blended, True):
             row_wise = self.flag_of_all("nuslerp_row_wise", blended, False)
             fields["vectors"] = "first_dim" if row_wise else "last_dim"
-        origin = RecipeOrigin(tuple(self.file.remarks), own.pop("recorded", ()))
         of_tokenizer = TokenizerReader(self.file, self.names, roles, self.base_model).read(self.top)
         fields |= {**self.dtypes(), **of_tokenizer, **own}
-        return MergeRecipe(**fields, origin=origin)
+        recorded = fields.pop("recorded", ())
+        return MergeRecipe(**fields, origin=RecipeOrigin(tuple(self.file.remarks), recorded))
 
     def cuts(self) -> list[Cut]:
         """Each slice, or the one whole, with the sources that it lists."""

@@ -639,6 +639,7 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
                        "parameters"),
     "parameter": (GOOD, "  t: 0.5", "  tt: 0.5", 7, "tt", "t"),
     "method": (GOOD, "slerp", "slrep", 1, "slrep", "slerp"),
+    "capitals": (GOOD, "slerp", "SLERP", 1, "SLERP", "Did you mean slerp"),
     "ties": (GOOD, "slerp", "ties", 1, "ties", "mergekit"),
     "three-models": (GOOD, "- model: ./secondary", "- model: ./secondary\n- model: ./third", 4, "2 models", "one"),
     "lora": (GOOD, "./secondary", "./secondary+./lora", 5, "LoRA", "adapter"),
