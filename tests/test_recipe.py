@@ -23,7 +23,7 @@ from slerpkit.child.report import MergeReport
 from slerpkit.evaluation.models import verify_with_transformers
 from slerpkit.merge.plan import MergePlan
 from slerpkit.messages import SlerpMergeError
-from slerpkit.recipe import LayerSlice, RunOptions
+from slerpkit.recipe import LayerSlice, RunOptions, TokenSource
 from slerpkit.recipe_file import read_recipe
 from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import Schedule, ScheduleRule
@@ -363,6 +363,88 @@ def test_a_base_model_without_a_tokenizer_leaves_it_to_the_rule(tmp_path):
     assert plan.tokenizer_role == "secondary"
 
 
+WHOLE_TOKENIZER = """tokenizer:
+  source: model:./secondary/
+  tokens:
+    <a>: {source: ./secondary, force: yes}
+    <b>: {source: zero}
+    <c>: {source: {kind: zero}}
+    "</s>":
+      source: {kind: model_token, model: ./primary, token: "<s>"}
+    7:
+      source:
+        kind: model_token
+        model: {model: {path: primary}}
+        token_id: '12'
+      force: true
+  pad_to_multiple_of: "64"
+  truncate: true
+"""
+
+
+def test_a_recipe_says_which_rows_stand_for_tokens(tmp_path):
+    make_pair(tmp_path)
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", GOOD + WHOLE_TOKENIZER))
+    assert (recipe.tokenizer, recipe.pad_to_multiple_of) == ("secondary", 64)
+    assert recipe.token_sources == (
+        TokenSource("<a>", "secondary", force=True),
+        TokenSource("<b>", None),
+        TokenSource("<c>", None),
+        TokenSource("</s>", "primary", "<s>"),
+        TokenSource("7", "primary", 12, force=True),
+    )
+    assert recipe.origin.remarks == ("recipe.yaml, line 24: 'truncate' in tokenizer is passed over, as mergekit does.",)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("tokenizer: {}", "union"),
+        ("tokenizer: {pad_to_multiple_of: 8}", "union"),
+        ("tokenizer_source: base", "primary"),
+    ],
+)
+def test_a_tokenizer_without_a_source_is_the_union(tmp_path, text, tokenizer):
+    make_pair(tmp_path)
+    assert read_recipe(write(tmp_path / "recipe.yaml", f"{GOOD}{text}\n")).tokenizer == tokenizer
+
+
+def test_what_a_recipe_says_of_tokens_is_replayed(tmp_path):
+    primary, secondary = pair_of_tokenizers(tmp_path)
+    token = next(iter(json.loads((primary / "tokenizer.json").read_text())["model"]["vocab"]))
+    wanted = (
+        TokenSource(token, "secondary", force=True),
+        TokenSource("fresh", "primary", 3),
+        TokenSource("none", None, force=True),
+    )
+    given = {"tokenizer": "secondary", "token_sources": wanted, "pad_to_multiple_of": 16}
+    child = merge(primary, secondary, tmp_path / "child", **given).child
+    again = read_recipe(child / "merge_recipe.yaml")
+    assert {key: getattr(again, key) for key in given} == given
+    assert_replays(child, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("tokenizer_source: union\ntokenizer: {source: union}", 10, "stands beside tokenizer_source"),
+        ("tokenizer: {tokens: {a: {force: true}}}", 9, "says nothing of where its row is from"),
+        ("tokenizer: {tokens: {a: {source: ./third}}}", 9, "is not one of the two models"),
+        ("tokenizer: {tokens: {a: {source: {kind: mean}}}}", 9, "is no row"),
+        ("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./primary}}}}", 9, "is no row"),
+        ("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./primary, token_id: -1}}}}", 9, "from 0 on"),
+        ("tokenizer: {pad_to_multiple_of: 0}", 9, "from 1 on"),
+        ("tokenizer: {pad_to_multiple_of: 1.5}", 9, "from 1 on"),
+        ("tokenizer: {tokns: {}}", 9, "not known in tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_wrong_is_refused_with_its_line(tmp_path, text, line, said):
+    make_pair(tmp_path)
+    with pytest.raises(SlerpMergeError, match=said) as refused:
+        read_recipe(write(tmp_path / "recipe.yaml", f"{GOOD}{text}\n"))
+    assert f"line {line}: " in refused.value.message
+
+
 @pytest.mark.parametrize("method", ["slerp", "lerp", "nuslerp"])
 @pytest.mark.parametrize("asked", ["auto", "primary", "union"])
 def test_the_recipe_of_a_child_states_whose_tokenizer_it_has(tmp_path, asked, method):
@@ -679,7 +761,7 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "dtype": (GOOD, "float32", "float7", 8, "float7", "bfloat16"),
     "out-dtype": (GOOD, "dtype: float32", "out_dtype: int8", 8, "int8", "bfloat16"),
     "stranger": (GOOD, "dtype: float32", "tokenizer_source: ./third", 8, "third", "one of them"),
-    "third base": (TASK, "dtype: float32", "tokenizer_source: base", 10, "'./third' is not one of the two", "one of them"),
+    "third base": (TASK, "dtype: float32", "tokenizer_source: base", 10, "'./third' is not one of", "one of them"),
     "chat-template": (GOOD, "dtype: float32", "chat_template: chat-ml", 8, "chat-ml", "chatml"),
     "models-and-slices": (GOOD, "dtype: float32", "slices: []", 1, "either models or slices", "one"),
     "neither": (GOOD, "models:\n- model: ./primary\n- model: ./secondary\n", "", 1, "either models or slices", "one"),
