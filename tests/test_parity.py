@@ -286,6 +286,10 @@ def test_a_config_that_its_class_refuses_is_compared_as_it_stands(tmp_path, refu
 def test_what_the_class_does_not_read_is_noted(tmp_path):
     found = only(compare_configs(tmp_path, {}, {"quiet_alpha": 2}), "notice")
     assert (found.subject, found.primary, found.secondary) == ("quiet_alpha", "not stated", "2")
+    many = {f"quiet_{number}": number for number in range(5)}
+    found = only(compare_configs(tmp_path / "many", many, {"loud": 3}), "notice")
+    assert found.subject == "loud, quiet_0, quiet_1 and 3 more"
+    assert (found.primary, found.secondary) == ("5 stated", "1 stated")
 
 
 @pytest.mark.parametrize(
@@ -428,6 +432,15 @@ def test_a_quantised_parent_is_named_from_its_tensors(tmp_path, extra, name, rol
     report = compare_tensors(tmp_path, *changes)
     (found,) = (found for found in report.of_severity("blocking") if found.subject == "quantisation")
     assert name in getattr(found, role)
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_what_follows_from_packed_weights_is_not_said_beside_them(tmp_path, role):
+    """Shapes of packed weights, and their scales without a counterpart, are no reasons of their own."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed = {name: torch.ones(12 * HIDDEN, 1).byte(), f"{name}.absmax": FLOATS}
+    report = compare_tensors(tmp_path, *((packed, {}) if role == "primary" else ({}, packed)))
+    assert subjects(report, "blocking") == ["quantisation"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from slerpkit.parity.chat import check_chat_template, child_generation_config, c
 from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
-from slerpkit.parity.quantisation import check_quantisation
+from slerpkit.parity.quantisation import check_quantisation, stored_scheme
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.parity.soundness import check_soundness, check_wrappers
 from slerpkit.parity.vocabulary import align_vocabularies
@@ -84,6 +84,8 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     without_copies, tied_copies = drop_tied_copies(primary)
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary)
     template_mismatches, offered_template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
+    if any(parent is not None and stored_scheme(parent) for parent in (primary, secondary, base)):
+        unpaired = []  # what packed weights are, and stand beside, follows from that
     mismatches = [
         *row_mismatches,
         *check_quantisation(primary, secondary),

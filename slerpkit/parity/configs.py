@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.messages import shorten
+from slerpkit.messages import format_names, shorten
 from slerpkit.parity.config_meaning import ROPE_DEFAULTS, TRAINED_LENGTH_KEY, flatten_config, read_meanings
 from slerpkit.parity.report import Mismatch
 
@@ -92,7 +92,8 @@ def judge_differences(
     is_read = configs is not stated  # by a class, which fills in all that it knows
     one_type = configs[0].get("model_type") == configs[1].get("model_type")
     names_stated = [{key.rpartition(".")[2] for key in config} for config in stated]
-    mismatches = []
+    mismatches: list[Mismatch] = []
+    unread: list[tuple[str, Sequence[str]]] = []
     for key in sorted(configs[0].keys() | configs[1].keys()):
         name = key.rpartition(".")[2]
         is_rope = "rope_parameters." in key
@@ -111,12 +112,24 @@ def judge_differences(
         # Of rotary settings a class keeps those alone that are stated; each is read where there is a kind of them.
         known_by = f"{key.rpartition('.')[0]}.rope_type" if is_rope else key
         if is_read and not all(known_by in config for config in configs):
-            mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
+            unread.append((key, shown))
         elif CAPACITY_KEY.search(name) and any(computes_with_limit(config, key) for config in configs):
             mismatches.append(Mismatch("blocking", key, *shown, FOLLOWED_LIMIT, accepted_as=key))
         else:
             mismatches.append(judge_config_key(key, *shown))
-    return mismatches
+    return mismatches + note_unread(unread, configs)
+
+
+def note_unread(unread: Sequence[tuple[str, Sequence[str]]], configs: Sequence[Mapping[str, Any]]) -> list[Mismatch]:
+    """One line for all settings that the class of the models passes over. unread: each with what to show of it."""
+    if not unread:
+        return []
+    if len(unread) == 1:
+        key, shown = unread[0]
+        return [Mismatch("notice", key, *shown, "The class of these models does not read it.")]
+    keys = [key for key, _ in unread]
+    shown = [f"{sum(key in config for key in keys)} stated" for config in configs]
+    return [Mismatch("notice", format_names(keys, 3), *shown, "The class of these models reads none of them.")]
 
 
 def computes_with_limit(config: Mapping[str, Any], limit: str) -> bool:
