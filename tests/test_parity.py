@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import transformers
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity
-from slerpkit.parity.config_meaning import OLDER, as_class_of, flatten_config, readable_config
+from slerpkit.parity.config_meaning import OLDER, as_class_of, flatten_config, read_meaning, readable_config
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.recipe import MergeRecipe
 from tests.builders import (
@@ -273,6 +274,9 @@ def test_what_no_class_reads_is_compared_as_it_stands(tmp_path):
     for number, changes in enumerate(({"scale_depth": 1.4}, {"rope_theta": ...}, {"mlp_bias": False})):
         found = only(compare_configs(tmp_path / str(number), stranger, {**stranger, **changes}), "blocking")
         assert "not stated" in (found.primary, found.secondary)
+        assert "not known" in found.consequence
+    found = only(compare_configs(tmp_path / "both", *({**stranger, "scale_depth": n} for n in (1, 2))), "blocking")
+    assert "not known" not in found.consequence
 
 
 @pytest.mark.parametrize(
@@ -897,6 +901,31 @@ def test_an_older_class_is_given_the_names_that_it_takes():
     assert readable_config(today, OLDER[1]) == older
     assert readable_config(together, OLDER[2])["rope_scaling"] == {"type": "longrope", "long_factor": [2.0]}
     assert flatten_config(readable_config(together, OLDER[2])) == flatten_config(together)
+
+
+class OfVersion4:
+    """A config class that takes older names alone, as many do."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = {"layer_types": ["mamba"], "width": 8, **settings}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> OfVersion4:
+        if set(settings["layer_types"]) - {"mamba", "attention"} or "type" in (settings.get("rope_scaling") or {}):
+            raise ValueError("not among those known")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
+
+
+def test_the_spelling_that_an_older_class_takes_is_found(monkeypatch):
+    quiet = SimpleNamespace(CRITICAL=50, get_verbosity=lambda: 30, set_verbosity=lambda _: None)
+    library = SimpleNamespace(__version__="4.49.0", CONFIG_MAPPING={"seer": OfVersion4}, logging=quiet)
+    monkeypatch.setattr("slerpkit.parity.config_meaning.transformers", library)
+    today = {"model_type": "seer", "layer_types": ["linear_attention", "full_attention"]}
+    assert read_meaning(today) == {"model_type": "seer", "layer_types": ["mamba", "attention"], "width": 8}
+    assert read_meaning({**today, "layer_types": ["unheard_of"]}) is None
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ CAPACITY_KEY = re.compile(
 RATIO_ROPE_TYPES = ("yarn", "longrope", "llama3")  # scaled by how far a text reaches beyond those of the training
 DEPTH_KEY = re.compile(r"(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size$|padded_vocab_size")
+OTHER_USE = "Equal shapes hide this: the weights would be used in another way."
+UNKNOWN_SILENCE = "No class here reads both configs, so what the silent one means is not known."
 FOLLOWED_LIMIT = "Equal shapes hide this: positions are computed from it."
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -116,7 +118,8 @@ def judge_differences(
         elif CAPACITY_KEY.search(name) and any(computes_with_limit(config, key) for config in configs):
             mismatches.append(Mismatch("blocking", key, *shown, FOLLOWED_LIMIT, accepted_as=key))
         else:
-            mismatches.append(judge_config_key(key, *shown))
+            silent = None in values and not is_read
+            mismatches.append(judge_config_key(key, *shown, UNKNOWN_SILENCE if silent else OTHER_USE))
     return mismatches + note_unread(unread, configs)
 
 
@@ -158,7 +161,7 @@ def is_per_layer(name: str, value: Any) -> bool:
     return bool(DEPTH_KEY.search(name)) or isinstance(value, list)
 
 
-def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mismatch:
+def judge_config_key(key: str, primary_value: str, secondary_value: str, harm: str) -> Mismatch:
     """What follows from one config key on which the parents differ: it blocks, unless it is known to do no harm."""
     name, values = key.rpartition(".")[2], (primary_value, secondary_value)
     if name in ("model_type", "architectures"):
@@ -172,8 +175,7 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
         return Mismatch("notice", key, *values, why)
     if LABEL_KEY.search(name):
         return Mismatch("notice", key, *values, "The child keeps the primary's value.")
-    why = "Equal shapes hide this: the weights would be used in another way."
-    return Mismatch("blocking", key, *values, why, accepted_as=key)
+    return Mismatch("blocking", key, *values, harm, accepted_as=key)
 
 
 def stated_depth(config: Mapping[str, Any]) -> int | None:
