@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import transformers
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents
 from slerpkit.parity.check import check_parity
-from slerpkit.parity.config_meaning import OLDER, as_class_of, flatten_config, readable_config
+from slerpkit.parity.config_meaning import OLDER, as_class_of, flatten_config, read_meaning, readable_config
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.recipe import MergeRecipe
 from tests.builders import (
@@ -273,6 +274,9 @@ def test_what_no_class_reads_is_compared_as_it_stands(tmp_path):
     for number, changes in enumerate(({"scale_depth": 1.4}, {"rope_theta": ...}, {"mlp_bias": False})):
         found = only(compare_configs(tmp_path / str(number), stranger, {**stranger, **changes}), "blocking")
         assert "not stated" in (found.primary, found.secondary)
+        assert "not known" in found.consequence
+    found = only(compare_configs(tmp_path / "both", *({**stranger, "scale_depth": n} for n in (1, 2))), "blocking")
+    assert "not known" not in found.consequence
 
 
 @pytest.mark.parametrize(
@@ -286,6 +290,10 @@ def test_a_config_that_its_class_refuses_is_compared_as_it_stands(tmp_path, refu
 def test_what_the_class_does_not_read_is_noted(tmp_path):
     found = only(compare_configs(tmp_path, {}, {"quiet_alpha": 2}), "notice")
     assert (found.subject, found.primary, found.secondary) == ("quiet_alpha", "not stated", "2")
+    many = {f"quiet_{number}": number for number in range(5)}
+    found = only(compare_configs(tmp_path / "many", many, {"loud": 3}), "notice")
+    assert found.subject == "loud, quiet_0, quiet_1 and 3 more"
+    assert (found.primary, found.secondary) == ("5 stated", "1 stated")
 
 
 @pytest.mark.parametrize(
@@ -428,6 +436,15 @@ def test_a_quantised_parent_is_named_from_its_tensors(tmp_path, extra, name, rol
     report = compare_tensors(tmp_path, *changes)
     (found,) = (found for found in report.of_severity("blocking") if found.subject == "quantisation")
     assert name in getattr(found, role)
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_what_follows_from_packed_weights_is_not_said_beside_them(tmp_path, role):
+    """Shapes of packed weights, and their scales without a counterpart, are no reasons of their own."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed = {name: torch.ones(12 * HIDDEN, 1).byte(), f"{name}.absmax": FLOATS}
+    report = compare_tensors(tmp_path, *((packed, {}) if role == "primary" else ({}, packed)))
+    assert subjects(report, "blocking") == ["quantisation"]
 
 
 @pytest.mark.parametrize(
@@ -884,6 +901,31 @@ def test_an_older_class_is_given_the_names_that_it_takes():
     assert readable_config(today, OLDER[1]) == older
     assert readable_config(together, OLDER[2])["rope_scaling"] == {"type": "longrope", "long_factor": [2.0]}
     assert flatten_config(readable_config(together, OLDER[2])) == flatten_config(together)
+
+
+class OfVersion4:
+    """A config class that takes older names alone, as many do."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = {"layer_types": ["mamba"], "width": 8, **settings}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> OfVersion4:
+        if set(settings["layer_types"]) - {"mamba", "attention"} or "type" in (settings.get("rope_scaling") or {}):
+            raise ValueError("not among those known")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
+
+
+def test_the_spelling_that_an_older_class_takes_is_found(monkeypatch):
+    quiet = SimpleNamespace(CRITICAL=50, get_verbosity=lambda: 30, set_verbosity=lambda _: None)
+    library = SimpleNamespace(__version__="4.49.0", CONFIG_MAPPING={"seer": OfVersion4}, logging=quiet)
+    monkeypatch.setattr("slerpkit.parity.config_meaning.transformers", library)
+    today = {"model_type": "seer", "layer_types": ["linear_attention", "full_attention"]}
+    assert read_meaning(today) == {"model_type": "seer", "layer_types": ["mamba", "attention"], "width": 8}
+    assert read_meaning({**today, "layer_types": ["unheard_of"]}) is None
 
 
 @pytest.mark.parametrize(

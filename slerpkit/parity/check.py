@@ -19,7 +19,7 @@ from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.labels import align_labels
 from slerpkit.parity.modules import pair_modules
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
-from slerpkit.parity.quantisation import check_quantisation
+from slerpkit.parity.quantisation import check_quantisation, stored_scheme
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.parity.segmentation import compare_segmentation
 from slerpkit.parity.soundness import check_soundness, check_wrappers
@@ -91,6 +91,8 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary, labels)
     module_pairs, of_modules = pair_modules(primary, secondary, base)
     template_mismatches, template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
+    if any(parent is not None and stored_scheme(parent) for parent in (primary, secondary, base)):
+        unpaired = []  # what packed weights are, and stand beside, follows from that
     mismatches = [
         *accept(row_mismatches, recipe.accept),
         *check_quantisation(primary, secondary),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.messages import shorten
+from slerpkit.messages import format_names, shorten
 from slerpkit.parity.config_meaning import ROPE_DEFAULTS, TRAINED_LENGTH_KEY, flatten_config, read_meanings
 from slerpkit.parity.report import Mismatch
 
@@ -48,6 +48,8 @@ PREDICTION_KEY = re.compile(r"nextn|(^|_)mtp(_|$)|multi_token_pred")
 RATIO_ROPE_TYPES = ("yarn", "longrope", "llama3")  # scaled by how far a text reaches beyond those of the training
 DEPTH_KEY = re.compile(r"^(?!.*(nextn|mtp)).*(num_hidden_layers|n_layers?|num_layers)$")
 VOCABULARY_KEY = re.compile(r"vocab_size(_per_layer_input)?$")
+OTHER_USE = "Equal shapes hide this: the child would use all its weights in the primary's way."
+UNKNOWN_SILENCE = "No class here reads both configs, so what the silent one means is not known."
 FOLLOWED_LIMIT = "Equal shapes hide this: positions are computed from it."
 DTYPE_KEYS = ("dtype", "torch_dtype")
 HEAD_OF_CLASS = re.compile(r"(For[A-Z]\w+|LMHeadModel|Model)$")
@@ -96,7 +98,8 @@ def judge_differences(
     is_read = configs is not stated  # by a class, which fills in all that it knows
     one_type = configs[0].get("model_type") == configs[1].get("model_type")
     names_stated = [{key.rpartition(".")[2] for key in config} for config in stated]
-    mismatches = []
+    mismatches: list[Mismatch] = []
+    unread: list[tuple[str, Sequence[str]]] = []
     for key in sorted(configs[0].keys() | configs[1].keys()):
         name = key.rpartition(".")[2]
         is_rope = "rope_parameters." in key
@@ -117,14 +120,27 @@ def judge_differences(
         # Of rotary settings a class keeps those alone that are stated; each is read where there is a kind of them.
         known_by = f"{key.rpartition('.')[0]}.rope_type" if is_rope else key
         if is_read and not all(known_by in config for config in configs):
-            mismatches.append(Mismatch("notice", key, *shown, "The class of these models does not read it."))
+            unread.append((key, shown))
         elif name == "architectures" and have_other_classes(*stated):
             mismatches.append(Mismatch("blocking", key, *shown, describe_classes(*stated)))
         elif CAPACITY_KEY.search(name) and any(computes_with_limit(config, key) for config in configs):
             mismatches.append(Mismatch("blocking", key, *shown, FOLLOWED_LIMIT, accepted_as=key))
         else:
-            mismatches.append(judge_config_key(key, *shown))
-    return mismatches
+            silent = None in values and not is_read
+            mismatches.append(judge_config_key(key, *shown, UNKNOWN_SILENCE if silent else OTHER_USE))
+    return mismatches + note_unread(unread, configs)
+
+
+def note_unread(unread: Sequence[tuple[str, Sequence[str]]], configs: Sequence[Mapping[str, Any]]) -> list[Mismatch]:
+    """One line for all settings that the class of the models passes over. unread: each with what to show of it."""
+    if not unread:
+        return []
+    if len(unread) == 1:
+        key, shown = unread[0]
+        return [Mismatch("notice", key, *shown, "The class of these models does not read it.")]
+    keys = [key for key, _ in unread]
+    shown = [f"{sum(key in config for key in keys)} stated" for config in configs]
+    return [Mismatch("notice", format_names(keys, 3), *shown, "The class of these models reads none of them.")]
 
 
 def have_other_classes(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -176,7 +192,7 @@ def is_per_layer(name: str, value: Any) -> bool:
     return bool(DEPTH_KEY.search(name)) or isinstance(value, list)
 
 
-def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mismatch:
+def judge_config_key(key: str, primary_value: str, secondary_value: str, harm: str) -> Mismatch:
     """What follows from one config key on which the parents differ: it blocks, unless it is known to do no harm."""
     name, values = key.rpartition(".")[2], (primary_value, secondary_value)
     if name in ("model_type", "architectures"):
@@ -194,8 +210,7 @@ def judge_config_key(key: str, primary_value: str, secondary_value: str) -> Mism
     if PREDICTION_KEY.search(name):
         why = "It is of layers that predict further tokens; the child keeps the primary's value."
         return Mismatch("notice", key, *values, why)
-    why = "Equal shapes hide this: the child would use all its weights in the primary's way."
-    return Mismatch("blocking", key, *values, why, accepted_as=key)
+    return Mismatch("blocking", key, *values, harm, accepted_as=key)
 
 
 def stated_depth(config: Mapping[str, Any]) -> int | None:
