@@ -602,6 +602,20 @@ def test_what_wrappers_put_into_names_is_taken_off_and_told(tmp_path, wrapped, t
     assert all(pair.name == pair.primary.name == pair.secondary.name for pair in report.pairs)
 
 
+@pytest.mark.parametrize("split", [(0,), (1,), (0, 1)])
+def test_a_name_that_a_save_has_split_is_made_whole(tmp_path, split):
+    """As transformers 4.57 saves a Gemma 3n, which no version can then load."""
+    whole, apart = "model.per_layer_model_projection.weight", "model.per_layer_model.language_model_projection.weight"
+    folders = [tmp_path / "primary", tmp_path / "secondary"]
+    for number, folder in enumerate(folders):
+        tensors = {**llama_tensors(number), apart if number in split else whole: torch.ones(4, 4)}
+        make_checkpoint(folder, tensors)
+    report = parity_of(*folders)
+    assert {pair.name for pair in report.pairs} == {*llama_tensors(0), whole}
+    told = ["_model.language_model_" if number in split else "none" for number in (0, 1)]
+    assert [only(report, "resolved").primary, only(report, "resolved").secondary] == told
+
+
 @pytest.mark.parametrize(
     ("prefix", "more"),
     [

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Parts that torch and DeepSpeed put in anywhere in a name; nobody calls a module so.
 WRAPPER_PARTS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
+# What transformers 4.5x makes, when it saves a Gemma 3n, of a part that holds `model` too: per_layer_model_projection.
+SPLIT_PART, WHOLE_PART = "_model.language_model_", "_model_"
 # What DDP and DeepSpeed, PEFT, Lightning and TRL put before every name. A model's own names may begin so too.
 WRAPPER_PREFIXES = ("module.", "base_model.model.", "pretrained_model.", "model.")
 # Of one more `model.` before all names these tell: no class has a model inside so, or its head.
@@ -42,6 +44,7 @@ def unwrap(
         prefix = wrapper_prefix(table, config, others)
         parts = {part for name in tables[number] if name not in table for part in name.split(".")}
         taken = [f"{part}." for part in WRAPPER_PARTS if part in parts]
+        taken += [SPLIT_PART] * any(SPLIT_PART in name for name in tables[number] if name not in table)
         table = renamed(table, {name: name[len(prefix) :] for name in table})
         unwrapped.append((table, (*taken, *filter(None, [prefix]))))
     return unwrapped
@@ -56,7 +59,7 @@ def renamed(table: Mapping[str, TensorInfo], names: Mapping[str, str]) -> dict[s
 
 def without_parts(name: str) -> str:
     """A name without the parts that are a wrapper's wherever they stand."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS).replace(SPLIT_PART, WHOLE_PART)
 
 
 def wrapper_prefix(names: Collection[str], config: Mapping[str, Any], others: Iterable[Collection[str]]) -> str:
