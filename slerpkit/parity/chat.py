@@ -142,12 +142,12 @@ def take_own_template(
         tokens = read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source)
         tokens = {**tokens, **{token.content: token.token_id for token in vocabulary.appended}}
     except SlerpMergeError as error:
-        why = f"It is of {name}, as asked. Whether its marks are tokens is not known: {error.message.rstrip('.')}."
+        why = f"It is {name}'s, as asked. Whether its marks are tokens is not known: {error.message.rstrip('.')}."
         return [line("resolved", consequence=why)], ChildTemplate(None, name, text)
     ends = tuple(tokens[mark] for mark in TURN_ENDS if mark in text and mark in tokens)
     lines = [
         line(
-            "resolved", consequence=f"It is of {name}, as asked{'; the child stops where its turns end' * bool(ends)}."
+            "resolved", consequence=f"It is {name}'s, as asked{'; the child stops where its turns end' * bool(ends)}."
         )
     ]
     unknown = sorted({mark for mark in TURN_MARK.findall(text) if mark not in tokens})
