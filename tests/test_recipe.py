@@ -1136,6 +1136,22 @@ slices:
     assert read_recipe(write(child / "merge_recipe.yaml", written)).slices == plan.recipe.slices
 
 
+def test_the_whole_of_one_model_is_written_as_one(tmp_path: Path) -> None:
+    """mergekit takes no model twice."""
+    neox_pair(tmp_path)
+    text = "merge_method: passthrough\nmodels: [{model: ./secondary}]\ndtype: float16\n"
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", text), tmp_path / "child")
+    written = recipe_text(plan.recipe, plan.parents.by_role, tmp_path / "child")
+    content = yaml.safe_load(written)
+    assert (content["merge_method"], content["models"]) == ("passthrough", [{"model": "../secondary"}])
+    (tmp_path / "child").mkdir()
+    again = plan_of_file(write(tmp_path / "child" / "merge_recipe.yaml", written), tmp_path / "again")
+    made = [
+        [(tensor.name, tensor.operation, tensor.dtype, tensor.t) for tensor in one.tensors] for one in (plan, again)
+    ]
+    assert made[0] and made[0] == made[1]
+
+
 def test_a_stacked_child_loads_in_transformers(tmp_path: Path) -> None:
     primary, secondary = (
         make_real_model(tmp_path / name, seed, num_hidden_layers=3) for name, seed in (("a", 1), ("b", 2))
