@@ -16,7 +16,7 @@ from slerpkit.parents.tensors import MAX_LAYER_INDEX
 from slerpkit.recipe import CHILD_DTYPES, PARENTS, LayerSlice, MergeRecipe, RecipeOrigin, RecordedModel
 from slerpkit.recipe_models import Cut, RecipeModels, Source
 from slerpkit.recipe_tokenizer import TokenizerReader
-from slerpkit.recipe_yaml import RecipeFile
+from slerpkit.recipe_yaml import RecipeFile, until_all_match
 from slerpkit.schedule import Schedule
 
 RECIPE_NAME = "merge_recipe.yaml"
@@ -90,11 +90,11 @@ class RecipeReader:
 
     def schedule(self, name: str, scopes: Sequence[Mapping[str, Any]], node: Any) -> Schedule:
         """A parameter's rules, from the narrowest scope to the widest: the next is asked where no filter matches."""
-        rules = [rule for scope in scopes if name in scope for rule in self.file.rules(scope[name], name)]
+        rules = tuple(rule for scope in scopes if name in scope for rule in self.file.rules(scope[name], name))
         if not rules:
             hint = f"Write `{name}:` under parameters."
             raise self.file.fault(node, f"{self.method} needs the parameter {name}", hint)
-        return Schedule(tuple(rules))
+        return Schedule(until_all_match(rules))
 
     def flag(self, name: str, scopes: Sequence[Mapping[str, Any]], default: bool) -> bool:
         node = next((scope[name] for scope in scopes if name in scope), None)
@@ -227,11 +227,8 @@ class RecipeReader:
         """(t's schedule, the weights' where the method has them) of a slice; layers of one model alone are copied."""
         node = cut.sources[0].node
         if len(sides) == 1:
-            if self.method == "linear" and not self.flag("normalize", cut.scopes, True):
-                scopes = [parts[sides[0]].parameters, *cut.scopes]
-                if set(self.schedule("weight", scopes, node).values()) != {1.0}:
-                    hint = "Write weight 1, or normalize: true."
-                    raise self.file.fault(node, "a weight would scale the layers of a single model", hint)
+            if self.method == "linear":
+                self.check_weight_of_one(parts[sides[0]], cut)
             return Schedule.constant(float(sides[0] == "secondary")), None
         if self.method == "passthrough":
             raise self.file.fault(node, "passthrough takes one model in a slice", "Use slerp or linear to blend two.")
@@ -242,6 +239,20 @@ class RecipeReader:
             return (t.mirrored() if cut.base == roles["secondary"] != roles["primary"] else t), None
         first, second = (self.schedule("weight", [parts[side].parameters, *cut.scopes], node) for side in sides)
         return Schedule.constant(0.5), (first, second)
+
+    def check_weight_of_one(self, source: Source, cut: Cut) -> None:
+        """Raises SlerpMergeError where its weight would not leave the layers of a single model as they are."""
+        scopes = [source.parameters, *cut.scopes]
+        is_normalized = self.flag("normalize", cut.scopes, True)
+        if is_normalized and not any("weight" in scope for scope in scopes):
+            return
+        weights = set(self.schedule("weight", scopes, source.node).values())
+        if is_normalized and 0.0 in weights:
+            what = "a weight of 0 leaves nothing of the layers of a single model"
+            raise self.file.fault(source.node, what, "Write weight 1, or leave the slice out.")
+        if not is_normalized and weights != {1.0}:
+            hint = "Write weight 1, or normalize: true."
+            raise self.file.fault(source.node, "a weight would scale the layers of a single model", hint)
 
     def layer_range(self, source: Source) -> range:
         if self.is_whole:

@@ -36,7 +36,7 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
     if recipe.slices:
         content["slices"] = [recipe_slice(part, places, method) for part in recipe.slices]
     else:
-        whole = LayerSlice(0, 0, 0, recipe.schedule, recipe.weights)
+        whole = LayerSlice(0, None if method == "passthrough" else 0, 0, recipe.schedule, recipe.weights)
         cut = recipe_slice(whole, places, method)
         content["models"] = [{k: v for k, v in source.items() if k != "layer_range"} for source in cut["sources"]]
         content.update({"parameters": cut["parameters"]} if "parameters" in cut else {})
@@ -78,7 +78,9 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
 
 def method_of(recipe: MergeRecipe) -> str:
     """The method as mergekit calls it, or that of its methods which reads a merge in the same keys."""
-    if recipe.base is None and recipe.slices and all(part.alone for part in recipe.slices):
+    is_copy = recipe.weights is None and set(recipe.schedule.values()) == {0.0}  # of one model, which no other takes
+    is_copy = is_copy and recipe.primary.resolve() == recipe.secondary.resolve()
+    if recipe.base is None and (all(part.alone for part in recipe.slices) if recipe.slices else is_copy):
         return "passthrough"
     if recipe.method == "nuslerp" or recipe.base is not None:
         return "nuslerp"

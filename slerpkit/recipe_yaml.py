@@ -52,6 +52,12 @@ def nearest_key(name: str, known: Iterable[str]) -> str | None:
     return best if best and score(best) >= 0.8 else None
 
 
+def until_all_match(rules: tuple[ScheduleRule, ...]) -> tuple[ScheduleRule, ...]:
+    """The rules up to the first that matches every tensor, behind which none is reached."""
+    last = next((number for number, rule in enumerate(rules) if rule.name_filter in ("*", "")), len(rules))
+    return rules[: last + 1]
+
+
 class RecipeFile:
     """A recipe as nodes of YAML, so that every complaint can name its line."""
 
@@ -177,7 +183,12 @@ class RecipeFile:
         if node.id == "mapping":
             return (self.rule(node, what),)
         if node.id == "sequence" and node.value and node.value[0].id == "mapping":
-            return tuple(self.rule(entry, what) for entry in self.items(node, what))
+            entries = self.items(node, what)
+            rules = tuple(self.rule(entry, what) for entry in entries)
+            reached = until_all_match(rules)
+            for entry in entries[len(reached) :]:
+                self.remark(entry, f"an entry of {what} stands behind one that matches every tensor, and says nothing")
+            return reached
         return (ScheduleRule(self.gradient(node, what)),)
 
     def rule(self, node: Any, what: str) -> ScheduleRule:

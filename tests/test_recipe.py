@@ -822,6 +822,31 @@ def test_a_filter_that_matches_nothing_is_remarked_on(tmp_path: Path) -> None:
     assert plan.remarks == ("The filter 'self_atn' matches no tensor.",)
 
 
+def test_an_entry_that_is_never_reached_is_remarked_on(tmp_path: Path) -> None:
+    entries = "[{filter: mlp, value: 0.2}, {value: 0.5}, {filter: lm_head, value: 1.5}]"
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", GOOD.replace("0.5", entries)))
+    assert recipe.schedule == Schedule((ScheduleRule((0.2,), "mlp"), ScheduleRule((0.5,))))
+    (remark,) = recipe.origin.remarks
+    assert "an entry of t stands behind one that matches every tensor" in remark
+
+
+@pytest.mark.parametrize("normalize", ["on", "off"])
+def test_a_wider_weight_says_nothing_of_a_single_model_that_has_its_own(normalize: str, tmp_path: Path) -> None:
+    lone = "  - {model: ./secondary, layer_range: [0, 2], parameters: {weight: 1}}\n"
+    text = f"""merge_method: linear
+slices:
+- sources:
+  - {{model: ./primary, layer_range: [0, 2]}}
+  - {{model: ./secondary, layer_range: [0, 2]}}
+- sources:
+{lone}parameters: {{weight: 0.0, normalize: {normalize}}}
+"""
+    path = tmp_path / "recipe.yaml"
+    assert read_recipe(write(path, text)).slices[1].alone == "secondary"
+    with pytest.raises(SlerpMergeError, match=r"line 7: a weight .* a single model"):
+        read_recipe(write(path, text.replace(", parameters: {weight: 1}", "")))
+
+
 def test_a_null_filter_matches_every_tensor(tmp_path: Path) -> None:
     make_pair(tmp_path)
     entries = "[{filter: mlp, value: 0.2}, {filter: null, value: 0.7}]"
@@ -1134,6 +1159,22 @@ slices:
     written = recipe_text(plan.recipe, plan.parents.by_role, child)
     assert yaml.safe_load(written)["merge_method"] == "passthrough"
     assert read_recipe(write(child / "merge_recipe.yaml", written)).slices == plan.recipe.slices
+
+
+def test_the_whole_of_one_model_is_written_as_one(tmp_path: Path) -> None:
+    """mergekit takes no model twice."""
+    neox_pair(tmp_path)
+    text = "merge_method: passthrough\nmodels: [{model: ./secondary}]\ndtype: float16\n"
+    plan = plan_of_file(write(tmp_path / "recipe.yaml", text), tmp_path / "child")
+    written = recipe_text(plan.recipe, plan.parents.by_role, tmp_path / "child")
+    content = yaml.safe_load(written)
+    assert (content["merge_method"], content["models"]) == ("passthrough", [{"model": "../secondary"}])
+    (tmp_path / "child").mkdir()
+    again = plan_of_file(write(tmp_path / "child" / "merge_recipe.yaml", written), tmp_path / "again")
+    made = [
+        [(tensor.name, tensor.operation, tensor.dtype, tensor.t) for tensor in one.tensors] for one in (plan, again)
+    ]
+    assert made[0] and made[0] == made[1]
 
 
 def test_a_stacked_child_loads_in_transformers(tmp_path: Path) -> None:

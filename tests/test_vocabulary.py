@@ -850,6 +850,18 @@ def test_a_chat_template_of_ones_own_says_which_marks_are_no_tokens(tmp_path):
         merge(primary, secondary, tmp_path / "none", chat_template="chat-ml")
 
 
+def test_equal_chat_templates_are_not_said_to_differ(tmp_path):
+    """Nor are two that stand nowhere, where a template is asked for by name."""
+    primary, secondary = make_talkers(tmp_path, primary_knows=True)
+    for template, told in ((TEMPLATE, f"{len(TEMPLATE)} characters"), (None, "none")):
+        (secondary / "chat_template.jinja").unlink(missing_ok=True)
+        for folder in (primary, secondary):
+            edit_json(folder / "tokenizer_config.json", chat_template=template)
+        plan = prepare_merge(MergeRecipe(primary, secondary, chat_template="chatml"), RunOptions(tmp_path / "child"))
+        lines = [line for line in plan.parity.mismatches if line.subject == "chat template"]
+        assert lines and {(line.primary, line.secondary) for line in lines} == {(told, told)}
+
+
 @pytest.mark.parametrize("primary_knows", [True, False])
 def test_either_parents_chat_template_is_taken_where_it_fits(tmp_path, primary_knows):
     primary, secondary = make_talkers(tmp_path, primary_knows)

@@ -466,6 +466,21 @@ class TestSession:
             start_and_leave(terminal)
         assert {tensor.dtype for tensor in load_tensors(tmp_path / "child").values()} == {torch.float32}
 
+    def test_a_recipe_file_is_refused_beside_a_flag_that_says_what_it_says(self, tmp_path):
+        """The command that would make the same child again could not say both either."""
+        make_pair(tmp_path)
+        (tmp_path / "mine.yaml").write_text(
+            "merge_method: slerp\nbase_model: primary\nmodels:\n- model: primary\n- model: secondary\n"
+            "parameters:\n  t: 0.5\n"
+        )
+        flags = ["--method", "nuslerp", "--granularity", "row"]
+        with Terminal.start([*FOLDERS, *flags], folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "mine.yaml")
+            terminal.wait_for("already says what --method, --granularity would")
+            terminal.send("\x150.25\r")
+            start_and_leave(terminal)
+        assert json.loads((tmp_path / "child" / "merge_report.json").read_text())["recipe"]["blend"] == "t = 0.25"
+
     def test_task_vectors_ask_for_the_base(self, tmp_path, parents):
         folders = *make_pair(tmp_path), make_checkpoint(tmp_path / "origin", llama_tensors(3))
         parents.watch(*folders)

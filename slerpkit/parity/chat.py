@@ -104,7 +104,8 @@ def check_chat_template(
     if lenient and len(set(templates.values())) == 1:
         return [], of_tokenizer
     sizes = [f"{len(template)} characters" if template else "none" for template in templates.values()]
-    sizes = sizes if sizes[0] != sizes[1] else ["one", "another"]
+    if sizes[0] == sizes[1] and templates["primary"] != templates["secondary"]:
+        sizes = ["one", "another"]
     line = functools.partial(Mismatch, subject="chat template", primary=sizes[0], secondary=sizes[1])
     unless_asked = "notice" if lenient else "blocking"
     if tokenizer_source is None:

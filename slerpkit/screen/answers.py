@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # The fields of Answers that are asked for, in their order, and the words that people have for them.
 QUESTIONS = {"primary": "primary", "secondary": "secondary", "save_directory": "save directory", "blend": "blend"}
+# The settings that a recipe's file decides where one is read, and the words that people have for them.
+SETTLED_BY_RECIPES = {"base": "base", "method": "method", "vectors": "granularity"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Answers:
     def unanswered(self) -> list[str]:
         """The questions that are still to be asked."""
         return [name for name in QUESTIONS if getattr(self, name) is None]
+
+    def words_of_recipes(self) -> list[str]:
+        """What is settled here that only a recipe's file may say where one is read, in the words of who asks for it."""
+        return [word for name, word in SETTLED_BY_RECIPES.items() if self.settings.get(name) is not None]
 
     def without(self, question: str) -> Answers:
         """All but one answer, which is to be given anew."""

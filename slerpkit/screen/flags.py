@@ -143,7 +143,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
-    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp or linear of two models")
+    add(
+        "--recipe",
+        type=folder,
+        metavar="FILE",
+        help="a mergekit recipe: slerp, nuslerp, linear or passthrough of two models",
+    )
     add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
     add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
         help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
@@ -278,11 +283,10 @@ def answers_given(arguments: argparse.Namespace) -> Answers:
 
 def answers_of_recipe(path: Path, given: Answers) -> Answers:
     """A recipe file's answers, and those that flags give beside it. Raises WrongUsage where both say the same."""
-    decided = {"primary": given.primary, "secondary": given.secondary, "base": given.settings.get("base"),
-               "t": given.blend, "method": given.settings.get("method"),
-               "granularity": given.settings.get("vectors")}  # fmt: skip
-    if clashing := [f"--{flag}" for flag, value in decided.items() if value is not None]:
-        what = f"The recipe already says what {', '.join(clashing)} would."
+    decided = {"primary": given.primary, "secondary": given.secondary, "t": given.blend}
+    clashing = [word for word, value in decided.items() if value is not None] + given.words_of_recipes()
+    if clashing:
+        what = f"The recipe already says what {', '.join(f'--{word}' for word in clashing)} would."
         raise WrongUsage(what, "Leave out the one or the other.")
     recipe = recipe_file.read_recipe(path)
     blend = Blend(recipe.schedule, recipe=recipe, recipe_file=path)

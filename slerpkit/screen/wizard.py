@@ -176,6 +176,11 @@ class Wizard:
         if not text.strip("'\"").lower().endswith((".yaml", ".yml")):
             return Blend(parse_blend(text), text=text)
         path = clean_path(text)
+        if clashing := answers.words_of_recipes():
+            raise SlerpMergeError(
+                f"A recipe already says what {', '.join(f'--{word}' for word in clashing)} would.",
+                "Answer with another blend, or start again without.",
+            )
         recipe = recipe_file.read_recipe(path)
         named, given = (recipe.primary, recipe.secondary), (answers.primary, answers.secondary)
         if [folder.resolve() for folder in named] != [folder.resolve() for folder in given]:
