@@ -147,9 +147,7 @@ def take_own_template(
         return [line("resolved", consequence=why)], ChildTemplate(None, name, text)
     ends = tuple(tokens[mark] for mark in TURN_ENDS if mark in text and mark in tokens)
     lines = [
-        line(
-            "resolved", consequence=f"It is {name}'s, as asked{'; the child stops where its turns end' * bool(ends)}."
-        )
+        line("resolved", consequence=f"It is {name}'s, as asked{'; the child stops where its turns end' * bool(ends)}.")
     ]
     unknown = sorted({mark for mark in TURN_MARK.findall(text) if mark not in tokens})
     if unknown:

@@ -143,12 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
-    add(
-        "--recipe",
-        type=folder,
-        metavar="FILE",
-        help="a mergekit recipe: slerp, nuslerp, linear or passthrough of two models",
-    )
+    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear, passthrough")
     add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
     add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
         help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
@@ -163,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
     add("--tokenizer", choices=TOKENIZER_CHOICES, help="whose tokenizer the child gets; union: with the other's tokens")
-    add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose it gets (default: the tokenizer's)")
+    add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose, or which, it gets (default: the tokenizer's)")
     add("--accept", action="append", metavar="KEY", help="let a setting differ; refusals name it; may be given again")
     add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
     count = parse_within(int, 1, 1024, "a number of threads from 1 on")
