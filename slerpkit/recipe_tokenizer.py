@@ -100,7 +100,8 @@ class TokenizerReader:
         return TokenSource(token, self.role_of(keys["model"], None, f"the row of {token!r} is from"), row_of, force)
 
     def multiple(self, node: Any) -> int:
-        return self.whole(node, "pad_to_multiple_of", 1)
+        """To what multiple rows are padded; 0 stands for not at all, as in mergekit."""
+        return self.whole(node, "pad_to_multiple_of", 0) or 1
 
     def whole(self, node: Any, what: str, least: int) -> int:
         """A whole number, no less than another."""
@@ -114,6 +115,9 @@ class TokenizerReader:
         if "chat_template" not in top:
             return {}
         chosen = self.file.text(top["chat_template"], "chat_template")
+        if not chosen:
+            self.file.remark(top["chat_template"], "'chat_template' is empty and says nothing")
+            return {}
         if chosen not in ("auto", *CHAT_TEMPLATES) and not is_template_text(chosen):
             known = f"Known: auto, {', '.join(CHAT_TEMPLATES)}, or a template in Jinja."
             raise self.file.fault(top["chat_template"], f"no chat template is called {chosen!r}", known)

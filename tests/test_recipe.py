@@ -409,6 +409,14 @@ def test_a_tokenizer_without_a_source_is_the_union(tmp_path, text, tokenizer):
     assert read_recipe(write(tmp_path / "recipe.yaml", f"{GOOD}{text}\n")).tokenizer == tokenizer
 
 
+def test_a_template_and_a_padding_that_say_nothing_are_passed_over(tmp_path):
+    make_pair(tmp_path)
+    text = f"{GOOD}chat_template: ''\ntokenizer: {{source: base, pad_to_multiple_of: 0}}\n"
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", text))
+    assert (recipe.chat_template, recipe.pad_to_multiple_of) == ("auto", 1)
+    assert recipe.origin.remarks == ("recipe.yaml, line 9: 'chat_template' is empty and says nothing.",)
+
+
 def test_what_a_recipe_says_of_tokens_is_replayed(tmp_path):
     primary, secondary = pair_of_tokenizers(tmp_path)
     token = next(iter(json.loads((primary / "tokenizer.json").read_text())["model"]["vocab"]))
@@ -433,8 +441,8 @@ def test_what_a_recipe_says_of_tokens_is_replayed(tmp_path):
         ("tokenizer: {tokens: {a: {source: {kind: mean}}}}", 9, "is no row"),
         ("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./primary}}}}", 9, "is no row"),
         ("tokenizer: {tokens: {a: {source: {kind: model_token, model: ./primary, token_id: -1}}}}", 9, "from 0 on"),
-        ("tokenizer: {pad_to_multiple_of: 0}", 9, "from 1 on"),
-        ("tokenizer: {pad_to_multiple_of: 1.5}", 9, "from 1 on"),
+        ("tokenizer: {pad_to_multiple_of: -8}", 9, "from 0 on"),
+        ("tokenizer: {pad_to_multiple_of: 1.5}", 9, "from 0 on"),
         ("tokenizer: {tokns: {}}", 9, "not known in tokenizer"),
     ],
 )

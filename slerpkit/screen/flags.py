@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
-    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear, passthrough")
+    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear or passthrough")
     add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
     add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
         help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
