@@ -194,6 +194,26 @@ def test_a_sliding_window_beside_none_blocks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "key", "default"),
+    [
+        ("starcoder2", "sliding_window", None),
+        ("mistral", "sliding_window", 4096),
+        ("gemma2", "final_logit_softcapping", 30.0),
+    ],
+)
+def test_none_beside_silence_is_what_the_class_makes_of_it(tmp_path, model_type, key, default):
+    kind = {"model_type": model_type, "architectures": ...}
+    report = compare_configs(tmp_path, {**kind, key: None}, kind)
+    assert subjects(report, "blocking") == ([] if default is None else [key])
+
+
+@pytest.mark.parametrize("key", ["deterministic_flash_attn", "reference_compile", "sparse_prediction"])
+def test_how_an_encoder_is_run_and_trained_is_silent(tmp_path, key):
+    kind = {"model_type": "modernbert", "architectures": ...}
+    assert compare_configs(tmp_path, {**kind, key: False}, {**kind, key: True}).mismatches == ()
+
+
+@pytest.mark.parametrize(
     ("left", "right"),
     [
         ({"max_window_layers": 24, "sliding_window": 32768}, {"max_window_layers": 21, "sliding_window": 32768}),
