@@ -29,7 +29,10 @@ from tests.builders import (
 TOKENIZER_EXAMPLES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken",
-    "tekken.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
+    "spm.model", "spm_char.model", "sentencepiece.model", "source.spm", "tiktoken.model", "bpe.codes",
+    "dict.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "normalizer.json",
+    "prophetnet.tokenizer", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 PRIMARY_EXAMPLES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",

@@ -31,6 +31,7 @@ from tests.builders import (
     make_checkpoint,
     make_pair,
     make_real_model,
+    plan_of,
 )
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -191,6 +192,26 @@ def test_a_sliding_window_beside_none_blocks(tmp_path):
     """Null means attention to everything: the first and second Mistral differ in it and in no shape."""
     report = compare_configs(tmp_path, {"sliding_window": 4096}, {"sliding_window": None})
     assert subjects(report, "blocking") == ["sliding_window"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "default"),
+    [
+        ("starcoder2", "sliding_window", None),
+        ("mistral", "sliding_window", 4096),
+        ("gemma2", "final_logit_softcapping", 30.0),
+    ],
+)
+def test_none_beside_silence_is_what_the_class_makes_of_it(tmp_path, model_type, key, default):
+    kind = {"model_type": model_type, "architectures": ...}
+    report = compare_configs(tmp_path, {**kind, key: None}, kind)
+    assert subjects(report, "blocking") == ([] if default is None else [key])
+
+
+@pytest.mark.parametrize("key", ["deterministic_flash_attn", "reference_compile", "sparse_prediction"])
+def test_how_an_encoder_is_run_and_trained_is_silent(tmp_path, key):
+    kind = {"model_type": "modernbert", "architectures": ...}
+    assert compare_configs(tmp_path, {**kind, key: False}, {**kind, key: True}).mismatches == ()
 
 
 @pytest.mark.parametrize(
@@ -704,6 +725,45 @@ def test_a_buffer_that_only_the_secondary_saved_is_left_out(tmp_path, name):
     report = compare_tensors(tmp_path, {}, {name: BUFFERS[name]})
     assert (only(report, "resolved").subject, only(report, "resolved").primary) == (name, "not saved")
     assert name not in {pair.name for pair in report.pairs}
+
+
+POOLER, NEXT_SENTENCE = "roberta.pooler.dense.weight", "cls.seq_relationship.bias"
+RELATIVE_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("RobertaForMaskedLM", POOLER),
+        ("ErnieForMaskedLM", NEXT_SENTENCE),
+        ("MT5ForConditionalGeneration", RELATIVE_BIAS),
+    ],
+)
+def test_what_a_pre_training_leaves_is_the_primarys_or_left_out(tmp_path, architecture, name):
+    """The originals have it, and no fine-tune that their class saved."""
+    config = {**LLAMA_CONFIG, "architectures": [architecture]}
+    for holder, kept in (("primary", 1), ("secondary", 0)):
+        changes = [{name: torch.ones(4, 4)} if holder == role else {} for role in ("primary", "secondary")]
+        found = only(compare_tensors(tmp_path / holder, *changes, config), "resolved")
+        assert (found.subject, found.consequence.startswith("Not read by its class")) == (name, True)
+        plan = plan_of(tmp_path / holder / "primary", tmp_path / holder / "secondary", tmp_path / "child")
+        assert sum(tensor.name == name for tensor in plan.tensors) == kept
+
+
+def test_what_another_class_reads_is_no_leftover(tmp_path):
+    config = {**LLAMA_CONFIG, "architectures": ["RobertaModel"]}
+    assert only(compare_tensors(tmp_path, {POOLER: torch.ones(4, 4)}, {}, config), "blocking").subject == POOLER
+
+
+def test_the_bias_of_a_tied_head_is_that_beside_it(tmp_path):
+    """Older versions saved it twice."""
+    config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
+    once = {"lm_head.weight": ..., "lm_head.bias": torch.ones(VOCABULARY)}
+    twice = {**once, "lm_head.decoder.bias": torch.ones(VOCABULARY)}
+    for number, pair in enumerate([(once, twice), (twice, once)]):
+        assert (
+            only(compare_tensors(tmp_path / str(number), *pair, config), "resolved").subject == "lm_head.decoder.bias"
+        )
 
 
 @pytest.mark.parametrize(

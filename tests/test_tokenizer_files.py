@@ -56,7 +56,7 @@ def lines_of(folder: Path, subject: str) -> list[Mismatch]:
 # ── sentencepiece ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model", "spm.model", "sentencepiece.model"])
 def test_pieces_have_the_ids_of_their_places(tmp_path, name):
     (tmp_path / name).write_bytes(sentencepiece_model(PIECES))
     edit_json(tmp_path / "added_tokens.json", **{"[PAD]": 40})
@@ -213,6 +213,38 @@ def test_a_tokenizer_that_cannot_be_read_is_told_once(tmp_path):
     write_bpe(tmp_path / "primary")
     write_bpe(tmp_path / "secondary", lambda content: content.update(normalizer={"type": "Unheard"}))
     assert [found.subject for found in check(tmp_path).mismatches] == ["vocabulary"]
+
+
+@pytest.mark.parametrize("content", [{}, {"model": []}, {"model": {"type": "BPE", "vocab": 5, "merges": 7}}])
+def test_a_tokenizer_without_rules_is_told_once(tmp_path, content):
+    write_bpe(tmp_path / "primary")
+    write_bpe(tmp_path / "secondary")
+    (tmp_path / "secondary" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert [found.subject for found in check(tmp_path).mismatches] == ["vocabulary"]
+
+
+def test_rules_are_read_without_the_vocabulary(tmp_path, monkeypatch):
+    write_bpe(tmp_path / "primary")
+    write_bpe(tmp_path / "secondary", spell_merges_as_text)
+    read = []
+
+    def record(data: bytes, path: Path) -> Any:
+        read.append(json.loads(data)["model"])
+        return Tokenizer.from_buffer(data)
+
+    monkeypatch.setattr("slerpkit.parity.segmentation.read_tokenizer", record)
+    assert check(tmp_path).mismatches == ()
+    assert [(len(model["vocab"]), len(model["merges"])) for model in read] == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(("score", "lines"), [(0, 0), (-1.5, 1)])
+def test_scores_of_one_vocabulary_are_compared_as_numbers(tmp_path, score, lines):
+    for role, own in (("primary", 0.0), ("secondary", score)):
+        make_parent(tmp_path / role, 3)
+        model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", own], ["b", own]]}
+        (tmp_path / role / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    (tmp_path / "primary" / "tokenizer.json").write_text((tmp_path / "primary" / "tokenizer.json").read_text() + "\n")
+    assert len(lines_of(tmp_path, "tokenizer")) == lines
 
 
 @pytest.mark.parametrize("other", [{"score": b"\0\0\x80\x3f"}, {"normalizer": b"identity"}])

@@ -340,6 +340,17 @@ def test_layers_that_predict_further_tokens_are_no_fault(tmp_path, real_model):
         )
 
 
+def test_what_a_pre_training_leaves_is_no_fault(tmp_path):
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaForMaskedLM(RobertaConfig(vocab_size=48, **sizes)).save_pretrained(tmp_path / "tuned")
+    pooler = {"roberta.pooler.dense.weight": torch.ones(8, 8), "roberta.pooler.dense.bias": torch.ones(8)}
+    original = changed_copy(tmp_path / "tuned", tmp_path / "original", **pooler)
+    found = verify_with_transformers(original)
+    assert any("no missing, unexpected or mismatched key" in line for line in found.checks)
+
+
 def test_logits_that_are_no_numbers_are_refused_and_others_are_told(tmp_path, real_model):
     assert "its logits for a short text are finite" in verify_with_transformers(real_model, with_logits=True).checks
     spoiled = changed_copy(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.lazy import torch
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.tensors import TORCH_NAMES
+from slerpkit.parity.pairing import is_left_over
 from slerpkit.parity.prediction import prediction_tensors
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def load_without_weights(checkpoint: Checkpoint) -> Loading:
         return Loading(named, unchecked=f"this version of transformers does not build it: {reason}")
     loading = Loading(named, *(keys_of(found, kind) for kind in ("missing", "unexpected", "mismatched")))
     of_use_elsewhere = prediction_tensors(checkpoint)
-    loading = dataclasses.replace(loading, unexpected=tuple(sorted({*loading.unexpected} - of_use_elsewhere)))
+    unexpected = [n for n in loading.unexpected if n not in of_use_elsewhere and not is_left_over(n, checkpoint)]
+    loading = dataclasses.replace(loading, unexpected=tuple(unexpected))
     if not set(loading.mismatched) <= set(checkpoint.tensors) and (gaps := gaps_in_lists(checkpoint.tensors)):
         loading = dataclasses.replace(loading, missing=(*loading.missing, *gaps))  # for which it came out too short
     excuse = excuse_for_faults(checkpoint) if loading.faults else None

@@ -37,15 +37,33 @@ TOKENIZER_CORE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
     "vocab.txt",
+    "prophetnet.tokenizer",
     "tokenizer.model",
     "spiece.model",
+    "spm.model",
+    "spm_char.model",
     "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "*.spm",
+    "tiktoken.model",
     "*.tiktoken",
     "tekken.json",
 )
 # Copied whole from the parent that the tokenizer is from, so that no two halves of a tokenizer ever meet.
-TOKENIZER_FILES = (*TOKENIZER_CORE_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
+TOKENIZER_FILES = (
+    *TOKENIZER_CORE_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "target_vocab.json",
+    "entity_vocab.json",
+    "normalizer.json",
+)
 # How that parent, or the one that was asked for, puts a conversation.
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 GENERATION_NAME = "generation_config.json"

@@ -32,6 +32,7 @@ SILENT_KEY = re.compile(
     r"|^use_bfloat16$|^prefix$|^chunk_size_feed_forward$|^num_logits_to_keep$|^use_mamba_kernels$"
     r"|^use_flash_attn$|^attn_implementation$|^tf_legacy_loss$|^ignore_index$|^apply_spec_augment$"
     r"|^mask_(time|feature)_(prob|length|min_masks)$"
+    r"|^(deterministic_flash_attn|reference_compile|repad_logits_with_grad|sparse_prediction|sparse_pred_ignore_index)$"
 )
 # How a model was made to speak, which configs held before generation_config.json did.
 GENERATION_KEY = re.compile(
@@ -78,17 +79,27 @@ def same_value(first: Any, second: Any) -> bool:
 def compare_configs(primary: Checkpoint, secondary: Checkpoint, any_depth: bool = False) -> list[Mismatch]:
     """Every config key on which the parents differ, judged by what it does to the child.
 
-    Where what the files say would forbid a merge, what their class makes of it is compared instead, if there is one.
+    Where what the files say would forbid a merge, or need not mean the same, what their class makes of it is compared
+    instead, if there is one.
     any_depth: the recipe says which layers go together, so depth and settings per layer may differ.
     """
     stated = flatten_config(primary.config), flatten_config(secondary.config)
     mismatches = judge_differences(stated, stated, any_depth)
-    if any(mismatch.severity == "blocking" for mismatch in mismatches):
+    if any(mismatch.severity == "blocking" for mismatch in mismatches) or is_none_or_silent(primary, secondary):
         meanings = read_meanings(primary.config, secondary.config)
         if meanings is not None:
             meant = tuple(flatten_config(meaning, with_nulls=True) for meaning in meanings)
             return judge_differences(meant, stated, any_depth)
     return mismatches
+
+
+def is_none_or_silent(primary: Checkpoint, secondary: Checkpoint) -> bool:
+    """Whether one config says none where the other is silent: the class may have something for the silent one."""
+    configs = [flatten_config(parent.config, with_nulls=True) for parent in (primary, secondary)]
+    return any(
+        not (configs[0].get(key) or configs[1].get(key) or is_judged_elsewhere(key) or TOKEN_ID_KEY.search(key))
+        for key in configs[0].keys() ^ configs[1].keys()
+    )
 
 
 def judge_differences(

@@ -44,6 +44,7 @@ UNTIED_BY_DEFAULT = (
     "olmo", "olmo2", "deepseek_v3",
 )  # fmt: skip
 OTHER_ROWS_NAME = re.compile(r"posit|pos_emb|wpe|token_type|norm", re.IGNORECASE)
+TIED_BIAS_NAME = re.compile(r"(cls\.predictions|lm_head)\.decoder\.bias")
 OUTPUT_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 # Inside layers, as in one that predicts several tokens, rows as many as tokens prove nothing without such a name.
 TABLE_IN_LAYER_NAME = re.compile(r"\.(\w*embed\w*|\w*emb|wte|\w*head)\.(weight|bias)$")
@@ -159,9 +160,14 @@ def stores_head(checkpoint: Checkpoint) -> bool:
 
 
 def find_tied_source(head: TensorInfo, owner: Checkpoint, other: Checkpoint) -> TensorInfo | None:
-    """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width."""
+    """The embedding that serves `other` as the head that `owner` stores: a row per token, of the same width.
+
+    Or what serves it as the bias of that head, which the class of a masked model ties too.
+    """
     if find_layer(head.name) or is_tied(other.config) is False:
         return None
+    if (match := TIED_BIAS_NAME.fullmatch(head.name)) is not None:
+        return other.tensors.get(f"{match[1]}.bias") if f"{match[1]}.bias" in owner.tensors else None
     if lacks_head(other) or head not in token_matrices(owner):
         return None
     candidates = [info for info in token_matrices(other) if info.shape[1:] == head.shape[1:]]

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 # Buffers that older versions saved and newer ones recompute.
 BUFFER_NAME = re.compile(r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|attn\.masked_bias$|position_ids$")
 MASK_NAME = re.compile(r"(attn|attention)\.bias$")
+# What a pre-training leaves among the weights, by classes that do not read it; fine-tunes are saved without it.
+LEFT_OVER = (
+    (re.compile("ForMaskedLM$"), re.compile(r"(^|\.)pooler\.dense\.|^cls\.seq_relationship\.")),
+    (re.compile("^M?T5For"), re.compile(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.")),
+)
 VALUE_HEAD = (
     "A value head, as TRL trains it beside a policy; the other parent has none. Take the tensors of v_head out of that "
     "model's weights, and of their index if there is one, and merge the policies."
@@ -47,6 +52,20 @@ def is_known_buffer(info: TensorInfo) -> bool:
     """A tensor that a model recomputes when it loads: rotary frequencies, causal masks, position ids."""
     is_mask = MASK_NAME.search(info.name) and len(info.shape) == 4 and info.shape[2] == info.shape[3]
     return bool(BUFFER_NAME.search(info.name) or is_mask)
+
+
+def is_left_over(name: str, owner: Checkpoint) -> bool:
+    """Whether the class of a checkpoint does not read a tensor of this name, which is from its pre-training."""
+    return any(kind.search(owner.architecture) and names.search(name) for kind, names in LEFT_OVER)
+
+
+def why_kept(info: TensorInfo, counterpart: TensorInfo | None, primary: Checkpoint) -> str | None:
+    """Why the child has a tensor of the primary's as it is; None where it is to be blended."""
+    if is_known_buffer(info):  # the model computes it, and versions store it differently
+        return "A buffer; the primary's is kept."
+    if counterpart is None and is_left_over(info.name, primary):
+        return "Not read by its class; the primary's is kept."
+    return None
 
 
 def main_stack(checkpoint: Checkpoint) -> tuple[str, int]:
@@ -167,9 +186,9 @@ def pair_tensors(
         base_tensor = None
         if base is not None:
             base_tensor = base.tensors.get(name_in_layer(primary_tensor, layer_source.base_layer))
-        if is_known_buffer(primary_tensor):  # never blended: the model computes it, and versions store it differently
+        why = why_kept(primary_tensor, secondary_tensor, primary)
+        if why is not None:
             if secondary_tensor is None:
-                why = "A buffer; the primary's is kept."
                 mismatches.append(Mismatch("resolved", name, "saved", "not saved", why))
             pairs.append(TensorSources(name, primary_tensor, None, None, layer_source))
             continue
@@ -267,6 +286,9 @@ def judge_unpaired(
         info = secondary.tensors[name]
         if is_known_buffer(info):
             resolved.append(Mismatch("resolved", name, "not saved", "saved", "A buffer; the child is made without it."))
+        elif is_left_over(name, secondary):
+            why = "Not read by its class; the child is made without it."
+            resolved.append(Mismatch("resolved", name, "not saved", "saved", why))
         elif (embedding := find_tied_source(info, secondary, primary)) is not None:
             why = f"The child's head stays tied to {embedding.name}, as the primary's; the secondary's is left out."
             resolved.append(Mismatch("resolved", name, "tied", "stored", why))

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slerpkit.files import parse_json_object, read_bytes
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parity.report import Mismatch
 from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_cutting
-from slerpkit.parity.vocabulary import have_same_tokens, open_tokenizer, read_tokens
+from slerpkit.parity.vocabulary import MAX_TOKENIZER_BYTES, have_same_tokens, read_tokenizer, read_tokens
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
@@ -44,23 +45,26 @@ def compare_segmentation(primary: Checkpoint, secondary: Checkpoint, vocabulary:
 def read_rules(folder: Path) -> dict[str, Any]:
     """What decides how a folder's tokenizer cuts, by the names of its parts; nothing of older kinds.
 
-    The tokenizers library spells each rule in one way, however old the file is. Raises SlerpMergeError where a file
-    cannot be read.
+    The tokenizers library spells each rule in one way, however old the file is; it is given the rules alone, as it
+    takes long over a vocabulary. Raises SlerpMergeError where a file cannot be read.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         model = find_sentencepiece(folder)
         return {} if model is None else read_cutting(model)
-    content = json.loads(open_tokenizer(path).to_str())
-    model = content["model"]
-    vocabulary = model.pop("vocab")
+    content = parse_json_object(read_bytes(path, MAX_TOKENIZER_BYTES), path)
+    model = dict(content["model"]) if isinstance(content.get("model"), dict) else {}
+    vocabulary, merges = (model.get(key) if isinstance(model.get(key), list) else [] for key in ("vocab", "merges"))
     model.pop("unk_id", None)  # follows the tokens
+    model |= {key: type(model[key])() for key in ("vocab", "merges") if isinstance(model.get(key), (dict, list))}
+    kept = {key: content.get(key) for key in ("version", "normalizer", "pre_tokenizer")}
+    rules = json.loads(read_tokenizer(json.dumps({**kept, "model": model}).encode(), path).to_str())
     return {
-        "normalizer": content["normalizer"],
-        "pre-tokenizer": content["pre_tokenizer"],
-        "merges": model.pop("merges", None),
-        "scores": sorted(vocabulary) if isinstance(vocabulary, list) else None,
-        "model": model,
+        "normalizer": rules["normalizer"],
+        "pre-tokenizer": rules["pre_tokenizer"],
+        "merges": [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges],
+        "scores": sorted(vocabulary, key=str),
+        "model": rules["model"],
     }
 
 

@@ -13,7 +13,7 @@ from slerpkit.files import read_bytes
 from slerpkit.messages import SlerpMergeError
 
 MAX_SENTENCEPIECE_BYTES = 64_000_000
-NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+NAMES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model", "sentencepiece.model")
 # Under this name fairseq's models have their pieces, and begin with four of their own in place of the file's three.
 FAIRSEQ_NAME = "sentencepiece.bpe.model"
 FAIRSEQ_PIECES, FILE_PIECES = ("<s>", "<pad>", "</s>", "<unk>"), ("<unk>", "<s>", "</s>")

@@ -36,8 +36,13 @@ def open_tokenizer(path: Path) -> Any:
     """A tokenizer.json as the tokenizers library has it. Raises SlerpMergeError where that cannot read it."""
     if file_size(path) > MAX_TOKENIZER_BYTES:
         raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "Download it again.")
+    return read_tokenizer(read_bytes(path, MAX_TOKENIZER_BYTES), path)
+
+
+def read_tokenizer(data: bytes, path: Path) -> Any:
+    """The tokenizer in a tokenizer.json's content. Raises SlerpMergeError where the library cannot read it."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(data)
     except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
