@@ -247,6 +247,13 @@ def test_scores_of_one_vocabulary_are_compared_as_numbers(tmp_path, score, lines
     assert len(lines_of(tmp_path, "tokenizer")) == lines
 
 
+@pytest.mark.parametrize("merges", [5, [[1, 2], ["c", "d"]], [None], {"a": "b"}])
+def test_merges_that_are_none_are_told_once(tmp_path, merges):
+    write_bpe(tmp_path / "primary")
+    write_bpe(tmp_path / "secondary", lambda content: content["model"].update(merges=merges))
+    assert [found.subject for found in check(tmp_path).mismatches] == ["vocabulary"]
+
+
 @pytest.mark.parametrize("other", [{"score": b"\0\0\x80\x3f"}, {"normalizer": b"identity"}])
 def test_sentencepiece_models_of_one_vocabulary_may_cut_in_two_ways_too(tmp_path, other):
     for role, settings in (("primary", {}), ("secondary", other)):
