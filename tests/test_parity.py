@@ -708,6 +708,7 @@ BUFFERS = {
     "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril().bool(),
     "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8).tril().bool(),
     "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
     "embeddings.position_ids": torch.arange(4),
 }
 

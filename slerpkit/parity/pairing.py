@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from slerpkit.recipe import LayerSlice
 
 # Buffers that older versions saved and newer ones recompute.
-BUFFER_NAME = re.compile(r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|attn\.masked_bias$|position_ids$")
+BUFFER_NAME = re.compile(
+    r"rotary_emb\w*\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.masked_bias$|position_ids$"
+)
 MASK_NAME = re.compile(r"(attn|attention)\.bias$")
 # What a pre-training leaves among the weights, by classes that do not read it; fine-tunes are saved without it.
 LEFT_OVER = (
