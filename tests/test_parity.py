@@ -208,6 +208,23 @@ def test_none_beside_silence_is_what_the_class_makes_of_it(tmp_path, model_type,
     assert subjects(report, "blocking") == ([] if default is None else [key])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "key", "value", "other", "blocks"),
+    [
+        ("gemma2", "final_logit_softcapping", 30, 30.0, False),
+        ("gemma2", "final_logit_softcapping", 50, 30.0, True),
+        ("mistral", "sliding_window", 4096.0, 4096, False),
+        ("llama", "attention_bias", None, False, False),
+        ("llama4_text", "attn_temperature_tuning", 4, True, False),
+    ],
+)
+def test_a_value_of_another_type_does_not_keep_a_class_from_reading(tmp_path, model_type, key, value, other, blocks):
+    kind = {"model_type": model_type, "architectures": ...}
+    silent_key = {"attention_dropout": 0.0, "mlp_bias" if model_type == "llama" else "hidden_act": ...}
+    report = compare_configs(tmp_path, {**kind, **silent_key, key: value}, {**kind, key: other})
+    assert subjects(report, "blocking") == ([key] if blocks else [])
+
+
 @pytest.mark.parametrize("key", ["deterministic_flash_attn", "reference_compile", "sparse_prediction"])
 def test_how_an_encoder_is_run_and_trained_is_silent(tmp_path, key):
     kind = {"model_type": "modernbert", "architectures": ...}

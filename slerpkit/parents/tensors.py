@@ -51,6 +51,7 @@ def component_of(tensor_name: str) -> str:
     return next(components, "other")
 
 
+@functools.lru_cache(maxsize=1 << 18)  # large models have tens of thousands of names, each asked for many times
 def find_layer(tensor_name: str) -> tuple[str, int] | None:
     """(stack, index) of a tensor inside a stack of layers: its name up to the first number, and that number.
 

@@ -91,7 +91,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     pairs, unpaired = pair_tensors(without_copies, renamed_secondary, slices, renamed_base, vocabulary, labels)
     module_pairs, of_modules = pair_modules(primary, secondary, base)
     template_mismatches, template = check_chat_template(primary, secondary, vocabulary, recipe.chat_template)
-    if any(parent is not None and stored_scheme(parent) for parent in (primary, secondary, base)):
+    if unpaired and any(parent is not None and stored_scheme(parent) for parent in (primary, secondary, base)):
         unpaired = []  # what packed weights are, and stand beside, follows from that
     mismatches = [
         *accept(row_mismatches, recipe.accept),

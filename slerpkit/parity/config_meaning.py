@@ -205,6 +205,20 @@ def as_class_of(readable: dict[str, Any], known: Mapping[str, Any]) -> dict[str,
     return readable
 
 
+def as_typed(value: Any, default: Any) -> Any:
+    """A value of the type that a class has for it, where it says the same: 30 for 30.0, or null for no.
+
+    Older versions took what they found; version 5 refuses another type. default: the class's own value.
+    """
+    if isinstance(value, dict) and isinstance(default, dict):
+        return {key: as_typed(item, default.get(key)) for key, item in value.items()}
+    if isinstance(default, bool):
+        return bool(value) if value is None or isinstance(value, int) else value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    return int(value) if type(default) is int and isinstance(value, float) and value.is_integer() else value
+
+
 def read_meaning(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A config's settings as the class of its model_type fills them in; None where no class reads it."""
     model_type = config.get("model_type")
@@ -217,7 +231,8 @@ def read_meaning(config: Mapping[str, Any]) -> dict[str, Any] | None:
         for spelling in OLDER if is_older else (None,):
             try:
                 config_class: type[PretrainedConfig] = transformers.CONFIG_MAPPING[model_type]
-                readable = as_class_of(readable_config(config, spelling), config_class().to_dict())
+                known = config_class().to_dict()
+                readable = as_typed(as_class_of(readable_config(config, spelling), known), known)
                 return config_class.from_dict(readable).to_dict()
             except Exception:  # a class refuses in ways of its own; the caller then compares what the files say
                 continue

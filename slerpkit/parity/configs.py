@@ -96,9 +96,12 @@ def compare_configs(primary: Checkpoint, secondary: Checkpoint, any_depth: bool 
 def is_none_or_silent(primary: Checkpoint, secondary: Checkpoint) -> bool:
     """Whether one config says none where the other is silent: the class may have something for the silent one."""
     configs = [flatten_config(parent.config, with_nulls=True) for parent in (primary, secondary)]
+    alone = [(key, config[key]) for config in configs for key in config if any(key not in other for other in configs)]
     return any(
-        not (configs[0].get(key) or configs[1].get(key) or is_judged_elsewhere(key) or TOKEN_ID_KEY.search(key))
-        for key in configs[0].keys() ^ configs[1].keys()
+        (value is None or (value is False and key.rpartition(".")[2] == "sliding_window"))
+        and not is_judged_elsewhere(key)
+        and not TOKEN_ID_KEY.search(key)
+        for key, value in alone
     )
 
 

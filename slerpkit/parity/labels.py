@@ -71,10 +71,13 @@ def align_labels(
     """(which rows of heads stand for the child's labels, what is to know of it). The child has the primary's labels."""
     models = [model for model in (primary, secondary, base) if model is not None]
     labels = [stated_labels(model.config) for model in models]
-    tensors = tuple(label_tensors(model, names or ()) for model, names in zip(models, labels))
+    tensors = tuple(label_tensors(model, names) if names else frozenset() for model, names in zip(models, labels))
     orders: list[Sequence[int] | None] = []
     mismatches = []
     for number, other in enumerate(labels[1:], 1):
+        if other == labels[0]:
+            orders.append(None)
+            continue
         is_classified = has_labels(primary) or has_labels(models[number])
         found = tensors[number] and tensors[0]
         order, mismatch = judge_labels(labels[0], other, found, is_classified, " of the base" * (number > 1))

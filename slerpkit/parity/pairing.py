@@ -139,6 +139,8 @@ def name_in_layer(info: TensorInfo, index: int | None) -> str:
 
 def check_slices(slices: Sequence[LayerSlice], primary: Checkpoint, secondary: Checkpoint) -> list[Mismatch]:
     """Layers that a recipe asks for and a parent does not have, or that the primary's class could not take."""
+    if not slices:
+        return []
     mismatches = []
     depths = [main_stack(parent)[1] for parent in (primary, secondary)]
     for layer_slice in slices:
