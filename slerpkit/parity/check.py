@@ -18,7 +18,8 @@ from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.labels import align_labels
 from slerpkit.parity.modules import pair_modules
-from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors, rename_to_match
+from slerpkit.parity.names import rename_to_match
+from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors
 from slerpkit.parity.quantisation import check_quantisation, stored_scheme
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.parity.segmentation import compare_segmentation
