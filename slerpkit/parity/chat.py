@@ -6,6 +6,7 @@ is written by child/companions.py. No weight is looked at. Read vocabulary.py be
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -140,8 +141,7 @@ def take_own_template(
     """
     name, text = (asked, CHAT_TEMPLATES[asked]) if asked in CHAT_TEMPLATES else ("the recipe", asked)
     try:
-        tokens = read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source)
-        tokens = {**tokens, **{token.content: token.token_id for token in vocabulary.appended}}
+        tokens = child_tokens(tokenizer_source, vocabulary)
     except SlerpMergeError as error:
         why = f"It is {name}'s, as asked. Whether its marks are tokens is not known: {error.message.rstrip('.')}."
         return [line("resolved", consequence=why)], ChildTemplate(None, name, text)
@@ -161,13 +161,16 @@ def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint
     if have_same_tokens(owner.folder, tokenizer_source.folder):
         return []
     marks = set(added_tokens(owner.folder))
-    try:
+    tokens: dict[str, int] = {}
+    with contextlib.suppress(SlerpMergeError):  # it stays unknown what they are
         marks |= all_added_tokens(owner.folder)
-        tokens = read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source)
-        child_tokens = tokens.keys() | {token.content for token in vocabulary.appended}
-    except SlerpMergeError:  # it stays unknown what they are
-        child_tokens = set()
-    return sorted(mark for mark in marks if mark and mark in template and mark not in child_tokens)
+        tokens = child_tokens(tokenizer_source, vocabulary)
+    return sorted(mark for mark in marks if mark and mark in template and mark not in tokens)
+
+
+def child_tokens(tokenizer_source: Checkpoint, vocabulary: Vocabulary) -> dict[str, int]:
+    """The child's tokens with their ids. Raises SlerpMergeError where its tokenizer's source cannot be read."""
+    return vocabulary.with_appended(read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source))
 
 
 def child_generation_config(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,10 @@ class Vocabulary:
             source = int(self.tokenizer_source == "secondary")
             self._table_maps[row_counts] = self.row_map.cut(row_counts, source)
         return self._table_maps.get(row_counts)
+
+    def with_appended(self, tokens: Mapping[str, int]) -> dict[str, int]:
+        """The child's tokens with their ids, from those of the parent that its tokenizer is from."""
+        return {**tokens, **{token.content: token.token_id for token in self.appended}}
 
     def child_id_of(self, token_id: int, role: str) -> int | None:
         """The child's id of the token that has this id in a parent, "primary" or "secondary"; None for none."""

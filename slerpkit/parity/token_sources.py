@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from slerpkit.lazy import numpy
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parity.report import NO_ROW, ZEROS
+from slerpkit.recipe import PARENTS
 
 if TYPE_CHECKING:
     from slerpkit.recipe import TokenSource
-
-ROLES = ("primary", "secondary")
 
 
 def place_given_rows(
@@ -46,7 +45,7 @@ def place_given_rows(
             continue
         for rows in maps:
             rows[place] = NO_ROW
-        donor = None if want.role is None else ROLES.index(want.role)
+        donor = None if want.role is None else PARENTS.index(want.role)
         if want.force or not any(has_own):
             for number in range(len(maps)) if donor is None else (donor,):
                 maps[number][place] = given
@@ -73,7 +72,7 @@ def given_row(tokens: Sequence[Mapping[str, int]], limits: Sequence[int], want: 
     """The row that a recipe gives a token. Raises SlerpMergeError where it is not there."""
     if want.role is None:
         return ZEROS
-    number = ROLES.index(want.role)
+    number = PARENTS.index(want.role)
     named = want.token if want.row_of is None else want.row_of
     row = row_of(tokens[number].get(named) if isinstance(named, str) else named, limits[number])
     if row == NO_ROW:
