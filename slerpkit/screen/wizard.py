@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from slerpkit.files import clean_path, existing_folder, is_plain_file, replace_files
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.messages import SlerpMergeError, format_bytes, printable
 from slerpkit.schedule import BLENDS, Schedule, order_rules, parse_blend, parse_rule
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
@@ -28,17 +28,18 @@ from slerpkit.screen.finder import ModelCompleter, ModelFinder
 from slerpkit.screen.prompts import Prompter, answer_check
 
 if TYPE_CHECKING:
-    from slerpkit import recipe_file
+    from slerpkit import recipe_file, story
     from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
-    from slerpkit.parents import checkpoint, resolver
+    from slerpkit.parents import checkpoint, hub, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
     from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
     objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
-    checkpoint, resolver = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parents.resolver")
+    checkpoint, hub, resolver = lazy_modules("slerpkit.parents", "checkpoint", "hub", "resolver")
+    story = LazyModule("slerpkit.story")
     check = LazyModule("slerpkit.parity.check")
     recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
 
@@ -90,7 +91,21 @@ class Wizard:
         def find(text: str) -> Path:
             return resolver.find_model(text)  # looked up late, so that the first prompt does not wait for it
 
-        return self.prompt.path(message, find, question, shown, completer, check_folder, default)
+        def check_what_is_here(folder: Path) -> None:
+            if not hub.must_be_looked_up(folder):
+                check_folder(folder)
+
+        while True:
+            folder = self.prompt.path(message, find, question, shown, completer, check_what_is_here, default)
+            if not hub.must_be_looked_up(folder):
+                return folder
+            self.prompt.say(f"  Looking at {resolver.short_name(folder)} on the Hub ...")
+            try:
+                folder = hub.locate(folder)
+                check_folder(folder)
+                return folder
+            except SlerpMergeError as error:
+                self.prompt.say(printable(f"  {error.message} {error.hint}"))
 
     def ask_primary(self, answers: Answers, before: Answers) -> Answers:
         """The model at t = 0."""
@@ -107,7 +122,7 @@ class Wizard:
         if default is not None and default.resolve() == primary.resolve():
             default = None
         folder = self.ask_model(
-            "secondary", "Secondary model", lambda folder: check.check_fit(primary, folder), default
+            "secondary", "Secondary model", lambda folder: story.check_fit(primary, folder), default
         )
         if folder.resolve() == primary.resolve():
             self.prompt.say("  That is the primary itself; the child will be a copy of it.")
