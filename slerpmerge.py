@@ -51,24 +51,19 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.objectives import Objective
-    from slerpkit.merge import supply
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.parents.checkpoint import Parents
-    from slerpkit.parity.report import ParityReport
-    from slerpkit.recipe import MergeRecipe, RunOptions
-    from slerpkit.screen import afterwards, console, figures, panels, terminal
+    from slerpkit.screen import afterwards, console, fetching, figures, panels, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
-    (supply,) = lazy_modules("slerpkit.merge", "supply")
-    afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
+    afterwards, console, fetching = lazy_modules("slerpkit.screen", "afterwards", "console", "fetching")
+    (figures,) = lazy_modules("slerpkit.screen", "figures")
     panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
-FETCHED_KEPT = "No child was made. What was fetched of the parents is kept; the same command carries on."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -188,7 +183,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
-    plan = plan_within_disk(session, recipe, options, parents, parity)
+    plan = fetching.plan_within_disk(session, recipe, options, parents, parity)
     lacks = session.what_primary_lacks(PATIENCE_SECONDS)
     session.show(panels.render_plan(session.console, plan, answers.blend.objective is not None, lacks))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
@@ -196,30 +191,6 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
         afterwards.check_maps(session, recipe, options.save_directory)
         afterwards.check_evaluation(session, (parents.primary, parents.secondary), answers.blend.objective)
-    return plan
-
-
-def plan_within_disk(
-    session: Session, recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport
-) -> MergePlan:
-    """The plan. Where the parents' files do not fit on the disk, and would one by one, that is offered."""
-    try:
-        return story.plan_merge(recipe, options, parents, parity)
-    except supply.DiskTooSmall as error:
-        if not error.can_stream or not session.offers(f"{error.message} Fetch and drop them file by file?"):
-            raise
-    return story.plan_merge(recipe, dataclasses.replace(options, stream_parents=True), parents, parity)
-
-
-def with_weights(session: Session, plan: MergePlan) -> MergePlan:
-    """The plan once the parents' weights are here, which knows more of them then."""
-    if not plan.download_bytes or plan.options.stream_parents:
-        return plan
-    session.leave(FETCHED_KEPT)
-    with session.view:
-        supply.fetch_parents(plan.parents, session.observe)
-    plan = story.prepare_merge(plan.recipe, plan.options)
-    session.show(f"kinship: {plan.kinship.describe()}", style="dim", markup=False)
     return plan
 
 
@@ -237,8 +208,8 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
     if plan.kinship.warning:
         session.show(f"[yellow]{plan.kinship.warning}[/]")
     if session.arguments.yes:
-        session.may_fetch(plan)
-        return "start", with_weights(session, plan)
+        fetching.may_fetch(session, plan)
+        return "start", fetching.with_weights(session, plan)
     is_lost = plan.leftover is not None and plan.leftover.reason != ""
     if is_lost:
         session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
@@ -246,9 +217,9 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
         if decision in ("start", "inspect"):
-            if not session.may_fetch(plan):
+            if not fetching.may_fetch(session, plan):
                 continue
-            plan, was_strange = with_weights(session, plan), plan.kinship.warning
+            plan, was_strange = fetching.with_weights(session, plan), plan.kinship.warning
             if plan.kinship.warning != was_strange:
                 session.show(f"[yellow]{plan.kinship.warning}[/]")
                 continue
@@ -327,8 +298,7 @@ def inspect_parents(session: Session) -> None:
     """--inspect: how the parents differ. Two questions, no child and no save directory."""
     given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
-    recipe = story.locate_parents(answers.recipe, session.observe)
-    session.consent_to_fetch(supply.download_bytes(story.open_parents(recipe).by_role.values()))
+    recipe = fetching.with_parents_here(session, answers.recipe)
     afterwards.check_maps(session, answers.recipe)
     terminal.collect_garbage_again()
     with session.view:
@@ -345,7 +315,8 @@ def evaluate_standing_child(session: Session) -> None:
     if not path.is_file():
         what = f"{child} has no {path.name}, so its parents are not known."
         raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
-    compared = afterwards.models_to_compare(recipe_file.read_recipe(path), child, session.arguments.device or "auto")
+    recipe = fetching.with_parents_here(session, recipe_file.read_recipe(path))
+    compared = afterwards.models_to_compare(recipe, child, session.arguments.device or "auto")
     afterwards.check_evaluation(session, [compared.checkpoints[role] for role in ("primary", "secondary")], None)
     afterwards.evaluate_as_flags_ask(session, compared)
     session.print_json({"findings": session.findings})

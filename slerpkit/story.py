@@ -131,7 +131,7 @@ def execute_merge(
 
 def supply_for(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> StreamedSupply | None:
     """What brings the parents' files as the merge comes to them; None where all are here."""
-    if not awaited_models(plan.parents):
+    if not plan.options.stream_parents or not awaited_models(plan.parents):
         return None
 
     def check(tensors: Sequence[MergedTensor]) -> tuple[int, int]:

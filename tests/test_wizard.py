@@ -772,11 +772,6 @@ class TestFinding:
         assert reasons["deeper"].startswith("num_hidden_layers: 3, not 2")
         assert reasons["primary"] == "the primary itself"
 
-    def test_a_name_of_the_hub_that_is_not_there_says_how_to_get_it(self, hub):
-        with pytest.raises(SlerpMergeError) as caught:
-            open_checkpoint(find_model("ada/finch"))
-        assert "hf download ada/finch" in caught.value.hint
-
     @posix_paths
     def test_windows_separators_are_understood(self, tmp_path, monkeypatch):
         make_pair(tmp_path / "models")
@@ -1310,7 +1305,7 @@ class TestLookaheadOfASession:
         """Which answers Enter would have given, in turn; found: by the looks at the primary, one after the other."""
         session.lookahead = mock.Mock(look=mock.Mock(side_effect=found))
         session.wizard.decide = mock.Mock(side_effect=decisions)
-        assert slerpmerge.decide(session, plan, None) == decisions[-1]
+        assert slerpmerge.decide(session, plan, None) == (decisions[-1], plan)
         return [call.args[0] for call in session.wizard.decide.call_args_list]
 
     def test_enter_starts_no_merge_of_a_primary_that_lacks_something(self, tmp_path, session):

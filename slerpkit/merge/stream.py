@@ -292,7 +292,10 @@ def stream_merge(
     child.journal.device = team.device
     observe(Noted(f"Merging on {team.device} with {team.count} worker{'s' * (team.count > 1)}."))
     names = tuple(tensor.name for tensor in plan.tensors)
-    observe(WorkBegan("Merging", plan.child_bytes, in_bytes=True, tensors=names))
+    unfinished = (shard for shard in plan.shards if shard.file_name not in child.journal.finished)
+    fetched = supply.bytes_to_fetch(tensor for shard in unfinished for tensor in shard.tensors) if supply else 0
+    what = "Fetching and merging" if fetched else "Merging"
+    observe(WorkBegan(what, plan.child_bytes + fetched, in_bytes=True, tensors=names))
     team.wait()
     started = time.perf_counter()
     try:

@@ -9,16 +9,14 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
-from slerpkit.files import existing_folder
-from slerpkit.lazy import huggingface_hub, lazy_modules
-from slerpkit.messages import SlerpMergeError, format_bytes, printable
+from slerpkit.lazy import lazy_modules
+from slerpkit.messages import SlerpMergeError, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
 from slerpkit.screen.console import OutputConsole
@@ -155,25 +153,6 @@ class Session:
     def offers(self, what: str) -> bool:
         """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""
         return self.asks and self.wizard.prompt.confirm(what, default=True)
-
-    def may_fetch(self, plan: MergePlan) -> bool:
-        """Whether the parents' weights may be fetched, where they are not here. Raises as consent_to_fetch."""
-        is_streamed = plan.options.stream_parents
-        return is_streamed or not plan.download_bytes or self.consent_to_fetch(plan.download_bytes)
-
-    def consent_to_fetch(self, byte_count: int) -> bool:
-        """Whether so many bytes may be fetched from the Hub: by --download, or by the person's word.
-
-        Raises SlerpMergeError where neither can be had.
-        """
-        if not byte_count or self.arguments.download:
-            return True
-        cache = existing_folder(Path(huggingface_hub.constants.HF_HUB_CACHE))
-        size, free = format_bytes(byte_count), format_bytes(shutil.disk_usage(cache).free)
-        if not self.asks:
-            what = f"{size} of the parents' weights are still on the Hub."
-            raise SlerpMergeError(what, f"Add --download to fetch them; {free} are free at {cache}.")
-        return self.wizard.prompt.confirm(f"Fetch {size} from the Hub? {free} are free.", default=True)
 
     def accepts(self, parity: ParityReport) -> bool:
         """Whether the person lets pass the settings that alone forbid the merge; Enter alone does not."""
