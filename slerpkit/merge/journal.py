@@ -37,6 +37,7 @@ def merge_fingerprint(
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     for name in ("accept", "chat_template", "origin"):  # they change no weight
         del values[name]
+    values["adapter_bases"] = {str(k.resolve()): str(v.resolve()) for k, v in recipe.adapter_bases.items()}
     settings = {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
     return {
         "version": __version__,
@@ -46,7 +47,7 @@ def merge_fingerprint(
         },
         "parents": {
             role: {name: list(stat) for name, stat in parent.file_stats.items()}
-            for role, parent in parents.by_role.items()
+            for role, parent in parents.by_folder.items()
         },
         "layout": hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest(),
     }

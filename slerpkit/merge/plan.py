@@ -235,11 +235,11 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     count, seconds = 0, 0.0
     with TensorReader() as reader:
         for info in infos[:: max(1, len(infos) // PROBE_SAMPLES)][:PROBE_SAMPLES]:
-            stretch = min(PROBE_BYTES, info.byte_count)
+            stretch = min(PROBE_BYTES, info.read_bytes)
             started = time.perf_counter()
-            reader.read_into(info, (info.byte_count - stretch) // 2, memoryview(buffer)[:stretch])
+            reader.read_into(info, (info.read_bytes - stretch) // 2, memoryview(buffer)[:stretch])
             seconds += time.perf_counter() - started
-            count += stretch
+            count += stretch * info.byte_count // max(info.read_bytes, 1)
     return count / max(seconds, 1e-6)
 
 

@@ -14,8 +14,8 @@ from slerpkit.lazy import numpy
 from slerpkit.maths import slerp_coefficients
 from slerpkit.merge.arithmetic import vector_weights
 from slerpkit.merge.blocks import BlockReader, rows_in
-from slerpkit.merge.dtypes import EPSILON, SMALLEST_NORMAL, converted, stored_dtype, widen
 from slerpkit.merge.tensor_plan import TensorInputs
+from slerpkit.parents.dtypes import EPSILON, SMALLEST_NORMAL, converted, stored_dtype, widen
 from slerpkit.parents.tensors import MAX_FINITE, SAFETENSORS_NAMES, TensorInfo
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import check_kind, check_path, nested_files, read_json
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
+from slerpkit.parents.adapters import CONFIG_NAME, adapt, base_of, is_adapter, open_adapter
 from slerpkit.parents.hub_cache import parse_hub_name, public_name
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
@@ -102,6 +103,7 @@ class Checkpoint:
     file_stats: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     modules: tuple[Module, ...] = ()  # of sentence-transformers; their tensors are not among those above
     wrappers: tuple[str, ...] = ()  # what was taken off the names that its tensors are stored under
+    base: Checkpoint | None = None  # of an adapter, which is a model with it
 
     @property
     def parameter_count(self) -> int:
@@ -123,16 +125,26 @@ class Checkpoint:
         return tuple(TORCH_NAMES.get(dtype, dtype) for dtype in ranked)
 
     @property
+    def companion_folder(self) -> Path:
+        """Where all stands that a model has beside its weights and its tokenizer."""
+        return self.folder if self.base is None else self.base.folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer and its chat template stand: an adapter that brings tokens along has its own."""
+        return self.folder if has_tokenizer(self.folder) else self.companion_folder
+
+    @property
     def architecture(self) -> str:
         """The model class that the config names first."""
         architectures = self.config.get("architectures")
         return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
 
 
-def open_if_whole(folder: Path) -> Checkpoint | None:
-    """A model's headers; None where the folder holds no whole model."""
+def open_if_whole(folder: Path, base: Path | None = None) -> Checkpoint | None:
+    """A model's headers, as open_checkpoint has them; None where the folder holds no whole model."""
     try:
-        return open_checkpoint(folder)
+        return open_checkpoint(folder, base)
     except (SlerpMergeError, OSError):
         return None
 
@@ -199,11 +211,6 @@ def find_weight_files(folder: Path) -> WeightFiles:
             f"{folder} holds a GGUF model, which is quantised.",
             "Merge the original safetensors models, then convert the child to GGUF.",
         )
-    if (folder / "adapter_config.json").is_file():
-        raise SlerpMergeError(
-            f"{folder} holds a LoRA adapter, not a whole model.",
-            "Merge the adapter into its base model first (peft: merge_and_unload), and save that.",
-        )
     if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("*-of-*.bin")):
         raise SlerpMergeError(
             f"{folder} holds shards of weights, but not their index ({WEIGHTS_INDEX} or {PICKLE_INDEX}).",
@@ -215,10 +222,11 @@ def find_weight_files(folder: Path) -> WeightFiles:
     )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, base: Path | None = None) -> Checkpoint:
     """A parent's config and tensor table, from a local folder. Reads headers only.
 
-    Raises SlerpMergeError where there is no folder, no config, no weights, or where they are damaged.
+    base: of an adapter, where it is not the model that its config names. Raises SlerpMergeError where there is no
+    folder, no config, no weights, or where they are damaged.
     """
     check_path(folder, "folder")
     if not folder.is_dir():
@@ -227,8 +235,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if (named := parse_hub_name(folder.as_posix())) is not None:
             hint += f" A model of the hub must be there first: hf download {named.name}"
         raise SlerpMergeError(f"The folder {folder} {what}.", hint)
+    if is_adapter(folder):
+        return open_adapted(folder, base)
+    if base is not None:
+        raise SlerpMergeError(f"{folder} is no adapter, so it has no base.", f"Name it without {base}+ before it.")
     if not (folder / "config.json").is_file():
-        find_weight_files(folder)  # a GGUF or adapter folder is told so by name
+        find_weight_files(folder)  # a GGUF folder is told so by name
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
     check_files(folder)
     weights = find_weight_files(folder)
@@ -243,6 +255,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
     name = public_name(folder.resolve(), config)
     return Checkpoint(folder, name, config, tensors, weights.storage, file_stats, modules)
+
+
+def open_adapted(folder: Path, base: Path | None) -> Checkpoint:
+    """An adapter as the model that it makes of its base. Raises SlerpMergeError as open_checkpoint does."""
+    check_files(folder)
+    adapter = open_adapter(folder)
+    base = base_of(adapter) if base is None else base
+    if is_adapter(base):
+        raise adapter.refuse("has another adapter for its base")
+    model = open_checkpoint(base)
+    return dataclasses.replace(
+        model,
+        folder=folder,
+        name=public_name(folder.resolve(), {}),
+        tensors=adapt(adapter, model.tensors, model.config),
+        file_stats=file_stats_of(folder, [CONFIG_NAME, adapter.file.name]),
+        base=model,
+    )
 
 
 def module_weights(module: Module, folder: Path) -> set[str]:
@@ -309,8 +339,11 @@ def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, in
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound, in bytes, for the tokenizer, config and card beside the weights."""
     patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES, *MODULE_FILES)
-    paths = [path for parent in parents for path in matching_files(parent.folder, patterns)]
-    paths += [parent.folder / name for parent in parents for module in parent.modules for name in module.files]
+    folders = {folder for parent in parents for folder in (parent.companion_folder, parent.tokenizer_folder)}
+    paths = [path for folder in folders for path in matching_files(folder, patterns)]
+    paths += [
+        parent.companion_folder / name for parent in parents for module in parent.modules for name in module.files
+    ]
     nested = (inner for path in paths if path.is_dir() for inner in nested_files(path))
     return MAX_CARD_BYTES + sum(path.stat().st_size for path in (*paths, *nested) if path.is_file())
 
@@ -324,7 +357,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """A parent in one line: name, architecture, size, dtypes."""
     dtypes = ", ".join(checkpoint.dtypes[:3])
     size = f"{format_count(checkpoint.parameter_count)} parameters, {format_bytes(checkpoint.byte_count)}"
-    return f"{checkpoint.name}: {checkpoint.architecture}, {size}, {dtypes}"
+    base = f", an adapter of {checkpoint.base.name}" if checkpoint.base is not None else ""
+    return f"{checkpoint.name}: {checkpoint.architecture}, {size}, {dtypes}{base}"
 
 
 @dataclass(frozen=True)
@@ -341,6 +375,12 @@ class Parents:
         base = {} if self.base is None else {"base": self.base}
         return {"primary": self.primary, "secondary": self.secondary, **base}
 
+    @property
+    def by_folder(self) -> dict[str, Checkpoint]:
+        """The same, and the models that adapters among them are of: everything whose files are read."""
+        under = {f"{role}'s base": model.base for role, model in self.by_role.items() if model.base is not None}
+        return {**self.by_role, **under}
+
 
 def without_wrappers(*models: Checkpoint) -> tuple[Checkpoint, ...]:
     """Models that are to be merged, their tensors under the names that their classes have for them."""
@@ -354,4 +394,5 @@ def without_wrappers(*models: Checkpoint) -> tuple[Checkpoint, ...]:
 def open_parents(recipe: MergeRecipe) -> Parents:
     """The models that a recipe names. Reads headers only; raises SlerpMergeError as open_checkpoint does."""
     folders = [folder for folder in (recipe.primary, recipe.secondary, recipe.base) if folder is not None]
-    return Parents(*without_wrappers(*map(open_checkpoint, folders)))
+    models = (open_checkpoint(folder, recipe.adapter_bases.get(folder)) for folder in folders)
+    return Parents(*without_wrappers(*models))

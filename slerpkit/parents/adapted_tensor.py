@@ -1,0 +1,148 @@
+"""A tensor that an adapter changes, made while it is read: W + scale * left @ right, never stored.
+
+Reads it tile by tile, in memory that does not grow with the tensor. Which factors belong to which tensor is not known
+here (adapters.py). Read tensors.py and dtypes.py before this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from slerpkit.lazy import numpy
+from slerpkit.parents.dtypes import stored_dtype, widen
+from slerpkit.parents.tensors import DTYPE_BYTES, TensorInfo, TensorReader
+
+# A tile is whole rows, cut from the tensor's first on. Its shape depends on the tensor alone, and so do the bits of its
+# product, whoever asks for which stretch.
+TILE_ELEMENTS = 1 << 18
+PANEL_ELEMENTS = 1 << 18  # of the left factor, read at once
+
+
+@dataclass(frozen=True)
+class AdaptedTensor(TensorInfo):
+    """A base's tensor, whose name, dtype, shape and place it has, and the factors of what is added to it.
+
+    The tensor is taken as a matrix (rows, width): its first dimension, and all others together. Where `is_transposed`,
+    both factors are stored with rows for columns.
+    """
+
+    left: TensorInfo  # (rows, rank)
+    right: TensorInfo | None  # (rank, width); None for a bias: ones, of width 1
+    scale: float
+    is_transposed: bool = False
+
+    @property
+    def read_dtype(self) -> str:
+        return "F64" if self.dtype == "F64" else "F32"
+
+    @property
+    def read_bytes(self) -> int:
+        return self.element_count * DTYPE_BYTES[self.read_dtype]
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return tuple(part for part in (self.stored, self.left, self.right) if part is not None)
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The base's tensor."""
+        return TensorInfo(*(getattr(self, field.name) for field in dataclasses.fields(TensorInfo)))
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def rank(self) -> int:
+        """Columns of the left factor."""
+        return self.left.element_count // max(self.shape[0], 1)
+
+    def begin(self, reader: TensorReader, start: int, source: int) -> Callable[[memoryview], None]:
+        tiles = reader.keep(self, source, lambda: Tiles(reader, self, source))
+        position = start
+
+        def fill(view: memoryview) -> None:
+            nonlocal position
+            tiles.read(position, view)
+            position += len(view)
+
+        return fill
+
+
+class Tiles:
+    """The tiles of one adapted tensor, the last of which stays: float32, or float64 where the base is that."""
+
+    def __init__(self, reader: TensorReader, info: AdaptedTensor, source: int) -> None:
+        """Reads the right factor, whole."""
+        self.reader, self.info, self.source = reader, info, source
+        self.stored = info.stored
+        self.dtype = stored_dtype(info.read_dtype)
+        self.tile_rows = min(max(1, TILE_ELEMENTS // info.width), info.shape[0])
+        self.panel_rows = -(-max(1, PANEL_ELEMENTS // info.rank) // self.tile_rows) * self.tile_rows
+        self.right = self.read_right()
+        self.values, self.product = numpy.empty((2, self.tile_rows * info.width), self.dtype)
+        self.number, self.panel_number = -1, -1
+        self.panel = self.right[:0]  # (rows, rank) of the left factor, times the scale
+
+    def read(self, position: int, view: memoryview) -> None:
+        """Fills `view` with the tensor's bytes from byte `position` on. Raises SlerpMergeError as the reader does."""
+        tile_bytes, done = self.values.nbytes, 0
+        while done < len(view):
+            number, begin = divmod(position + done, tile_bytes)
+            if number != self.number:
+                self.make(number)
+            count = min(tile_bytes - begin, len(view) - done)
+            view[done : done + count] = self.values.view("u1").data[begin : begin + count]
+            done += count
+
+    def make(self, number: int) -> None:
+        """Puts a tile into `values`."""
+        info, width = self.info, self.info.width
+        first = number * self.tile_rows
+        rows = min(self.tile_rows, info.shape[0] - first)
+        values = self.values[: rows * width]
+        self.number = -1  # of no tile, until it is whole
+        self.read_numbers(self.stored, first * width, values)
+        if first // self.panel_rows != self.panel_number:
+            self.read_panel(first // self.panel_rows)
+        begin = first - self.panel_number * self.panel_rows
+        product = self.product[: rows * width].reshape(rows, width)
+        with numpy.errstate(all="ignore"):  # what is not finite is told apart where it matters
+            numpy.matmul(self.panel[begin : begin + rows], self.right, out=product)
+            numpy.add(values, product.reshape(-1), out=values)
+        self.number = number
+
+    def read_panel(self, number: int) -> None:
+        """Rows of the left factor for some tiles on end."""
+        info, first = self.info, number * self.panel_rows
+        rows = min(self.panel_rows, info.shape[0] - first)
+        if info.is_transposed:
+            columns = numpy.empty((info.rank, rows), self.dtype)
+            for rank, column in enumerate(columns):
+                self.read_numbers(info.left, rank * info.shape[0] + first, column)
+            self.panel = numpy.ascontiguousarray(columns.T)
+        else:
+            self.panel = numpy.empty((rows, info.rank), self.dtype)
+            self.read_numbers(info.left, first * info.rank, self.panel.reshape(-1))
+        self.panel *= self.dtype.type(info.scale)
+        self.panel_number = number
+
+    def read_right(self) -> numpy.ndarray:
+        """(rank, width), whole."""
+        info = self.info
+        if info.right is None:
+            return numpy.ones((1, 1), self.dtype)
+        shape = (info.width, info.rank) if info.is_transposed else (info.rank, info.width)
+        right = numpy.empty(shape, self.dtype)
+        self.read_numbers(info.right, 0, right.reshape(-1))
+        return numpy.ascontiguousarray(right.T) if info.is_transposed else right
+
+    def read_numbers(self, info: TensorInfo, first: int, out: numpy.ndarray) -> None:
+        """Fills `out`, flat, with a stored tensor's numbers from the one of number `first` on."""
+        stored = numpy.empty(len(out), stored_dtype(info.dtype))
+        self.reader.begin_stored(info, first * stored.itemsize, self.source)(memoryview(stored.view("u1")))
+        widen(stored, out)
