@@ -23,8 +23,10 @@ from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
 from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
+from slerpkit.parents.adapted_tensor import AdaptedTensor
 from slerpkit.parents.checkpoint import companion_bytes
 from slerpkit.parents.tensors import (
+    MAX_KEPT,
     SAFETENSORS_NAMES,
     TORCH_NAMES,
     TensorReader,
@@ -260,12 +262,19 @@ def choose_workers(device: str, byte_count: int, dtypes: Collection[str]) -> tup
     return is_large and hasattr(os, "fork"), is_large and "float16" in dtypes
 
 
-def estimate_memory(threads: int, vectors: str = "tensor", with_torch: bool = False) -> int:
-    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
+def estimate_memory(
+    threads: int, vectors: str = "tensor", with_torch: bool = False, tensors: Sequence[TensorPlan] = ()
+) -> int:
+    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model.
+
+    tensors: those whose sources may be adapted, which takes a worker more.
+    """
     # Three sources and the result, as they are stored, and three sources as they are computed with.
     per_worker = WORKER_BYTES + BLOCK_ELEMENTS * (4 * 2 + 3 * 4)
     if vectors != "tensor":
         per_worker += BLOCK_ELEMENTS * 4 * 8  # and these in float64
+    adapted = {info for tensor in tensors for info in tensor.sources if isinstance(info, AdaptedTensor)}
+    per_worker += MAX_KEPT * max((info.kept_bytes for info in adapted), default=0)
     return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch
 
 
@@ -294,7 +303,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         parity=parity,
         shards=shards,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch),
+        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch, tensors),
         disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),
         disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
         kinship=measure_kinship(pairs),

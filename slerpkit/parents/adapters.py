@@ -130,13 +130,16 @@ def adapt(adapter: Adapter, base: Mapping[str, TensorInfo], config: Mapping[str,
     if config.get("quantization_config") is not None:
         hint = f"Name the unquantised one: BASE+{adapter.folder}, as --primary takes it too."
         raise adapter.refuse("has a quantised base, whose weights are not here as numbers", hint)
-    tensors, factors = dict(base), {}
+    tensors = dict(base)
+    factors: dict[str, dict[str, TensorInfo]] = {}  # of each module
+    embeddings = set()  # modules whose factors have tokens for columns
     names = BaseNames(adapter, base)
     for name, info in adapter.tensors.items():
         if (match := FACTOR_NAME.fullmatch(name)) is not None:
             module, of_embedding, side, kind = match.groups()
             key = side if kind == "weight" or (of_embedding and kind is None) else f"{side}.{kind}"
             factors.setdefault(module, {})[key] = info
+            embeddings |= {module} if of_embedding else set()
         elif not UNTRAINED.search(name):
             found = names.find(TRAINED_WHOLE.sub("", name), may_be_new=True)
             if found in base and info.shape[1:] != base[found].shape[1:]:
@@ -145,11 +148,13 @@ def adapt(adapter: Adapter, base: Mapping[str, TensorInfo], config: Mapping[str,
     if not factors and tensors == base:
         raise broken_file(adapter.file, "it holds no tensors")
     targets = {module: names.find(f"{module}.weight") for module in factors}
-    is_transposed = are_transposed(adapter, [(factors[module], tensors[name]) for module, name in targets.items()])
+    squares = are_transposed(
+        adapter, [(factors[module], tensors[targets[module]]) for module in factors.keys() - embeddings]
+    )
     for module, own in factors.items():
         scale = scale_of(adapter, module, own)
         name = targets[module]
-        tensors[name] = with_factors(adapter, tensors[name], own, scale, is_transposed)
+        tensors[name] = with_factors(adapter, tensors[name], own, scale, squares or module in embeddings)
         if "B.bias" in own:
             bias = names.find(f"{module}.bias")
             if tensors[bias].shape != own["B.bias"].shape:
