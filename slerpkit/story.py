@@ -18,8 +18,8 @@ from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
 from slerpkit.merge.stream import measure_differences, stream_merge
 from slerpkit.merge.team import team_for
+from slerpkit.parents.adapters import find_with_base
 from slerpkit.parents.checkpoint import open_parents
-from slerpkit.parents.resolver import find_model
 from slerpkit.parity.check import check_parity
 from slerpkit.recipe import check_options, check_recipe, recipe_and_options
 from slerpkit.schedule import Schedule, parse_blend
@@ -100,21 +100,23 @@ def merge_models(
 ) -> MergeReport:
     """Makes a child of two models in one call, with every check that the script makes.
 
-    primary (t = 0), secondary (t = 1): folders, or the org/name of a model in the Hugging Face cache. t: a number, or
-    what the prompt `Blend` takes, such as "ramp" or "self_attn=0,1 0.5". settings: any other field of MergeRecipe or
-    RunOptions, such as method="slerp-norm", dtype="float16" or overwrite=True.
+    primary (t = 0), secondary (t = 1): folders, or the org/name of a model in the Hugging Face cache; BASE+ADAPTER says
+    what an adapter's base is. t: a number, or what the prompt `Blend` takes, such as "ramp" or "self_attn=0,1 0.5".
+    settings: any other field of MergeRecipe or RunOptions, such as method="slerp-norm", dtype="float16" or
+    overwrite=True.
 
     Returns what was made and found; `report.child` is the child's folder. Raises SlerpMergeError, with a message and a
     hint, where the child cannot be right; nothing is then put in place. Raises TypeError for a setting that is none.
     """
     if not isinstance(t, Schedule):
         t = parse_blend(t) if isinstance(t, str) else Schedule.constant(float(t))
-    if settings.get("base") is not None:
-        settings["base"] = find_model(str(settings["base"]))
+    named = {"primary": primary, "secondary": secondary, "base": settings.pop("base", None)}
+    found = {role: find_with_base(str(name)) for role, name in named.items() if name is not None}
+    bases = {folder: base for folder, base in found.values() if base is not None}
     recipe, options = recipe_and_options(
         {
-            "primary": find_model(str(primary)),
-            "secondary": find_model(str(secondary)),
+            **{role: folder for role, (folder, _) in found.items()},
+            "adapter_bases": bases,
             "save_directory": clean_path(str(save_directory)),
             "schedule": t,
             **settings,

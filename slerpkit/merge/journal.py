@@ -37,7 +37,7 @@ def merge_fingerprint(
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     for name in ("accept", "chat_template", "origin"):  # they change no weight
         del values[name]
-    values["adapter_bases"] = {str(k.resolve()): str(v.resolve()) for k, v in recipe.adapter_bases.items()}
+    values["adapter_bases"] = {role: str(model.folder.resolve()) for role, model in parents.by_folder.items()}
     settings = {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
     return {
         "version": __version__,

@@ -284,7 +284,9 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
     """
     models = list(parents.by_role.values())
-    check_save_directory(options.save_directory, [model.folder for model in models], options.overwrite)
+    check_save_directory(
+        options.save_directory, [model.folder for model in parents.by_folder.values()], options.overwrite
+    )
     pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))
     tensors = [plan_tensor(pair, recipe) for pair in pairs]
     shards = plan_shards(tensors, options.max_shard_bytes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,20 @@ class Adapter:
     def refuse(self, what: str, hint: str = MERGE_WITH_PEFT) -> SlerpMergeError:
         """The error for an adapter that cannot be a parent."""
         return SlerpMergeError(f"The adapter {self.folder} {what}.", hint)
+
+
+def find_with_base(text: str, find: Callable[[str], Path] = find_model) -> tuple[Path, Path | None]:
+    """(a model's folder, an adapter's base where it is named too) as people type it: BASE+ADAPTER, as mergekit has it.
+
+    find: for each of the two. Raises SlerpMergeError as that does.
+    """
+    bare = text.strip().strip("'\"")
+    cuts = [match.start() for match in re.finditer(r"(?<=.)\+(?=.)", bare)]
+    found = [(find(bare[cut + 1 :]), find(bare[:cut])) for cut in cuts]
+    both = next((pair for pair in found if pair[0].exists() and pair[1].exists()), None)
+    if both is not None or not cuts or (whole := find(text)).exists():
+        return both or (find(text), None)
+    return found[0] if "://" not in bare else (whole, None)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -130,37 +144,51 @@ def adapt(adapter: Adapter, base: Mapping[str, TensorInfo], config: Mapping[str,
     if config.get("quantization_config") is not None:
         hint = f"Name the unquantised one: BASE+{adapter.folder}, as --primary takes it too."
         raise adapter.refuse("has a quantised base, whose weights are not here as numbers", hint)
-    tensors = dict(base)
-    factors: dict[str, dict[str, TensorInfo]] = {}  # of each module
-    embeddings = set()  # modules whose factors have tokens for columns
     names = BaseNames(adapter, base)
+    factors, embeddings = factors_of(adapter)
+    tensors = {**base, **trained_whole(adapter, base, names)}
+    if tensors == base and not factors:
+        raise broken_file(adapter.file, "it changes nothing")
+    targets = {module: names.find(f"{module}.weight") for module in factors}
+    squares = are_transposed(
+        adapter, [(own, tensors[targets[module]]) for module, own in factors.items() if module not in embeddings]
+    )
+    for module, own in factors.items():
+        scale, name = scale_of(adapter, module, own), targets[module]
+        tensors[name] = with_factors(adapter, tensors[name], own, scale, squares or module in embeddings)
+        if "B.bias" in own:
+            name = names.find(f"{module}.bias")
+            tensors[name] = with_bias(adapter, tensors[name], own["B.bias"], scale)
+    return tensors
+
+
+def factors_of(adapter: Adapter) -> tuple[dict[str, dict[str, TensorInfo]], set[str]]:
+    """(the factors of each module: A, B and, of some, B.bias; the modules that are embeddings)."""
+    factors: dict[str, dict[str, TensorInfo]] = {}
+    embeddings = set()
     for name, info in adapter.tensors.items():
         if (match := FACTOR_NAME.fullmatch(name)) is not None:
             module, of_embedding, side, kind = match.groups()
             key = side if kind == "weight" or (of_embedding and kind is None) else f"{side}.{kind}"
-            factors.setdefault(module, {})[key] = info
+            if key in factors.setdefault(module, {}):
+                raise adapter.refuse(f"has {name} twice")
+            factors[module][key] = info
             embeddings |= {module} if of_embedding else set()
-        elif not UNTRAINED.search(name):
-            found = names.find(TRAINED_WHOLE.sub("", name), may_be_new=True)
-            if found in base and info.shape[1:] != base[found].shape[1:]:
-                raise adapter.refuse(f"has {name} in the shape {info.shape}, its base in {base[found].shape}")
-            tensors[found] = dataclasses.replace(info, name=found)
-    if not factors and tensors == base:
-        raise broken_file(adapter.file, "it holds no tensors")
-    targets = {module: names.find(f"{module}.weight") for module in factors}
-    squares = are_transposed(
-        adapter, [(factors[module], tensors[targets[module]]) for module in factors.keys() - embeddings]
-    )
-    for module, own in factors.items():
-        scale = scale_of(adapter, module, own)
-        name = targets[module]
-        tensors[name] = with_factors(adapter, tensors[name], own, scale, squares or module in embeddings)
-        if "B.bias" in own:
-            bias = names.find(f"{module}.bias")
-            if tensors[bias].shape != own["B.bias"].shape:
-                raise adapter.refuse(f"has a bias for {module} of another shape than its base")
-            tensors[bias] = AdaptedTensor(**fields_of(tensors[bias]), left=own["B.bias"], right=None, scale=scale)
-    return tensors
+    return factors, embeddings
+
+
+def trained_whole(adapter: Adapter, base: Mapping[str, TensorInfo], names: BaseNames) -> dict[str, TensorInfo]:
+    """The tensors that an adapter brings along in place of its base's, by their names there."""
+    found = {}
+    for name, info in adapter.tensors.items():
+        if not FACTOR_NAME.fullmatch(name) and not UNTRAINED.search(name):
+            target = names.find(TRAINED_WHOLE.sub("", name), may_be_new=True)
+            if target in base and info.shape[1:] != base[target].shape[1:]:
+                raise adapter.refuse(f"has {name} in the shape {info.shape}, its base in {base[target].shape}")
+            if target in found:
+                raise adapter.refuse(f"has {target} twice")
+            found[target] = dataclasses.replace(info, name=target)
+    return found
 
 
 def fields_of(info: TensorInfo) -> dict[str, Any]:
@@ -237,6 +265,13 @@ def with_factors(
     is_transposed = ways[0] if len(ways) == 1 else are_squares_transposed
     left, right = (factors["A"], factors["B"]) if is_transposed else (factors["B"], factors["A"])
     return AdaptedTensor(**fields_of(target), left=left, right=right, scale=scale, is_transposed=is_transposed)
+
+
+def with_bias(adapter: Adapter, target: TensorInfo, bias: TensorInfo, scale: float) -> AdaptedTensor:
+    """A bias with what a factor's own bias adds to it. Raises SlerpMergeError where it has another shape."""
+    if target.shape != bias.shape or isinstance(target, AdaptedTensor) or not (target.is_float and bias.is_float):
+        raise adapter.refuse(f"adds a bias of {bias.shape} to {target.name}, which is {target.dtype} {target.shape}")
+    return AdaptedTensor(**fields_of(target), left=bias, right=None, scale=scale)
 
 
 class BaseNames:
