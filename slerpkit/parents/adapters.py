@@ -179,15 +179,14 @@ def factors_of(adapter: Adapter) -> tuple[dict[str, dict[str, TensorInfo]], set[
 
 def trained_whole(adapter: Adapter, base: Mapping[str, TensorInfo], names: BaseNames) -> dict[str, TensorInfo]:
     """The tensors that an adapter brings along in place of its base's, by their names there."""
-    found = {}
-    for name, info in adapter.tensors.items():
-        if not FACTOR_NAME.fullmatch(name) and not UNTRAINED.search(name):
-            target = names.find(TRAINED_WHOLE.sub("", name), may_be_new=True)
-            if target in base and info.shape[1:] != base[target].shape[1:]:
-                raise adapter.refuse(f"has {name} in the shape {info.shape}, its base in {base[target].shape}")
-            if target in found:
-                raise adapter.refuse(f"has {target} twice")
-            found[target] = dataclasses.replace(info, name=target)
+    found: dict[str, TensorInfo] = {}
+    whole = [name for name in adapter.tensors if not FACTOR_NAME.fullmatch(name) and not UNTRAINED.search(name)]
+    # peft saves one that it made longer under its plain name too, which is then the one that it loads.
+    for name in sorted(whole, key=lambda name: not TRAINED_WHOLE.search(name)):
+        info, target = adapter.tensors[name], names.find(TRAINED_WHOLE.sub("", name), may_be_new=True)
+        if target in base and info.shape[1:] != base[target].shape[1:]:
+            raise adapter.refuse(f"has {name} in the shape {info.shape}, its base in {base[target].shape}")
+        found[target] = dataclasses.replace(info, name=target)
     return found
 
 
