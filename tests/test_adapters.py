@@ -497,6 +497,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 3}, "the rank 3"),
     "rank-pattern": ({"rank_pattern": {"q_proj": 1}}, "self_attn.q_proj has the rank 1"),
     "no-number": ({"lora_alpha": "16"}, "no number"),
+    "endless-number": ({"lora_alpha": 10**400}, "no number"),
     "bad-pattern": ({"alpha_pattern": {"q_proj(": 1}}, "a pattern that is none"),
     "endless-pattern": ({"alpha_pattern": {"(.+)+x": 1}}, "take for ever"),
     "endless-group": ({"alpha_pattern": {"((a|b)*c)*": 1}}, "take for ever"),
@@ -520,6 +521,7 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         "layers.7.self_attn.q_proj.weight, which its base has not",
     ),
     "another-width": ({"base_model.model.model.embed_tokens.weight": torch.ones(VOCABULARY, 3)}, "in the shape"),
+    "another-length": ({"base_model.model.model.norm.weight": torch.ones(3)}, "in the shape (3,)"),
     "twice": ({f"{MODULE}.lora_A.default.weight": torch.ones(2, HIDDEN)}, "twice"),
     "bias": ({f"{MODULE}.lora_B.bias": torch.ones(HIDDEN)}, "q_proj.bias, which its base has not"),
 }
@@ -721,6 +723,8 @@ def test_merge_models_takes_a_base_before_an_adapter(own, tmp_path):
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="")
     report = merge_models(f"{base}+{adapter}", base, tmp_path / "child", base=None)
     assert report.content["recipe"]["primary"] == "adapter"
+    assert report.content["recipe"]["adapter_bases"] == {"primary": "base"}
+    assert "| adapter, an adapter of base |" in (tmp_path / "child" / "README.md").read_text()
 
 
 # ── Two adapters of one base ──

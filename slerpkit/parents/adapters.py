@@ -54,7 +54,8 @@ UNTRAINED = re.compile(r"\.original_module\.")
 UNSTORED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 # A repetition of a group that repeats something: it can take a lifetime to find that it does not match.
 NESTED_REPETITION = re.compile(r"[*+}][^()]*\)\s*[*+{]")
-MAX_PATTERN_LENGTH = 2000
+TOKEN_TABLE = re.compile(r"emb|wte|shared|head|output|logits")
+MAX_PATTERN_LENGTH, MAX_NUMBER = 2000, 1e9
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,16 @@ def trained_whole(adapter: Adapter, base: Mapping[str, TensorInfo], names: BaseN
     # peft saves one that it made longer under its plain name too, which is then the one that it loads.
     for name in sorted(whole, key=lambda name: not TRAINED_WHOLE.search(name)):
         info, target = adapter.tensors[name], names.find(TRAINED_WHOLE.sub("", name), may_be_new=True)
-        if target in base and info.shape[1:] != base[target].shape[1:]:
+        if target in base and not may_replace(info, base[target]):
             raise adapter.refuse(f"has {name} in the shape {info.shape}, its base in {base[target].shape}")
         found[target] = dataclasses.replace(info, name=target)
     return found
+
+
+def may_replace(info: TensorInfo, target: TensorInfo) -> bool:
+    """Whether a tensor has the shape of the one that it takes the place of; tables of tokens may be longer."""
+    starts_alike = info.shape[:1] == target.shape[:1] or bool(TOKEN_TABLE.search(target.name))
+    return len(info.shape) == len(target.shape) and info.shape[1:] == target.shape[1:] and starts_alike
 
 
 def fields_of(info: TensorInfo) -> dict[str, Any]:
@@ -217,7 +224,7 @@ def number_of(adapter: Adapter, what: str, patterns: Any, module: str, otherwise
         if ends_with(adapter, pattern, module):
             found = value
             break
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) < MAX_NUMBER:
         raise adapter.refuse(f"has {shorten(str(found), 40)} for {what}, which is no number")
     return found
 
