@@ -273,7 +273,7 @@ def own(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_stretch_is_the_same_wherever_it_begins_and_whatever_was_read_before(pair, monkeypatch):
-    monkeypatch.setattr(adapted_tensor, "TILE_ELEMENTS", 40)
+    monkeypatch.setattr(adapted_tensor, "MAX_TILE_ELEMENTS", 40)
     monkeypatch.setattr(adapted_tensor, "PANEL_ELEMENTS", 9)
     info = open_checkpoint(pair[0]).tensors["model.layers.1.mlp.up_proj.weight"]
     whole = bytearray(info.read_bytes)
@@ -296,7 +296,7 @@ def test_tiles_are_those_of_the_whole_product(tmp_path, monkeypatch, storage):
     """Many tiles and panels, the last of each cut short, against the product in one."""
     generator = torch.Generator().manual_seed(2)
     base, a, b = (torch.randn(*shape, generator=generator) for shape in ((23, 7), (3, 7), (23, 3)))
-    monkeypatch.setattr(adapted_tensor, "TILE_ELEMENTS", 5 * 7)
+    monkeypatch.setattr(adapted_tensor, "MAX_TILE_ELEMENTS", 5 * 7)
     monkeypatch.setattr(adapted_tensor, "PANEL_ELEMENTS", 10 * 3)
     name = "model.layers.0.x"
     stored = base if storage == "stored" else base.T
@@ -310,7 +310,7 @@ def test_tiles_are_those_of_the_whole_product(tmp_path, monkeypatch, storage):
 
 def test_factors_are_read_once_and_little_is_kept(pair, monkeypatch):
     """The right factor once, the left one in panels; and no more readers' room than MAX_KEPT tensors'."""
-    monkeypatch.setattr(adapted_tensor, "TILE_ELEMENTS", 40)
+    monkeypatch.setattr(adapted_tensor, "MAX_TILE_ELEMENTS", 40)
     checkpoint, read = open_checkpoint(pair[0]), []
     stored = TensorReader.begin_stored
 

@@ -26,6 +26,7 @@ from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.adapted_tensor import AdaptedTensor
 from slerpkit.parents.checkpoint import companion_bytes
 from slerpkit.parents.tensors import (
+    DTYPE_BYTES,
     MAX_KEPT,
     SAFETENSORS_NAMES,
     TORCH_NAMES,
@@ -239,7 +240,10 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
         for info in infos[:: max(1, len(infos) // PROBE_SAMPLES)][:PROBE_SAMPLES]:
             stretch = min(PROBE_BYTES, info.read_bytes)
             started = time.perf_counter()
-            reader.read_into(info, (info.read_bytes - stretch) // 2, memoryview(buffer)[:stretch])
+            start = (
+                (info.read_bytes - stretch) // 2 // max(DTYPE_BYTES.values()) * max(DTYPE_BYTES.values())
+            )  # of a whole number
+            reader.read_into(info, start, memoryview(buffer)[:stretch])
             seconds += time.perf_counter() - started
             count += stretch * info.byte_count // max(info.read_bytes, 1)
     return count / max(seconds, 1e-6)

@@ -17,8 +17,12 @@ from slerpkit.parents.tensors import DTYPE_BYTES, TensorInfo, TensorReader
 
 # A tile is whole rows, cut from the tensor's first on. Its shape depends on the tensor alone, and so do the bits of its
 # product, whoever asks for which stretch.
-TILE_ELEMENTS = 1 << 19  # a product of half as many takes a fifth longer, by the element
+# A product of high rank is bound by arithmetic and fastest where it is large, one of low rank by memory, in a cache.
+TILE_ELEMENTS_BY_RANK = 1 << 12
+MIN_TILE_ELEMENTS, MAX_TILE_ELEMENTS = 1 << 16, 1 << 18
 PANEL_ELEMENTS = 1 << 18  # of the left factor, read at once
+ROOM_ELEMENTS = 1 << 18  # of a base that are read at once, by who asks for a block
+ADDED_ELEMENTS = 1 << 16  # widened and added at once: what a core's own cache holds
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,14 @@ class AdaptedTensor(TensorInfo):
     @property
     def tile_rows(self) -> int:
         """Rows of a tile; the last has fewer."""
-        return min(max(1, TILE_ELEMENTS // self.width), self.shape[0])
+        elements = min(max(self.rank * TILE_ELEMENTS_BY_RANK, MIN_TILE_ELEMENTS), MAX_TILE_ELEMENTS)
+        return min(max(1, elements // self.width), self.shape[0])
 
     @property
     def kept_bytes(self) -> int:
-        """What a reader keeps of it: a tile and its product, the right factor, and a panel of the left one."""
-        elements = 2 * self.tile_rows * self.width + self.rank * self.width + max(PANEL_ELEMENTS, self.rank)
-        return elements * DTYPE_BYTES[self.read_dtype]
+        """What a reader keeps of it: a tile, the right factor, a panel of the left one, and room for the base."""
+        elements = (self.tile_rows + self.rank) * self.width + max(PANEL_ELEMENTS, self.tile_rows * self.rank)
+        return (elements + ROOM_ELEMENTS) * DTYPE_BYTES[self.read_dtype]
 
     @property
     def rank(self) -> int:
@@ -85,7 +90,7 @@ class AdaptedTensor(TensorInfo):
 
 
 class Tiles:
-    """The tiles of one adapted tensor, the last of which stays: float32, or float64 where the base is that."""
+    """The products of one adapted tensor, a tile of which stays: float32, or float64 where the base is that."""
 
     def __init__(self, reader: TensorReader, info: AdaptedTensor, source: int) -> None:
         """Reads the right factor, whole."""
@@ -94,36 +99,43 @@ class Tiles:
         self.dtype = stored_dtype(info.read_dtype)
         self.panel_rows = max(1, PANEL_ELEMENTS // info.rank // info.tile_rows) * info.tile_rows
         self.right = self.read_right()
-        self.values, self.product = numpy.empty((2, info.tile_rows * info.width), self.dtype)
+        self.product = numpy.empty(info.tile_rows * info.width, self.dtype)
+        self.room = numpy.empty(0, stored_dtype(info.dtype))  # for stored numbers of the base
         self.number, self.panel_number = -1, -1
         self.panel = self.right[:0]  # (rows, rank) of the left factor, times the scale
 
     def read(self, position: int, view: memoryview) -> None:
-        """Fills `view` with the tensor's bytes from byte `position` on. Raises SlerpMergeError as the reader does."""
-        tile_bytes, done = self.values.nbytes, 0
-        while done < len(view):
-            number, begin = divmod(position + done, tile_bytes)
-            if number != self.number:
-                self.make(number)
-            count = min(tile_bytes - begin, len(view) - done)
-            view[done : done + count] = self.values.view("u1").data[begin : begin + count]
-            done += count
+        """Fills `view` with the tensor's bytes from byte `position` on, both whole numbers'.
 
-    def make(self, number: int) -> None:
-        """Puts a tile into `values`."""
-        info, width = self.info, self.info.width
-        first = number * info.tile_rows
+        Raises SlerpMergeError as the reader does.
+        """
+        out, first = numpy.frombuffer(view, self.dtype), position // self.dtype.itemsize
+        if len(self.room) < len(out):
+            self.room = numpy.empty(len(out), self.room.dtype)
+        stored = self.room[: len(out)]
+        self.reader.begin_stored(self.stored, first * stored.itemsize, self.source)(memoryview(stored.view("u1")))
+        done = 0
+        with numpy.errstate(all="ignore"):  # what is not finite is told apart where it matters
+            while done < len(out):
+                number, begin = divmod(first + done, len(self.product))
+                if number != self.number:
+                    self.multiply(number)
+                count = min(ADDED_ELEMENTS, len(self.product) - begin, len(out) - done)
+                part = out[done : done + count]
+                widen(stored[done : done + count], part)
+                numpy.add(part, self.product[begin : begin + count], out=part)
+                done += count
+
+    def multiply(self, number: int) -> None:
+        """Puts the product of a tile's rows into `product`."""
+        info, first = self.info, number * self.info.tile_rows
         rows = min(info.tile_rows, info.shape[0] - first)
-        values = self.values[: rows * width]
         self.number = -1  # of no tile, until it is whole
-        self.read_numbers(self.stored, first * width, values)
         if first // self.panel_rows != self.panel_number:
             self.read_panel(first // self.panel_rows)
         begin = first - self.panel_number * self.panel_rows
-        product = self.product[: rows * width].reshape(rows, width)
-        with numpy.errstate(all="ignore"):  # what is not finite is told apart where it matters
-            numpy.matmul(self.panel[begin : begin + rows], self.right, out=product)
-            numpy.add(values, product.reshape(-1), out=values)
+        product = self.product[: rows * info.width].reshape(rows, info.width)
+        numpy.matmul(self.panel[begin : begin + rows], self.right, out=product)
         self.number = number
 
     def read_panel(self, number: int) -> None:
