@@ -500,6 +500,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "endless-number": ({"lora_alpha": 10**400}, "no number"),
     "bad-pattern": ({"alpha_pattern": {"q_proj(": 1}}, "a pattern that is none"),
     "endless-pattern": ({"alpha_pattern": {"(.+)+x": 1}}, "take for ever"),
+    "endless-choice": ({"alpha_pattern": {"(.|.)*x": 1}}, "take for ever"),
+    "endless-row": ({"rank_pattern": {".*.*.*.*.*.*x": 1}}, "take for ever"),
     "endless-group": ({"alpha_pattern": {"((a|b)*c)*": 1}}, "take for ever"),
 }
 TENSORS: dict[str, tuple[dict[str, Any], str]] = {
