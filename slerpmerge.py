@@ -51,18 +51,24 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.objectives import Objective
+    from slerpkit.merge import supply
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.parents.checkpoint import Parents
+    from slerpkit.parity.report import ParityReport
+    from slerpkit.recipe import MergeRecipe, RunOptions
     from slerpkit.screen import afterwards, console, figures, panels, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
+    (supply,) = lazy_modules("slerpkit.merge", "supply")
     afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
     panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
+FETCHED_KEPT = "No child was made. What was fetched of the parents is kept; the same command carries on."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -149,7 +155,7 @@ def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan,
     while True:
         try:
             plan = prepare_plan(session, answers)
-            decision = decide(session, plan, answers.blend.objective)
+            decision, plan = decide(session, plan, answers.blend.objective)
         except SlerpMergeError as error:
             if not changeable or session.arguments.dry_run:
                 raise
@@ -168,6 +174,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     recipe, options, arguments = answers.recipe, answers.options, session.arguments
     check_recipe(recipe)
     check_options(options)
+    recipe = story.locate_parents(recipe, session.observe)
     parents = story.open_parents(recipe)
     if not arguments.dry_run:
         session.prepare_for(parents.primary, options)  # it loads what it needs meanwhile
@@ -181,7 +188,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
-    plan = story.plan_merge(recipe, options, parents, parity)
+    plan = plan_within_disk(session, recipe, options, parents, parity)
     lacks = session.what_primary_lacks(PATIENCE_SECONDS)
     session.show(panels.render_plan(session.console, plan, answers.blend.objective is not None, lacks))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
@@ -192,10 +199,37 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     return plan
 
 
-def decide(session: Session, plan: MergePlan, objective: Objective | None) -> str:
-    """What to do with a plan: "start", "leave", "change" an answer, "save" a recipe, or "print" a dry run's plan."""
+def plan_within_disk(
+    session: Session, recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport
+) -> MergePlan:
+    """The plan. Where the parents' files do not fit on the disk, and would one by one, that is offered."""
+    try:
+        return story.plan_merge(recipe, options, parents, parity)
+    except supply.DiskTooSmall as error:
+        if not error.can_stream or not session.offers(f"{error.message} Fetch and drop them file by file?"):
+            raise
+    return story.plan_merge(recipe, dataclasses.replace(options, stream_parents=True), parents, parity)
+
+
+def with_weights(session: Session, plan: MergePlan) -> MergePlan:
+    """The plan once the parents' weights are here, which knows more of them then."""
+    if not plan.download_bytes or plan.options.stream_parents:
+        return plan
+    session.leave(FETCHED_KEPT)
+    with session.view:
+        supply.fetch_parents(plan.parents, session.observe)
+    plan = story.prepare_merge(plan.recipe, plan.options)
+    session.show(f"kinship: {plan.kinship.describe()}", style="dim", markup=False)
+    return plan
+
+
+def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tuple[str, MergePlan]:
+    """What to do with a plan: "start", "leave", "change" an answer, "save" a recipe, or "print" a dry run's plan.
+
+    The plan comes back with it: once the parents' weights are fetched, it is another.
+    """
     if session.arguments.dry_run:
-        return "print"
+        return "print", plan
     if objective is not None:
         names = [path.name for path in objective.texts] or list(objective.tasks)
         made = f"up to {sweep.MAX_TRIALS - 2} children are made one after the other, and the best again"
@@ -203,13 +237,21 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
     if plan.kinship.warning:
         session.show(f"[yellow]{plan.kinship.warning}[/]")
     if session.arguments.yes:
-        return "start"
+        session.may_fetch(plan)
+        return "start", with_weights(session, plan)
     is_lost = plan.leftover is not None and plan.leftover.reason != ""
     if is_lost:
         session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
     lacks = session.what_primary_lacks()
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
+        if decision in ("start", "inspect"):
+            if not session.may_fetch(plan):
+                continue
+            plan, was_strange = with_weights(session, plan), plan.kinship.warning
+            if plan.kinship.warning != was_strange:
+                session.show(f"[yellow]{plan.kinship.warning}[/]")
+                continue
         if decision == "inspect":
             with session.view:
                 team = session.workers_for(plan)
@@ -219,7 +261,7 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
             lacks = session.what_primary_lacks()
             session.show(printable(lacks), style="yellow", markup=False)
         else:
-            return decision
+            return decision, plan
 
 
 def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers) -> None:
@@ -285,10 +327,12 @@ def inspect_parents(session: Session) -> None:
     """--inspect: how the parents differ. Two questions, no child and no save directory."""
     given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
+    recipe = story.locate_parents(answers.recipe, session.observe)
+    session.consent_to_fetch(supply.download_bytes(story.open_parents(recipe).by_role.values()))
     afterwards.check_maps(session, answers.recipe)
     terminal.collect_garbage_again()
     with session.view:
-        found = story.inspect_parents(answers.recipe, answers.options, session.observe)
+        found = story.inspect_parents(recipe, answers.options, session.observe)
     session.show(figures.render_map(session.console, found))
     afterwards.save_maps(session, found)
     session.print_json(found.as_dict())

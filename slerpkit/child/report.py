@@ -86,14 +86,14 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
     """
     recipe, parents = plan.recipe, plan.parents
     dtypes = f"{', '.join(parents.primary.dtypes)} (the primary's)"
-    adapters = {role: parent.base.name for role, parent in parents.by_role.items() if parent.base is not None}
+    adapters = {role: parent.base.public_place for role, parent in parents.by_role.items() if parent.base is not None}
     return {
         "report_version": REPORT_VERSION,
         "slerpmerge": __version__,
         "child": plan.options.save_directory.resolve().name,
         "recipe": {
-            **{role: parent.name for role, parent in parents.by_role.items()},
-            "base": None if parents.base is None else parents.base.name,
+            **{role: parent.public_place for role, parent in parents.by_role.items()},
+            "base": None if parents.base is None else parents.base.public_place,
             "method": recipe.method,
             "granularity": granularity_of(recipe.vectors),
             "blend": recipe.describe_blend(),

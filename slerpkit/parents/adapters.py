@@ -68,6 +68,11 @@ class Adapter:
     tensors: Mapping[str, TensorInfo]  # by their names in its file, without peft's own prefix
     file: Path
 
+    @property
+    def way_to_name_base(self) -> str:
+        """What to do where its base is not found, or is the wrong one."""
+        return f"Name its base beside it: BASE+{self.folder}, as --primary takes it too."
+
     def refuse(self, what: str, hint: str = MERGE_WITH_PEFT) -> SlerpMergeError:
         """The error for an adapter that cannot be a parent."""
         return SlerpMergeError(f"The adapter {self.folder} {what}.", hint)
@@ -95,7 +100,7 @@ def is_adapter(folder: Path) -> bool:
 
 def open_adapter(folder: Path) -> Adapter:
     """An adapter's config and tensor table. Raises SlerpMergeError where it is damaged, or of a kind not done here."""
-    check_kind(folder / CONFIG_NAME, folder)
+    check_kind(folder / CONFIG_NAME)
     settings = read_json(folder / CONFIG_NAME)
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
@@ -103,7 +108,7 @@ def open_adapter(folder: Path) -> Adapter:
         raise SlerpMergeError(what, "Download them into that folder.")
     adapter = Adapter(folder, settings, {}, file)
     check_supported(adapter)
-    check_kind(file, folder)
+    check_kind(file)
     stored = WEIGHTS[file.name](file)
     return dataclasses.replace(
         adapter, tensors={name.removeprefix("base_model.model."): info for name, info in stored.items()}
@@ -126,15 +131,25 @@ def check_supported(adapter: Adapter) -> None:
         raise adapter.refuse(f"was begun as {shorten(start, 20)}, which changes the base's weights too", hint)
 
 
-def base_of(adapter: Adapter) -> Path:
-    """The folder of the model that an adapter was trained on, by its config. Raises SlerpMergeError where none is."""
+def named_base(adapter: Adapter) -> Path:
+    """The model that an adapter was trained on, by its config, whether it is here or not.
+
+    Raises SlerpMergeError where none is named.
+    """
     named, revision = adapter.settings.get("base_model_name_or_path"), adapter.settings.get("revision")
-    hint = f"Name its base beside it: BASE+{adapter.folder}, as --primary takes it too."
     if not isinstance(named, str) or not named.strip():
-        raise adapter.refuse(f"does not say what its base is ({CONFIG_NAME}: base_model_name_or_path)", hint)
-    folder = find_model(named, revision if isinstance(revision, str) and revision else None)
+        what = f"does not say what its base is ({CONFIG_NAME}: base_model_name_or_path)"
+        raise adapter.refuse(what, adapter.way_to_name_base)
+    return find_model(named, revision if isinstance(revision, str) and revision else None)
+
+
+def base_of(adapter: Adapter) -> Path:
+    """The folder of that model. Raises SlerpMergeError where it is not here."""
+    folder = named_base(adapter)
     if not folder.is_dir():
-        raise adapter.refuse(f"is one of {shorten(named, 200)}, which is not here", f"Download that first. {hint}")
+        named = shorten(str(adapter.settings["base_model_name_or_path"]), 200)
+        what = f"is one of {named}, which is not here"
+        raise adapter.refuse(what, f"Download that first. {adapter.way_to_name_base}")
     return folder
 
 

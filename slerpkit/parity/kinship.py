@@ -32,6 +32,7 @@ class Kinship:
 
     degrees: float | None  # over all that was sampled; None where there was nothing to compare
     by_component: tuple[tuple[str, float], ...]  # (attention, mlp or other; degrees)
+    unknown_because: str = "no matrices to compare"
 
     @property
     def verdict(self) -> str:
@@ -45,7 +46,7 @@ class Kinship:
     def describe(self) -> str:
         """The verdict in words, with the figures."""
         if self.degrees is None:
-            return "unknown: no matrices to compare"
+            return f"unknown: {self.unknown_because}"
         angles = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
         return f"{self.verdict}: {self.degrees:.1f} degrees apart ({angles})"
 

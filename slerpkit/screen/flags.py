@@ -151,9 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     folder = usage_type(clean_path)
-    model = {"type": usage_type(lambda text: adapters.find_with_base(text)), "action": KeepModel, "metavar": "FOLDER"}
-    add("--primary", **model, help="the primary model (t = 0); of an adapter, BASE+FOLDER names its base too")
-    add("--secondary", **model, help="the secondary model (t = 1)")
+    model = {"type": usage_type(lambda text: adapters.find_with_base(text)), "action": KeepModel, "metavar": "MODEL"}
+    add("--primary", **model, help="the primary (t = 0): a folder, or org/name[@revision]; BASE+ADAPTER for an adapter")
+    add("--secondary", **model, help="the secondary (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
     add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear or passthrough")
     add("--base", **model, help="blend what both parents learned since this model")
@@ -198,10 +198,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--forget", action="store_true", help="forget the folders and answers of earlier runs")
     add("--demo", action="store_true", help="make two tiny models, merge them and let the child speak")
     add("--version", action="version", version=f"slerpmerge {__version__}")
+    add_hub_flags(add)
     return parser
 
 
+def add_hub_flags(add: Callable[..., Any]) -> None:
+    """The flags for parents that are not on this machine, or not in one place."""
+    add("--download", action="store_true", help="fetch parents that are only on the Hugging Face Hub, without asking")
+    add("--stream-parents", action="store_true", default=None,
+        help="fetch each of their files when the merge comes to it, and drop it afterwards (small disks)")  # fmt: skip
+    add("--follow-links", action="store_true", default=None, help="copy what links in a parent's folder lead to, too")
+
+
 EVALUATION_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
+EVALUATED = {"taste", "perplexity", "score"}
 CLASHING_FLAGS = {
     "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
     "child": {"demo", "sweep", "dry_run", "map"},
@@ -245,6 +255,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise WrongUsage(what, "Give --perplexity FILE, or --score TASK.")
     if arguments.include_path and not arguments.tasks:
         raise WrongUsage("--include-path goes with --score.", "Name the tasks too.")
+    if arguments.stream_parents and (arguments.sweep or arguments.inspect or EVALUATED & given):
+        what = "Streamed parents are gone when their child stands: nothing can be held against them, or made anew."
+        raise WrongUsage(what, "Leave out --stream-parents, or --sweep, --inspect, --taste, --perplexity and --score.")
     if arguments.child is not None and not (arguments.prompts or arguments.texts or arguments.tasks):
         raise WrongUsage("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
 
@@ -346,7 +359,11 @@ def equivalent_command(
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
             words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
     words += [word for key in recipe.accept if recipe.accept != defaults.accept for word in ("--accept", key)]
-    words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
+    words += [
+        f"--{name.replace('_', '-')}"
+        for name in ("extrapolate", "overwrite", "restart", "follow_links", "stream_parents")
+        if chosen[name]
+    ]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
     return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])
 

@@ -162,10 +162,19 @@ def render_plan(console: Console, plan: MergePlan, finds_t: bool = False, warnin
         ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {threads}"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]
+    facts[-1:-1] = [("fetch", describe_download(plan))] if plan.download_bytes else []
     facts += [("mind", remark) for remark in plan.remarks]
     facts += [("mind", warning)] if warning is not None else []
     facts += [("mind", plan.leftover.describe())] if plan.leftover is not None else []
     return panel(console, fact_table(console, facts), "Plan")
+
+
+def describe_download(plan: MergePlan) -> str:
+    """What is fetched of the parents' weights, and how much of it stands on the disk at once."""
+    whole = f"{format_bytes(plan.download_bytes)} of weights from the Hugging Face Hub"
+    if not plan.options.stream_parents:
+        return whole
+    return f"{whole}, at most {format_bytes(plan.streamed_disk_bytes)} of it on the disk at once"
 
 
 def describe_outcome(report: MergeReport) -> str:

@@ -28,17 +28,18 @@ from slerpkit.screen.finder import ModelCompleter, ModelFinder
 from slerpkit.screen.prompts import Prompter, answer_check
 
 if TYPE_CHECKING:
-    from slerpkit import recipe_file
+    from slerpkit import recipe_file, story
     from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
-    from slerpkit.parents import adapters, checkpoint, resolver
+    from slerpkit.parents import adapters, checkpoint, hub, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
     from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
     objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
-    adapters, checkpoint, resolver = lazy_modules("slerpkit.parents", "adapters", "checkpoint", "resolver")
+    adapters, checkpoint, hub = lazy_modules("slerpkit.parents", "adapters", "checkpoint", "hub")
+    resolver, story = LazyModule("slerpkit.parents.resolver"), LazyModule("slerpkit.story")
     check = LazyModule("slerpkit.parity.check")
     recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
 
@@ -77,7 +78,8 @@ class Wizard:
 
     def open(self, folder: Path) -> Checkpoint:
         """A model that was named. Raises SlerpMergeError as open_checkpoint does."""
-        return checkpoint.open_checkpoint(folder, self.adapter_bases.get(folder))
+        base = self.adapter_bases.get(folder)
+        return checkpoint.open_checkpoint(folder, base and hub.locate_base(folder, base))
 
     def change(self, answers: Answers, changeable: Sequence[str]) -> Answers:
         """One of the answers given anew; a save directory that was named after the parents follows them."""
@@ -96,16 +98,29 @@ class Wizard:
         completer = ModelCompleter(self.finder)
 
         def find(text: str) -> Path:
-            folder, base = adapters.find_with_base(
-                text
-            )  # looked up late, so that the first prompt does not wait for it
+            # Looked up late, so that the first prompt does not wait for it.
+            folder, base = adapters.find_with_base(text)
             if base is None:
                 self.adapter_bases.pop(folder, None)
             else:
                 self.adapter_bases[folder] = base
             return folder
 
-        return self.prompt.path(message, find, question, shown, completer, check_folder, default)
+        def check_what_is_here(folder: Path) -> None:
+            if not hub.must_be_looked_up(folder):
+                check_folder(folder)
+
+        while True:
+            folder = self.prompt.path(message, find, question, shown, completer, check_what_is_here, default)
+            if not hub.must_be_looked_up(folder):
+                return folder
+            self.prompt.say(f"  Looking at {resolver.short_name(folder)} on the Hub ...")
+            try:
+                folder = hub.locate(folder)
+                check_folder(folder)
+                return folder
+            except SlerpMergeError as error:
+                self.prompt.say(printable(f"  {error.message} {error.hint}"))
 
     def ask_primary(self, answers: Answers, before: Answers) -> Answers:
         """The model at t = 0."""
@@ -122,7 +137,7 @@ class Wizard:
         folder = self.ask_model(
             "secondary",
             "Secondary model",
-            lambda folder: check.check_fit(primary, folder, self.adapter_bases),
+            lambda folder: story.check_fit(primary, folder, self.adapter_bases),
             default,
         )
         if folder.resolve() == primary.resolve():
