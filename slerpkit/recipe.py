@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ class MergeRecipe:
     schedule: Schedule = Schedule.constant(0.5)
     method: str = "slerp"  # one of METHODS
     vectors: str = "tensor"  # what nuslerp takes as one: the tensor, or each slice along its "last_dim" or "first_dim"
+    adapter_bases: Mapping[Path, Path] = dataclasses.field(
+        default_factory=dict
+    )  # of adapters: not as they say themselves
     base: Path | None = None  # where given, what each parent learned since is blended, and added to it
     weights: tuple[Schedule, Schedule] | None = None  # instead of t: t = w1 / (w0 + w1)
     normalize: bool = True  # False: LERP with the weights as they are, whatever their sum

@@ -136,6 +136,7 @@ class RecipeReader:
         of_tokenizer = TokenizerReader(self.file, self.names, roles, self.base_model).read(self.top)
         fields |= {**self.dtypes(), **of_tokenizer, **own}
         recorded = fields.pop("recorded", ())
+        fields["adapter_bases"] = self.names.adapter_bases
         return MergeRecipe(**fields, origin=RecipeOrigin(tuple(self.file.remarks), recorded))
 
     def cuts(self) -> list[Cut]:

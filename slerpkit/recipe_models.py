@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import check_path, clean_path
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.adapters import find_with_base
 from slerpkit.parents.resolver import find_model, hub_name_of
 
 if TYPE_CHECKING:
     from slerpkit.recipe_yaml import RecipeFile
 
 UNMERGED = {
-    "lora": ("adds a LoRA adapter to a model", "Merge the adapter into its model first, and name the result."),
     "override_architecture": ("gives a model another architecture", "Write it into the model's own config.json."),
 }
 
@@ -51,6 +51,7 @@ class RecipeModels:
         self.folders: dict[tuple[str, str | None], Path] = {}  # by what is written
         self.by_place: dict[Path, Path] = {}
         self.names: dict[Path, str] = {}  # as each was written first
+        self.adapter_bases: dict[Path, Path] = {}  # of adapters: the models that they are written with
 
     def find(self, node: Any, what: str, prefix: str = "") -> Path:
         """A model's folder: beside the recipe, else from where the program runs, else in the Hugging Face cache.
@@ -59,35 +60,42 @@ class RecipeModels:
         """
         revision = None
         while node.id == "mapping":  # mergekit itself writes {model: {path: ..., revision: ...}, lora: null}
-            keys = self.file.mapping(node, ("model", "path", "revision", *UNMERGED), what)
+            keys = self.file.mapping(node, ("model", "path", "revision", "lora", *UNMERGED), what)
             for key in UNMERGED.keys() & keys.keys():
                 raise self.file.fault(keys[key], f"{key} {UNMERGED[key][0]}", UNMERGED[key][1])
             inner = keys.get("model", keys.get("path"))
             if inner is None:
                 raise self.file.fault(node, f"{what} names no model", "Write `model:` with a folder.")
+            if "lora" in keys:
+                return self.with_base(self.find(keys["lora"], what), self.find(inner, what), node)
             revision = self.file.text(keys["revision"], "revision") if "revision" in keys else revision
             node = inner
         text = self.file.text(node, what).removeprefix(prefix)
         if not text.strip():
             raise self.file.fault(node, f"{what} names no model", "Write a folder, or org/name.")
         if (text, revision) not in self.folders:
-            folder = self.locate(node, text, revision)
+            try:
+                folder, base = find_with_base(text, lambda part: self.locate(part, revision))
+            except SlerpMergeError as error:
+                raise self.file.fault(node, error.message.rstrip("."), error.hint) from error
             folder = self.by_place.setdefault(folder.resolve(), folder)
-            self.folders[text, revision] = folder
+            self.folders[text, revision] = folder if base is None else self.with_base(folder, base, node)
             self.names.setdefault(folder, text)
         return self.folders[text, revision]
 
-    def locate(self, node: Any, text: str, revision: str | None) -> Path:
-        """The folder that a text means. Raises SlerpMergeError where it asks for more than a model."""
-        try:
-            folder = self.look_for(text, revision)
-            if not folder.exists() and "@" in text:  # of a folder, which has no revisions
-                beside = self.look_for(text.partition("@")[0], None)
-                folder = beside if hub_name_of(beside) is None else folder
-        except SlerpMergeError as error:
-            raise self.file.fault(node, error.message.rstrip("."), error.hint) from error
-        if not folder.exists() and "+" in text:
-            raise self.file.fault(node, f"{text!r} {UNMERGED['lora'][0]}", UNMERGED["lora"][1])
+    def with_base(self, adapter: Path, base: Path, node: Any) -> Path:
+        """An adapter, whose base is remembered. Raises SlerpMergeError where it was written with another."""
+        if self.adapter_bases.setdefault(adapter, base).resolve() != base.resolve():
+            hint = "An adapter belongs to one model: name that wherever the adapter is."
+            raise self.file.fault(node, f"{self.names.get(adapter, adapter)} stands there with two models", hint)
+        return adapter
+
+    def locate(self, text: str, revision: str | None) -> Path:
+        """The folder that a text means."""
+        folder = self.look_for(text, revision)
+        if not folder.exists() and "@" in text:  # of a folder, which has no revisions
+            beside = self.look_for(text.partition("@")[0], None)
+            folder = beside if hub_name_of(beside) is None else folder
         return folder
 
     def look_for(self, text: str, revision: str | None) -> Path:

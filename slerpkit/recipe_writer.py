@@ -26,10 +26,7 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
     parents: by role, "primary", "secondary" and, where there is one, "base". A model of the Hub stands there by its
     name and commit; paths run from the child's folder. What mergekit's keys cannot say stands under `slerpmerge`.
     """
-    places = {
-        role: relative_place(parent.folder, child) if parent.hub_name is None else str(parent.hub_name)
-        for role, parent in parents.items()
-    }
+    places = {role: place_of(parent, child) for role, parent in parents.items()}
     method = method_of(recipe)
     content: dict[str, Any] = {"merge_method": method}
     if recipe.base is not None:
@@ -133,6 +130,12 @@ def recipe_rules(schedule: Schedule) -> Any:
         {"value": value} if rule.name_filter == "*" else {"filter": rule.name_filter, "value": value}
         for rule, value in zip(schedule.rules, values)
     ]
+
+
+def place_of(parent: Checkpoint, child: Path) -> str:
+    """What finds a parent again, from the child's folder; an adapter with its base before it, as mergekit has it."""
+    place = relative_place(parent.folder, child) if parent.hub_name is None else str(parent.hub_name)
+    return place if parent.base is None else f"{place_of(parent.base, child)}+{place}"
 
 
 def relative_place(folder: Path, child: Path) -> str:

@@ -21,17 +21,18 @@ from slerpkit.merge.stream import measure_differences, stream_merge
 from slerpkit.merge.supply import StreamedSupply, awaited_models, fetch_parents
 from slerpkit.merge.team import WorkerDied, team_for
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.adapters import find_with_base
 from slerpkit.parents.checkpoint import open_parents
-from slerpkit.parents.hub import locate, look_closer, must_be_looked_up
+from slerpkit.parents.hub import locate, locate_base, look_closer, must_be_looked_up
 from slerpkit.parents.hub_cache import REMOTE_MODELS
-from slerpkit.parents.resolver import find_model, short_name
+from slerpkit.parents.resolver import short_name
 from slerpkit.parity.check import check_parity, parity_of_headers
 from slerpkit.parity.report import ParityReport
 from slerpkit.recipe import MergeRecipe, check_options, check_recipe, recipe_and_options
 from slerpkit.schedule import Schedule, parse_blend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from slerpkit.child.verify import Verification
     from slerpkit.merge.difference_map import DifferenceMap
@@ -59,8 +60,11 @@ def locate_parents(
             if must_be_looked_up(folder):
                 observe(Noted(f"Looking at {short_name(folder)} on the Hub ..."))
             found[role] = locate(folder)
-    recipe = dataclasses.replace(recipe, **found)
-    remotes = [REMOTE_MODELS[folder] for folder in dict.fromkeys(found.values()) if folder in REMOTE_MODELS]
+    given = {folder: recipe.adapter_bases.get(getattr(recipe, role)) for role, folder in found.items()}
+    bases = {folder: located for folder, base in given.items() if (located := locate_base(folder, base)) is not None}
+    recipe = dataclasses.replace(recipe, **found, adapter_bases={k: v for k, v in bases.items() if given[k]})
+    needed = dict.fromkeys([*found.values(), *bases.values()])
+    remotes = [REMOTE_MODELS[folder] for folder in needed if folder in REMOTE_MODELS]
     if remotes and recipe.tokenizer == "auto" and not recipe.token_sources:
         refuse(parity_of_headers(open_parents(recipe), recipe))
     for remote in remotes:
@@ -68,10 +72,10 @@ def locate_parents(
     return recipe
 
 
-def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
+def check_fit(primary_folder: Path, secondary_folder: Path, adapter_bases: Mapping[Path, Path]) -> None:
     """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first.
 
-    What the person may accept is asked later.
+    adapter_bases: as MergeRecipe.adapter_bases. What the person may accept is asked later.
     """
 
     def refuse(parity: ParityReport) -> None:
@@ -82,7 +86,8 @@ def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
             what = f"It does not fit the primary: {worst.subject} is {worst.secondary}, not {worst.primary}.{more}"
             raise SlerpMergeError(what, worst.consequence)
 
-    recipe = locate_parents(MergeRecipe(primary_folder, secondary_folder), refuse=refuse)
+    recipe = MergeRecipe(primary_folder, secondary_folder, adapter_bases=adapter_bases)
+    recipe = locate_parents(recipe, refuse=refuse)
     refuse(check_parity(open_parents(recipe), recipe))
 
 
@@ -176,21 +181,23 @@ def merge_models(
 ) -> MergeReport:
     """Makes a child of two models in one call, with every check that the script makes.
 
-    primary (t = 0), secondary (t = 1): folders, or the org/name of a model in the Hugging Face cache. t: a number, or
-    what the prompt `Blend` takes, such as "ramp" or "self_attn=0,1 0.5". settings: any other field of MergeRecipe or
-    RunOptions, such as method="slerp-norm", dtype="float16" or overwrite=True.
+    primary (t = 0), secondary (t = 1): folders, or the org/name of a model in the Hugging Face cache; BASE+ADAPTER says
+    what an adapter's base is. t: a number, or what the prompt `Blend` takes, such as "ramp" or "self_attn=0,1 0.5".
+    settings: any other field of MergeRecipe or RunOptions, such as method="slerp-norm", dtype="float16" or
+    overwrite=True.
 
     Returns what was made and found; `report.child` is the child's folder. Raises SlerpMergeError, with a message and a
     hint, where the child cannot be right; nothing is then put in place. Raises TypeError for a setting that is none.
     """
     if not isinstance(t, Schedule):
         t = parse_blend(t) if isinstance(t, str) else Schedule.constant(float(t))
-    if settings.get("base") is not None:
-        settings["base"] = find_model(str(settings["base"]))
+    named = {"primary": primary, "secondary": secondary, "base": settings.pop("base", None)}
+    found = {role: find_with_base(str(name)) for role, name in named.items() if name is not None}
+    bases = {folder: base for folder, base in found.values() if base is not None}
     recipe, options = recipe_and_options(
         {
-            "primary": find_model(str(primary)),
-            "secondary": find_model(str(secondary)),
+            **{role: folder for role, (folder, _) in found.items()},
+            "adapter_bases": bases,
             "save_directory": clean_path(str(save_directory)),
             "schedule": t,
             **settings,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from slerpkit.files import MAX_OPEN_FILES
 from slerpkit.messages import SlerpMergeError
@@ -390,15 +390,6 @@ def test_a_gguf_model_is_called_quantised(tmp_path, with_config):
     if with_config:
         (tmp_path / "config.json").write_text("{}")
     assert_refused(tmp_path, "GGUF model, which is quantised", tmp_path)
-
-
-@pytest.mark.parametrize("with_config", [True, False])
-def test_an_adapter_is_told_from_a_model(tmp_path, with_config):
-    save_file({"base_model.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    if with_config:
-        (tmp_path / "config.json").write_text("{}")
-    assert "base model" in assert_refused(tmp_path, "LoRA adapter, not a whole model", tmp_path).hint
 
 
 @pytest.mark.parametrize(

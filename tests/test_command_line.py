@@ -784,7 +784,7 @@ BAD_INPUTS = [
     (another_depth, "num_hidden_layers: primary 2, secondary 3", "same architecture"),
     (quantised_parent, "GPTQ", "unquantised"),
     (gguf_parent, "GGUF", "original safetensors"),
-    (adapter_parent, "LoRA adapter", "Merge the adapter"),
+    (adapter_parent, "of no stated kind, where LoRA alone is merged", "merge_and_unload"),
     (absent_tokenizer, "has no tokenizer", "auto"),
 ]
 

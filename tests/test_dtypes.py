@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from slerpkit.merge import dtypes
-from slerpkit.merge.dtypes import convert, count_non_finite, narrow, narrow_pairs, stored_dtype, widen, widen_pairs
+from slerpkit.parents import dtypes
+from slerpkit.parents.dtypes import convert, count_non_finite, narrow, narrow_pairs, stored_dtype, widen, widen_pairs
 from slerpkit.parents.tensors import DTYPE_BYTES, FLOAT_DTYPES, TORCH_NAMES
 
 EVERY_16_BITS = numpy.arange(1 << 16, dtype="<u2")

@@ -483,3 +483,45 @@ def test_a_proposed_name_is_one_that_the_hub_takes(folder: str, name: str) -> No
 def test_a_name_that_the_hub_does_not_take_is_refused(text: str) -> None:
     with pytest.raises(SlerpMergeError, match="no name that the Hub takes"):
         parse_repository(text, "ada")
+
+
+# ── Adapters ──
+
+
+def publish_adapter(bench: Bench, name: str, base: str, seed: int) -> None:
+    """An adapter of the first layer's query, by names alone, as it is published."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    shapes = {"A": (2, 64), "B": (64, 2)}
+    tensors = {f"{prefix}{side}.weight": torch.randn(*shape, generator=generator) for side, shape in shapes.items()}
+    folder = bench.folder / "published" / name
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    bench.commits[name] = bench.hub.add(name, folder)
+
+
+@pytest.mark.parametrize("how", ["--download", "--stream-parents"])
+def test_an_adapter_and_its_base_come_from_the_hub(bench: Bench, how: str) -> None:
+    """Looked up first, then fetched once, though both parents are of the one base."""
+    publish_adapter(bench, "bob/alto", "ada/finch", 1)
+    publish_adapter(bench, "bob/bass", "ada/finch", 2)
+    status, _, err = bench.merge("bob/alto", "bob/bass", "--yes", how)
+    assert status == 0, err
+    child, stored = load_file(bench.here / "child" / "model.safetensors"), wide_tensors(0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(child[name], stored[name])
+    assert all(torch.equal(child[other], stored[other]) for other in stored if other != name)
+    recipe = (bench.here / "child" / "merge_recipe.yaml").read_text()
+    assert f"ada/finch@{bench.commits['ada/finch']}+bob/alto@{bench.commits['bob/alto']}" in recipe
+
+
+def test_an_adapters_base_that_the_hub_does_not_know_is_told_with_the_way_to_name_it(bench: Bench) -> None:
+    publish_adapter(bench, "bob/alto", "ada/gone", 1)
+    status, _, err = bench.merge("bob/alto", "ada/finch", "--yes", "--download")
+    assert status == 1
+    assert "ada/gone" in err
+    assert "BASE+" in err
+    status, _, err = bench.merge("ada/finch+bob/alto", "ada/wren", "--yes", "--download")
+    assert status == 0, err

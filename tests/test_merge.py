@@ -18,10 +18,10 @@ from slerpkit.child.report import MergeReport
 from slerpkit.maths import TensorWeights
 from slerpkit.merge.arithmetic import Arithmetic, DeviceArithmetic, vector_weights
 from slerpkit.merge.blocks import BLOCK_ELEMENTS, TASK_BLOCKS
-from slerpkit.merge.dtypes import EPSILON, stored_dtype, widen
 from slerpkit.merge.events import ChildPublished, Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.dtypes import EPSILON, stored_dtype, widen
 from slerpkit.parents.tensors import TORCH_NAMES
 from slerpkit.schedule import Schedule, ScheduleRule
 from tests.builders import (

@@ -27,9 +27,11 @@ FLOORS = (
     "slerpkit",
     "slerpkit.messages slerpkit.files slerpkit.lazy slerpkit.devices slerpkit.maths slerpkit.schedule"
     " slerpkit.chat_templates slerpkit.recipe",
-    "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
-    " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.hub_cache slerpkit.parents.resolver"
-    " slerpkit.parents.checkpoint slerpkit.parents.hub slerpkit.parents.hub_download",
+    "slerpkit.parents.tensors slerpkit.parents.dtypes slerpkit.parents.adapted_tensor"
+    " slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
+    " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.hub_cache"
+    " slerpkit.parents.half_models slerpkit.parents.resolver"
+    " slerpkit.parents.adapters slerpkit.parents.checkpoint slerpkit.parents.hub slerpkit.parents.hub_download",
     "slerpkit.recipe_yaml slerpkit.recipe_models slerpkit.recipe_tokenizer"
     " slerpkit.recipe_file slerpkit.recipe_identity slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
@@ -37,7 +39,7 @@ FLOORS = (
     " slerpkit.parity.token_sources slerpkit.parity.tokenizer_source slerpkit.parity.vocabulary"
     " slerpkit.parity.segmentation slerpkit.parity.labels slerpkit.parity.prediction slerpkit.parity.pairing"
     " slerpkit.parity.names slerpkit.parity.modules slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
-    "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
+    "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.blocks"
     " slerpkit.merge.journal slerpkit.merge.copied_files"
     " slerpkit.merge.events slerpkit.merge.supply slerpkit.merge.plan slerpkit.merge.arithmetic"
     " slerpkit.merge.recompute slerpkit.merge.worker slerpkit.merge.team slerpkit.merge.staging"

@@ -199,6 +199,14 @@ def test_a_good_child_passes_and_says_what_was_looked_at(tmp_path):
     assert f"every token id (up to {VOCABULARY - 1}) has its row among {VOCABULARY}" in text
 
 
+def test_tensors_that_neither_parent_changed_pass_beside_a_base(tmp_path):
+    """As an embedding that was frozen while both were trained."""
+    frozen = {name: llama_tensors(1)[name] for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    folders = [make_checkpoint(tmp_path / f"model{seed}", {**llama_tensors(seed), **frozen}) for seed in (1, 2, 3)]
+    report = merge(folders[0], folders[1], tmp_path / "child", base=folders[2])
+    assert report.merged.count("copy") == 2
+
+
 def test_a_tokenizer_longer_than_the_embedding_is_told(tmp_path):
     for folder in make_pair(tmp_path):
         add_tokenizer(folder, VOCABULARY + 5)

@@ -1323,7 +1323,9 @@ class TestLookaheadOfASession:
     def test_it_runs_where_somebody_reads_of_it(self, tmp_path, session, monkeypatch, flags):
         begun: list[Path] = []
         monkeypatch.setattr(Session, "start_workers", lambda *_: None)
-        monkeypatch.setattr("slerpkit.screen.lookahead.Lookahead.__init__", lambda _, folder: begun.append(folder))
+        monkeypatch.setattr(
+            "slerpkit.screen.lookahead.Lookahead.__init__", lambda _, folder, base: begun.append(folder)
+        )
         session.arguments = build_parser().parse_args(flags)
         session.prepare_for(open_checkpoint(make_pair(tmp_path)[0]), RunOptions(tmp_path / "child"))
         assert begun == ([] if flags else [tmp_path / "primary"])

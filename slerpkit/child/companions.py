@@ -31,13 +31,13 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
     """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
     write_index(plan, child.folder)
     write_child_config(plan, child.folder)
-    for role, patterns in copied_files(plan.parity, plan.modules_role):
-        copy_matching(plan.parents.by_role[role].folder, child.folder, patterns)
+    for folder, patterns in copied_files(plan.parents, plan.parity, plan.modules_role):
+        copy_matching(folder, child.folder, patterns)
     if plan.modules_role is not None:
         donor = plan.parents.by_role[plan.modules_role]
-        copy_files(donor.folder, child.folder, [name for module in donor.modules for name in module.files])
+        copy_files(donor.companion_folder, child.folder, [name for module in donor.modules for name in module.files])
     if plan.tokenizer_role == "secondary":
-        primary, secondary = plan.parents.primary.folder, plan.parents.secondary.folder
+        primary, secondary = plan.parents.primary.companion_folder, plan.parents.secondary.companion_folder
         copy_files(secondary, child.folder, code_of_tokenizer(primary, secondary)[0])
     adapt_tokenizer(plan, child.folder)
     write_generation_config(plan, child.folder)
@@ -69,8 +69,8 @@ def write_generation_config(plan: MergePlan, folder: Path) -> None:
     if not settings:
         return
     for parent in (parents.primary, parents.secondary):
-        if read_json_if_there(parent.folder / GENERATION_NAME) == settings:
-            copy_matching(parent.folder, folder, [GENERATION_NAME])
+        if read_json_if_there(parent.companion_folder / GENERATION_NAME) == settings:
+            copy_matching(parent.companion_folder, folder, [GENERATION_NAME])
             return
     write_json(folder / GENERATION_NAME, settings)
 
@@ -85,7 +85,7 @@ def adapt_tokenizer(plan: MergePlan, folder: Path) -> None:
         template = chosen.text
         if template is None:
             template_parent = plan.parents.by_role[chosen.role]
-            template = read_json_if_there(template_parent.folder / settings_path.name).get("chat_template")
+            template = read_json_if_there(template_parent.tokenizer_folder / settings_path.name).get("chat_template")
         settings = {key: value for key, value in settings.items() if key != "chat_template"}
         settings |= {} if template is None else {"chat_template": template}
     appended = plan.parity.vocabulary.appended

@@ -86,6 +86,7 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
     """
     recipe, parents = plan.recipe, plan.parents
     dtypes = f"{', '.join(parents.primary.dtypes)} (the primary's)"
+    adapters = {role: parent.base.public_place for role, parent in parents.by_role.items() if parent.base is not None}
     return {
         "report_version": REPORT_VERSION,
         "slerpmerge": __version__,
@@ -99,6 +100,7 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
             "dtype": dtypes if recipe.dtype == "auto" else recipe.dtype,
             "dot_threshold": recipe.dot_threshold,
             "epsilon": recipe.epsilon,
+            **({"adapter_bases": adapters} if adapters else {}),
         },
         "tensors": len(merged.tensors),
         "slerped": merged.count("slerp"),
@@ -207,10 +209,13 @@ def card_recipe(report: Mapping[str, Any]) -> list[str]:
     if recipe is None:
         return []
     sources = {**report, **recipe}  # where 0.2.0 kept whose tokenizer it is
+    names = {role: recipe[role] for role in ("primary", "secondary", "base")}
+    for role, base in recipe.get("adapter_bases", {}).items():
+        names[role] += f", an adapter of {base}"
     settings = [
-        ("primary (t = 0)", recipe["primary"]),
-        ("secondary (t = 1)", recipe["secondary"]),
-        *([("base of the task vectors", recipe["base"])] if recipe["base"] is not None else []),
+        ("primary (t = 0)", names["primary"]),
+        ("secondary (t = 1)", names["secondary"]),
+        *([("base of the task vectors", names["base"])] if names["base"] is not None else []),
         ("method", recipe["method"]),
         ("blend", recipe["blend"]),
         ("dtype", recipe["dtype"]),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from slerpkit.child.findings import Finding
     from slerpkit.evaluation.models import ComparedModels
     from slerpkit.merge.events import Observer
+    from slerpkit.parents.checkpoint import Checkpoint
 
 NO_FIGURES = "The harness gives these tasks no figure that is a mean over their items."
 NOISE_LEVEL = 0.05  # a difference that chance makes more often than this is noise
@@ -92,6 +93,14 @@ def silenced() -> Iterator[None]:
             yield
     finally:
         evaluator.get_git_commit_hash = before
+
+
+def check_harness_loads(checkpoint: Checkpoint) -> None:
+    """Raises SlerpMergeError where a model cannot generate text, or is none that the harness could load itself."""
+    check_generates_text(checkpoint, reads_on=False)
+    if checkpoint.base is not None:
+        what = f"{checkpoint.name} is an adapter, and the harness loads whole models alone."
+        raise SlerpMergeError(what, "Taste it or measure its perplexity, or merge it into its base with peft first.")
 
 
 def harness_results(
@@ -187,7 +196,7 @@ def score(models: ComparedModels, tasks: Sequence[str], include_path: Path | Non
     """
     names, manager = find_tasks(tasks, include_path)
     for checkpoint in models.checkpoints.values():
-        check_generates_text(checkpoint, reads_on=False)
+        check_harness_loads(checkpoint)
     device = choose_device_and_dtype(models)[0]
     results = {}
     observe(WorkBegan("Scoring with the harness", len(models.folders)))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.lazy import torch
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.tensors import TORCH_NAMES
+from slerpkit.parity.embeddings import vocabulary_rows
 from slerpkit.parity.pairing import is_left_over
 from slerpkit.parity.prediction import prediction_tensors
 
@@ -86,7 +87,7 @@ def load_without_weights(checkpoint: Checkpoint) -> Loading:
         return Loading(named, unchecked=f"its config names the code {code}, which is never run here")
     try:
         architecture = find_architecture(checkpoint)
-        found = loading_report(quiet_transformers(), making_nothing_up(architecture), checkpoint)
+        found = loading_report(making_nothing_up(architecture), checkpoint)
     except SlerpMergeError as error:
         return Loading(named, unchecked=error.message.rstrip("."))
     except Exception as error:  # configs of strangers fail inside the library, each in its own way
@@ -178,10 +179,18 @@ def stand_in(info: TensorInfo) -> Any:
     return torch.empty(info.shape, dtype=dtype, device="meta").as_subclass(stand_in_class())
 
 
-def loading_report(transformers: Any, architecture: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+def config_of(checkpoint: Checkpoint) -> Any:
+    """A model's config as transformers has it; of an adapter its base's, with as many tokens as the adapter has."""
+    config = quiet_transformers().AutoConfig.from_pretrained(checkpoint.companion_folder, trust_remote_code=False)
+    rows = vocabulary_rows(checkpoint)
+    if checkpoint.base is not None and rows is not None and hasattr(config, "get_text_config"):
+        config.get_text_config().vocab_size = rows
+    return config
+
+
+def loading_report(architecture: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """transformers' own account of which keys it missed, did not expect, or found of another shape."""
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    how = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    how = {"config": config_of(checkpoint), "output_loading_info": True, "ignore_mismatched_sizes": True}
     # Older versions build on the meta device only when told so; newer ones do it themselves and refuse to be told.
     for context in (torch.device("meta"), contextlib.nullcontext()):
         stand_ins = {info.name: stand_in(info) for info in checkpoint.tensors.values()}

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,18 @@ from slerpkit.child.verify import Verification
 from slerpkit.devices import accelerator_memory, accelerators, check_device, free_memory, torch_threads_kept
 from slerpkit.evaluation.loading import (
     code_it_names,
+    config_of,
     find_architecture,
     load_without_weights,
     quiet_transformers,
     version_numbers,
 )
-from slerpkit.lazy import torch
+from slerpkit.lazy import numpy, torch
 from slerpkit.merge.events import Noted
 from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
-from slerpkit.parents.checkpoint import has_tokenizer, open_checkpoint
-from slerpkit.parents.tensors import dtype_width
+from slerpkit.parents.adapters import CONFIG_NAME
+from slerpkit.parents.checkpoint import GENERATION_NAME, has_tokenizer, open_checkpoint
+from slerpkit.parents.tensors import TORCH_NAMES, TensorReader, dtype_width
 from slerpkit.parity.configs import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -54,19 +56,22 @@ class ComparedModels:
 
     folders: tuple[tuple[str, Path], ...]  # (role, folder)
     device: str = "auto"  # as RunOptions.device
+    adapter_bases: Mapping[Path, Path] = dataclasses.field(default_factory=dict)  # as MergeRecipe.adapter_bases
 
     @functools.cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """Each model opened, by its role. Raises SlerpMergeError as open_checkpoint does."""
-        return {role: open_checkpoint(folder) for role, folder in self.folders}
+        return {role: open_checkpoint(folder, self.adapter_bases.get(folder)) for role, folder in self.folders}
 
     def tokenizer_folder(self, role: str) -> Path:
         """A model's own folder, or another's here where it stands as weights alone, to take the tokenizer from.
 
         Raises SlerpMergeError where none of them has one.
         """
-        own = self.checkpoints[role].folder
-        others = [checkpoint.folder for other, checkpoint in reversed(self.checkpoints.items()) if other != role]
+        own = self.checkpoints[role].tokenizer_folder
+        others = [
+            checkpoint.tokenizer_folder for other, checkpoint in reversed(self.checkpoints.items()) if other != role
+        ]
         folder = next((folder for folder in (own, *others) if has_tokenizer(folder)), None)
         if folder is None:
             what = "None of these models has a tokenizer, so there is nothing to read or write a text with."
@@ -111,7 +116,8 @@ def check_generates_text(checkpoint: Checkpoint, reads_on: bool) -> None:
     if what is not None:
         raise SlerpMergeError(what, "Merge it without tasting; its parents can be inspected.")
     code = code_it_names(checkpoint)
-    if code is not None or (checkpoint.folder / "adapter_config.json").is_file():
+    stands_beside = checkpoint.base is None and (checkpoint.folder / CONFIG_NAME).is_file()
+    if code is not None or stands_beside:
         asked = f"names the code {code}" if code is not None else "holds an adapter beside its weights"
         what = f"{checkpoint.name} {asked}, which would be loaded with it."
         raise SlerpMergeError(what, "Take that out of its folder; it was not loaded.")
@@ -170,9 +176,7 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     models.tokenizer_folder(role), trust_remote_code=False
                 )
-                model, report = architecture.from_pretrained(
-                    checkpoint.folder, local_files_only=True, output_loading_info=True, **how
-                )
+                model, report = load_whole(architecture, checkpoint, **how)
                 model = model.to(device).eval()
             except (OSError, ValueError, KeyError, ImportError) as error:
                 what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
@@ -195,6 +199,24 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def load_whole(architecture: Any, checkpoint: Checkpoint, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, what transformers says of its keys). An adapter comes as it is merged: its base with other numbers."""
+    how = {"output_loading_info": True, **how}
+    if checkpoint.base is None:
+        return architecture.from_pretrained(checkpoint.folder, local_files_only=True, **how)
+    tensors = {}
+    with TensorReader() as reader:
+        for name, info in checkpoint.tensors.items():
+            stored = numpy.empty(info.read_bytes, "u1")
+            reader.read_into(info, 0, memoryview(stored))
+            dtype = getattr(torch, TORCH_NAMES[info.read_dtype])
+            tensors[name] = torch.from_numpy(stored).view(dtype).reshape(info.shape)
+    model, report = architecture.from_pretrained(None, config=config_of(checkpoint), state_dict=tensors, **how)
+    if (checkpoint.companion_folder / GENERATION_NAME).is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(checkpoint.companion_folder)
+    return model, report
 
 
 def verify_with_transformers(folder: Path, with_logits: bool = False) -> Verification:

@@ -6,6 +6,7 @@ describes itself. Neither knows t, nor makes a child. Read perplexity.py and har
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.evaluation.harness import (
     NO_FIGURES,
+    check_harness_loads,
     find_tasks,
     harness_results,
     is_higher_better,
@@ -120,7 +122,7 @@ class TaskScores:
         self.device = device
         self.advance = advance
         for checkpoint in parents.checkpoints.values():
-            check_generates_text(checkpoint, reads_on=False)
+            check_harness_loads(checkpoint)
         self.tasks, self.manager = find_tasks(tasks, include_path)
         self.include_path = include_path
 
@@ -163,4 +165,4 @@ def with_model(parents: ComparedModels, role: str, folder: Path) -> ComparedMode
     """The parents, and the model of a folder beside them where it is none of them."""
     if role in dict(parents.folders):
         return parents
-    return ComparedModels((*parents.folders, (role, folder)), parents.device)
+    return dataclasses.replace(parents, folders=(*parents.folders, (role, folder)))

@@ -297,7 +297,7 @@ def find_t(plan: MergePlan, objective: Objective, observe: Observer, team: Worke
         what = "A sweep looks for one t of whole models; this recipe has slices or weights of its own."
         raise SlerpMergeError(what, "Sweep without the recipe, or merge it as it is.")
     folders = tuple((role, plan.parents.by_role[role].folder) for role in ("primary", "secondary"))
-    parents = ComparedModels(folders, plan.options.device)
+    parents = ComparedModels(folders, plan.options.device, plan.recipe.adapter_bases)
 
     def search(device: str, dtype: str) -> Finding:
         ready = objective.on(parents, device, dtype, lambda amount: observe(WorkAdvanced(amount)))

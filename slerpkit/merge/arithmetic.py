@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from slerpkit.lazy import numpy, torch
 from slerpkit.maths import exact_sum
-from slerpkit.merge.dtypes import (
+from slerpkit.parents.dtypes import (
     convert,
     converted,
     is_bfloat16,

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from slerpkit.lazy import numpy
-from slerpkit.merge.dtypes import stored_dtype
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.dtypes import stored_dtype
 from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class BlockReader:
     def read(
         self, tensor: TensorInputs, stretch: range, blended: bool = False
     ) -> Iterator[tuple[range, list[numpy.ndarray]]]:
-        """(element numbers, each source) of the blocks of a stretch; flat, in stored dtypes, valid until the next.
+        """(element numbers, each source) of the blocks of a stretch; flat, in their read_dtype, valid until the next.
 
         blended: zeros stand for rows that will be kept, which then add nothing to a sum.
         Raises SlerpMergeError where a file cannot be read.
@@ -88,8 +88,8 @@ class BlockReader:
             part = range(start, min(start + step, stretch.stop))
             block = []
             for fill, info, buffer in zip(fills, tensor.sources, self.buffers):
-                fill(buffer.memory[: len(part) * DTYPE_BYTES[info.dtype]])
-                block.append(buffer.typed(info.dtype)[: len(part)])
+                fill(buffer.memory[: len(part) * DTYPE_BYTES[info.read_dtype]])
+                block.append(buffer.typed(info.read_dtype)[: len(part)])
             yield part, block
 
     def _fill_on(
@@ -97,7 +97,7 @@ class BlockReader:
     ) -> Callable[[memoryview], None]:
         """A function that fills one buffer after another with a stretch of a source."""
         info = tensor.sources[source]
-        return self.reader.begin(info, stretch.start * DTYPE_BYTES[info.dtype], source)
+        return self.reader.begin(info, stretch.start * DTYPE_BYTES[info.read_dtype], source)
 
     def _fill_rows(
         self, tensor: TensorInputs, stretch: range, source: int, blended: bool
@@ -107,7 +107,7 @@ class BlockReader:
         rows: Sequence[int] = (tensor.rows.blended if blended else tensor.rows.sources)[source][
             rows_in(tensor, stretch)
         ]
-        row_bytes = tensor.row_elements * DTYPE_BYTES[info.dtype]
+        row_bytes = tensor.row_elements * DTYPE_BYTES[info.read_dtype]
         done = 0
 
         def fill(view: memoryview) -> None:

@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     from slerpkit.parity.report import ParityReport
 
 
-def copied_files(parity: ParityReport, modules_role: str | None) -> list[tuple[str, tuple[str, ...]]]:
-    """(role, patterns) of what is copied: the parent, "primary" or "secondary", and its files beside the weights.
+def copied_files(
+    parents: Parents, parity: ParityReport, modules_role: str | None
+) -> list[tuple[Path, tuple[str, ...]]]:
+    """(folder, patterns) of what is copied: a parent's folder, and its files beside the weights.
 
     modules_role: the parent whose modules of sentence-transformers the child has.
     """
-    chosen = (
-        (parity.vocabulary.tokenizer_source, TOKENIZER_FILES),
-        (parity.template.role, TEMPLATE_FILES),
-        ("primary", COMPANION_FILES),
-        (modules_role, MODULE_FILES),
-    )
-    return [(role, patterns) for role, patterns in chosen if role is not None]
+    models = parents.by_role
+    of_tokenizer = (parity.vocabulary.tokenizer_source, TOKENIZER_FILES), (parity.template.role, TEMPLATE_FILES)
+    of_model = ("primary", COMPANION_FILES), (modules_role, MODULE_FILES)
+    return [
+        *((models[role].tokenizer_folder, patterns) for role, patterns in of_tokenizer if role is not None),
+        *((models[role].companion_folder, patterns) for role, patterns in of_model if role is not None),
+    ]
 
 
 def check_links(parents: Parents, parity: ParityReport, modules_role: str | None) -> None:
@@ -44,12 +46,12 @@ def check_links(parents: Parents, parity: ParityReport, modules_role: str | None
 
     Weights may lie anywhere: nothing but weights comes through them.
     """
-    made_from = ("primary", ("config.json", GENERATION_NAME))
-    for role, patterns in (made_from, *copied_files(parity, modules_role)):
-        folder = parents.by_role[role].folder
+    made_from = parents.primary.companion_folder, ("config.json", GENERATION_NAME)
+    donor = None if modules_role is None else parents.by_role[modules_role]
+    for folder, patterns in (made_from, *copied_files(parents, parity, modules_role)):
         paths = [file for path in matching_files(folder, patterns) for file in with_nested(path)]
-        if role == modules_role:
-            paths += [folder / name for module in parents.by_role[role].modules for name in module.files]
+        if donor is not None and folder == donor.companion_folder:
+            paths += [folder / name for module in donor.modules for name in module.files]
         for path in paths:
             if not stays_within(path, folder):
                 raise SlerpMergeError(

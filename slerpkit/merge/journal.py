@@ -37,6 +37,7 @@ def merge_fingerprint(
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     for name in ("accept", "chat_template", "origin"):  # they change no weight
         del values[name]
+    values["adapter_bases"] = {role: str(model.folder.resolve()) for role, model in parents.by_folder.items()}
     settings = {"device": options.device, "max_shard_bytes": options.max_shard_bytes}
     return {
         "version": __version__,
@@ -47,7 +48,7 @@ def merge_fingerprint(
         "parents": {
             # The folder of a model from the Hub names its commit, which says all.
             role: {name: list(stat) for name, stat in parent.file_stats.items() if parent.hub_name is None}
-            for role, parent in parents.by_role.items()
+            for role, parent in parents.by_folder.items()
         },
         "layout": hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest(),
     }

@@ -25,8 +25,11 @@ from slerpkit.merge.save_directory import check_save_directory, staged_bytes, st
 from slerpkit.merge.supply import check_download_space, download_bytes, peak_parent_bytes, streamed_sizes
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
+from slerpkit.parents.adapted_tensor import AdaptedTensor
 from slerpkit.parents.checkpoint import companion_bytes
 from slerpkit.parents.tensors import (
+    DTYPE_BYTES,
+    MAX_KEPT,
     SAFETENSORS_NAMES,
     TORCH_NAMES,
     TensorReader,
@@ -240,11 +243,14 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     count, seconds = 0, 0.0
     with TensorReader() as reader:
         for info in infos[:: max(1, len(infos) // PROBE_SAMPLES)][:PROBE_SAMPLES]:
-            stretch = min(PROBE_BYTES, info.byte_count)
+            stretch = min(PROBE_BYTES, info.read_bytes)
             started = time.perf_counter()
-            reader.read_into(info, (info.byte_count - stretch) // 2, memoryview(buffer)[:stretch])
+            start = (
+                (info.read_bytes - stretch) // 2 // max(DTYPE_BYTES.values()) * max(DTYPE_BYTES.values())
+            )  # of a whole number
+            reader.read_into(info, start, memoryview(buffer)[:stretch])
             seconds += time.perf_counter() - started
-            count += stretch
+            count += stretch * info.byte_count // max(info.read_bytes, 1)
     return count / seconds if count else USUAL_READ_BYTES_PER_SECOND
 
 
@@ -265,12 +271,19 @@ def choose_workers(device: str, byte_count: int, dtypes: Collection[str]) -> tup
     return is_large and hasattr(os, "fork"), is_large and "float16" in dtypes
 
 
-def estimate_memory(threads: int, vectors: str = "tensor", with_torch: bool = False) -> int:
-    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
+def estimate_memory(
+    threads: int, vectors: str = "tensor", with_torch: bool = False, tensors: Sequence[TensorPlan] = ()
+) -> int:
+    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model.
+
+    tensors: those whose sources may be adapted, which takes a worker more.
+    """
     # Three sources and the result, as they are stored, and three sources as they are computed with.
     per_worker = WORKER_BYTES + BLOCK_ELEMENTS * (4 * 2 + 3 * 4)
     if vectors != "tensor":
         per_worker += BLOCK_ELEMENTS * 4 * 8  # and these in float64
+    adapted = {info for tensor in tensors for info in tensor.sources if isinstance(info, AdaptedTensor)}
+    per_worker += MAX_KEPT * max((info.kept_bytes for info in adapted), default=0)
     return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch
 
 
@@ -280,7 +293,9 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
     """
     models = list(parents.by_role.values())
-    check_save_directory(options.save_directory, [model.folder for model in models], options.overwrite)
+    check_save_directory(
+        options.save_directory, [model.folder for model in parents.by_folder.values()], options.overwrite
+    )
     pairs = sorted(parity.pairs, key=lambda pair: natural_order(pair.name))
     tensors = [plan_tensor(pair, recipe) for pair in pairs]
     shards = plan_shards(tensors, options.max_shard_bytes)
@@ -300,7 +315,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         parity=parity,
         shards=shards,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch),
+        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch, tensors),
         download_bytes=download,
         streamed_disk_bytes=peak_parent_bytes(unfinished, streamed_sizes(parents)),
         disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),

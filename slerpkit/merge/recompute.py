@@ -14,8 +14,8 @@ from slerpkit.lazy import numpy
 from slerpkit.maths import slerp_coefficients
 from slerpkit.merge.arithmetic import vector_weights
 from slerpkit.merge.blocks import BlockReader, rows_in
-from slerpkit.merge.dtypes import EPSILON, SMALLEST_NORMAL, converted, stored_dtype, widen
 from slerpkit.merge.tensor_plan import TensorInputs
+from slerpkit.parents.dtypes import EPSILON, SMALLEST_NORMAL, converted, stored_dtype, widen
 from slerpkit.parents.tensors import MAX_FINITE, SAFETENSORS_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def recompute(
         terms = [sources[0]]
         if weights.operation != "copy" or tensor.rows is not None:
             shares = weights_at(used, tensor, part)
-            terms = [share * source for share, source in zip(shares, sources)] + ([base] if base is not None else [])
+            terms = [share * source for share, source in zip(shares, sources)]
+        terms += [base] if base is not None else []
         made = numpy.concatenate([wide(block[0]) for _, block in blocks.read(stored, part)])
         if not is_right(made, terms, tensor, cast_dtype):
             return False

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 def awaited_models(parents: Parents) -> list[RemoteModel]:
     """The models whose weights are not all here, each once."""
-    found = {model.folder: model.remote for model in parents.by_role.values() if model.remote is not None}
-    return [remote for remote in found.values() if remote is not None]
+    remotes = (model.remote for model in parents.by_role.values())
+    return list({remote.folder: remote for remote in remotes if remote is not None}.values())
 
 
 def download_bytes(models: Iterable[Checkpoint]) -> int:
     """Bytes of weights that are still to be fetched."""
-    return sum(sum(awaited.values()) for awaited in {model.folder: model.awaited for model in models}.values())
+    awaited = {model.companion_folder: model.awaited for model in models}  # two adapters may have one base
+    return sum(sum(sizes.values()) for sizes in awaited.values())
 
 
 def fetch_parents(parents: Parents, observe: Observer) -> None:

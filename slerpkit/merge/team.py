@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
 from slerpkit.lazy import numpy, torch
-from slerpkit.merge.dtypes import convert_float16_by_torch
 from slerpkit.merge.plan import choose_workers
 from slerpkit.merge.worker import ReleaseTask, serve
 from slerpkit.messages import SlerpMergeError
+from slerpkit.parents.dtypes import convert_float16_by_torch
 
 if TYPE_CHECKING:
     from slerpkit.merge.worker import Task

@@ -29,10 +29,10 @@ from slerpkit.merge.arithmetic import (
     vector_weights,
 )
 from slerpkit.merge.blocks import BlockBuffer, BlockReader, rows_in
-from slerpkit.merge.dtypes import convert, converted, count_non_finite, plain
 from slerpkit.merge.recompute import recompute, working_dtype
 from slerpkit.merge.tensor_plan import TensorInputs
 from slerpkit.messages import SlerpMergeError, explain_os_error
+from slerpkit.parents.dtypes import convert, converted, count_non_finite, plain
 from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import check_kind, check_path, nested_files, read_bytes, read_json
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
+from slerpkit.parents.adapters import CONFIG_NAME, adapt, base_of, is_adapter, open_adapter
+from slerpkit.parents.half_models import folder_of_models, half_downloaded
 from slerpkit.parents.hub_cache import REMOTE_MODELS, HubName, RemoteModel, name_of_snapshot, public_name
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
@@ -76,7 +76,6 @@ COMPANION_FILES = (
 )
 # How an embedding model's parts follow each other, and its settings; the modules' own folders are named in the first.
 MODULE_FILES = (MODULES_NAME, *EMBEDDING_SETTINGS)
-NAMED_BELOW = 50  # models one level below a folder that is none, which its refusal may name
 POINTER, MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 SHOWN_DIGITS = 10  # of a commit
 MAX_CARD_BYTES = 65_536  # a child's card, report, map and recipe, which no parent has
@@ -108,6 +107,7 @@ class Checkpoint:
     modules: tuple[Module, ...] = ()  # of sentence-transformers; their tensors are not among those above
     wrappers: tuple[str, ...] = ()  # what was taken off the names that its tensors are stored under
     remote: RemoteModel | None = None  # of a model whose weights are not all here: what the Hub has of it
+    base: Checkpoint | None = None  # of an adapter, which is a model with it
 
     @property
     def hub_name(self) -> HubName | None:
@@ -144,16 +144,26 @@ class Checkpoint:
         return tuple(TORCH_NAMES.get(dtype, dtype) for dtype in ranked)
 
     @property
+    def companion_folder(self) -> Path:
+        """Where all stands that a model has beside its weights and its tokenizer."""
+        return self.folder if self.base is None else self.base.folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer and its chat template stand: an adapter that brings tokens along has its own."""
+        return self.folder if has_tokenizer(self.folder) else self.companion_folder
+
+    @property
     def architecture(self) -> str:
         """The model class that the config names first."""
         architectures = self.config.get("architectures")
         return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
 
 
-def open_if_whole(folder: Path) -> Checkpoint | None:
-    """A model's headers; None where the folder holds no whole model."""
+def open_if_whole(folder: Path, base: Path | None = None) -> Checkpoint | None:
+    """A model's headers, as open_checkpoint has them; None where the folder holds no whole model."""
     try:
-        return open_checkpoint(folder)
+        return open_checkpoint(folder, base)
     except (SlerpMergeError, OSError):
         return None
 
@@ -224,11 +234,6 @@ def find_weight_files(folder: Path, awaited: Container[str] = ()) -> WeightFiles
             f"{folder} holds a GGUF model, which is quantised.",
             "Merge the original safetensors models, then convert the child to GGUF.",
         )
-    if (folder / "adapter_config.json").is_file():
-        raise SlerpMergeError(
-            f"{folder} holds a LoRA adapter, not a whole model.",
-            "Merge the adapter into its base model first (peft: merge_and_unload), and save that.",
-        )
     if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("*-of-*.bin")):
         raise SlerpMergeError(
             f"{folder} holds shards of weights, but not their index ({WEIGHTS_INDEX} or {PICKLE_INDEX}).",
@@ -240,10 +245,11 @@ def find_weight_files(folder: Path, awaited: Container[str] = ()) -> WeightFiles
     )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, base: Path | None = None) -> Checkpoint:
     """A parent's config and tensor table, from a local folder. Reads headers only.
 
-    Raises SlerpMergeError where there is no folder, no config, no weights, or where they are damaged.
+    base: of an adapter, where it is not the model that its config names. Raises SlerpMergeError where there is no
+    folder, no config, no weights, or where they are damaged.
     """
     check_path(folder, "folder")
     if not folder.is_dir():
@@ -251,11 +257,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise SlerpMergeError(
             f"The folder {folder} {what}.", "Give the folder that holds a model's config.json and weights."
         )
+    if is_adapter(folder):
+        return open_adapted(folder, base)
+    if base is not None:
+        raise SlerpMergeError(f"{folder} is no adapter, so it has no base.", f"Name it without {base}+ before it.")
     remote = REMOTE_MODELS.get(folder)
     awaited = remote.awaited if remote is not None else {}
     remote = remote if awaited else None
     try:
-        weights = find_weight_files(folder, awaited)  # a GGUF or adapter folder is told so by name
+        weights = find_weight_files(folder, awaited)  # a GGUF folder is told so by name
         if not (folder / "config.json").is_file():
             raise SlerpMergeError(f"{folder} has no config.json.", "Download it from where the model comes from.")
     except SlerpMergeError as error:
@@ -276,24 +286,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, name, config, tensors, weights.storage, file_stats, modules, remote=remote)
 
 
-def folder_of_models(folder: Path) -> SlerpMergeError | None:
-    """The refusal of a folder that is no model and holds some one level below; None for any other."""
-    below = [path.parent.name for path in sorted(itertools.islice(folder.glob("*/config.json"), NAMED_BELOW))]
-    if not below or (folder / "config.json").is_file():
-        return None
-    what = f"{folder} is no model itself; it holds {format_names(below)}."
-    return SlerpMergeError(what, f"Give one of them: {folder / below[0]}")
-
-
-def half_downloaded(folder: Path, error: SlerpMergeError) -> SlerpMergeError | None:
-    """The refusal of a model in the cache that lacks files; None for what is no such model."""
-    named = name_of_snapshot(folder)
-    if named is None or "GGUF" in error.message:
-        return None
-    reason = error.message.replace(f"{folder}{os.sep}", "").replace(str(folder), "its folder").rstrip(".")
-    revision = "" if HubName(named.name).snapshot == folder else f" --revision {named.revision}"
-    return SlerpMergeError(
-        f"{named.name} is only half downloaded: {reason}.", f"Fetch the rest: hf download {named.name}{revision}"
+def open_adapted(folder: Path, base: Path | None) -> Checkpoint:
+    """An adapter as the model that it makes of its base. Raises SlerpMergeError as open_checkpoint does."""
+    check_files(folder)
+    adapter = open_adapter(folder)
+    base = base_of(adapter) if base is None else base
+    if is_adapter(base):
+        raise adapter.refuse("has another adapter for its base")
+    model = open_checkpoint(base)
+    return dataclasses.replace(
+        model,
+        folder=folder,
+        name=public_name(folder.resolve(), {}),
+        tensors=adapt(adapter, model.tensors, model.config),
+        file_stats=file_stats_of(folder, [CONFIG_NAME, adapter.file.name]),
+        base=model,
     )
 
 
@@ -375,8 +382,11 @@ def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, in
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound, in bytes, for the tokenizer, config and card beside the weights."""
     patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES, *MODULE_FILES)
-    paths = [path for parent in parents for path in matching_files(parent.folder, patterns)]
-    paths += [parent.folder / name for parent in parents for module in parent.modules for name in module.files]
+    folders = {folder for parent in parents for folder in (parent.companion_folder, parent.tokenizer_folder)}
+    paths = [path for folder in folders for path in matching_files(folder, patterns)]
+    paths += [
+        parent.companion_folder / name for parent in parents for module in parent.modules for name in module.files
+    ]
     nested = (inner for path in paths if path.is_dir() for inner in nested_files(path))
     return MAX_CARD_BYTES + sum(path.stat().st_size for path in (*paths, *nested) if path.is_file())
 
@@ -390,9 +400,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """A parent in one line: name, architecture, size, dtypes."""
     dtypes = ", ".join(checkpoint.dtypes[:3])
     size = f"{format_count(checkpoint.parameter_count)} parameters, {format_bytes(checkpoint.byte_count)}"
+    base = f", an adapter of {checkpoint.base.name}" if checkpoint.base is not None else ""
     named = checkpoint.hub_name
     name = checkpoint.name if named is None else f"{named.name} at {(named.revision or '')[:SHOWN_DIGITS]}"
-    return f"{name}: {checkpoint.architecture}, {size}, {dtypes}"
+    return f"{name}: {checkpoint.architecture}, {size}, {dtypes}{base}"
 
 
 @dataclass(frozen=True)
@@ -409,6 +420,12 @@ class Parents:
         base = {} if self.base is None else {"base": self.base}
         return {"primary": self.primary, "secondary": self.secondary, **base}
 
+    @property
+    def by_folder(self) -> dict[str, Checkpoint]:
+        """The same, and the models that adapters among them are of: everything whose files are read."""
+        under = {f"{role}'s base": model.base for role, model in self.by_role.items() if model.base is not None}
+        return {**self.by_role, **under}
+
 
 def without_wrappers(*models: Checkpoint) -> tuple[Checkpoint, ...]:
     """Models that are to be merged, their tensors under the names that their classes have for them."""
@@ -422,4 +439,5 @@ def without_wrappers(*models: Checkpoint) -> tuple[Checkpoint, ...]:
 def open_parents(recipe: MergeRecipe) -> Parents:
     """The models that a recipe names. Reads headers only; raises SlerpMergeError as open_checkpoint does."""
     folders = [folder for folder in (recipe.primary, recipe.secondary, recipe.base) if folder is not None]
-    return Parents(*without_wrappers(*map(open_checkpoint, folders)))
+    models = (open_checkpoint(folder, recipe.adapter_bases.get(folder)) for folder in folders)
+    return Parents(*without_wrappers(*models))

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slerpkit.lazy import huggingface_hub
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names, printable, shorten
+from slerpkit.parents.adapters import CONFIG_NAME as ADAPTER_CONFIG
+from slerpkit.parents.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from slerpkit.parents.adapters import is_adapter, named_base, open_adapter
 from slerpkit.parents.checkpoint import (
     PARENT_FILES,
     PICKLE_INDEX,
@@ -30,7 +33,7 @@ from slerpkit.parents.resolver import hub_name_of
 from slerpkit.parents.tensors import DTYPE_BYTES, TensorInfo, broken_file
 
 CONNECTIONS = 8  # at once, for small files and headers
-TOLD_FIRST = ("config.json", "adapter_config.json", WEIGHTS_INDEX, MODULES_NAME, "*/config.json")
+TOLD_FIRST = ("config.json", ADAPTER_CONFIG, WEIGHTS_INDEX, MODULES_NAME, "*/config.json")
 NEVER_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.md", "*.safetensors")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -47,6 +50,22 @@ def locate(folder: Path) -> Path:
     return look_up(named).folder if must_be_looked_up(here) else here
 
 
+def locate_base(folder: Path, given: Path | None) -> Path | None:
+    """Where an adapter's base is, the one given or that of its config; None for a model that is no adapter.
+
+    Raises SlerpMergeError where the Hub, or the adapter, does not let it be known.
+    """
+    if not is_adapter(folder):
+        return given
+    if given is not None:
+        return locate(given)
+    adapter = open_adapter(folder)
+    try:
+        return locate(named_base(adapter))
+    except SlerpMergeError as error:
+        raise SlerpMergeError(error.message, f"{error.hint} {adapter.way_to_name_base}") from error
+
+
 def must_be_looked_up(folder: Path) -> bool:
     """Whether a model is named and not here whole, and has not been looked up yet."""
     return hub_name_of(folder) is not None and folder not in REMOTE_MODELS and not is_whole(folder)
@@ -54,7 +73,9 @@ def must_be_looked_up(folder: Path) -> bool:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder has a config and every file of weights that it speaks of, or is none of a model at all."""
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
+        return any((folder / name).is_file() for name in ADAPTER_WEIGHTS)
+    if not (folder / "config.json").is_file():
         return False
     try:
         find_weight_files(folder)
@@ -81,7 +102,11 @@ def look_up(named: HubName) -> RemoteModel:
         raise refuse_contents(named, listed)
     fetch_small(named, first[:1])  # by the branch's or the tag's name, which the cache then knows
     fetch_small(found, first[1:])
-    names = weight_names(found, listed)
+    if is_of_adapter(listed):
+        fetch_small(found, [name for name in listed if name in ADAPTER_WEIGHTS][:1])  # whole: it is small
+        names = []
+    else:
+        names = weight_names(found, listed)
     with ThreadPoolExecutor(CONNECTIONS) as pool, errors_explained(named):
         tables = list(pool.map(lambda name: read_remote_header(found, name, listed[name]), names))
     small = [name for name in listed if matches(name, PARENT_FILES) and not matches(name, NEVER_NEEDED)]
@@ -118,6 +143,12 @@ def weight_names(found: HubName, listed: Mapping[str, int]) -> list[str]:
         names = [file.name for file in read_index("safetensors", folder / WEIGHTS_INDEX, listed).files]
         return [*names, *nested]
     raise refuse_contents(found, listed)
+
+
+def is_of_adapter(listed: Container[str]) -> bool:
+    """Whether a repository holds an adapter and no model of its own."""
+    has_model = any(name in listed for name in (WEIGHTS_SINGLE, WEIGHTS_INDEX, PICKLE_SINGLE, PICKLE_INDEX))
+    return ADAPTER_CONFIG in listed and not has_model and any(name in listed for name in ADAPTER_WEIGHTS)
 
 
 def refuse_contents(named: HubName, listed: Mapping[str, int]) -> SlerpMergeError:

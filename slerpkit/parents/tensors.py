@@ -6,18 +6,22 @@ a TensorInfo has been checked by the module that made it. Read files.py before t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slerpkit.files import FileHandles
 from slerpkit.lazy import numpy
 from slerpkit.messages import SlerpMergeError, explain_os_error
 
+MAX_KEPT = 4  # tensors that a reader keeps what it reads them with: two of each parent, measured and blended by turns
 COMPARED_BYTES = 1 << 20  # of two tensors, read and held against each other at once
 MAX_DIMENSIONS = 64  # as torch has them
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
@@ -123,6 +127,25 @@ class TensorInfo:
         """Whether its values are real numbers that can be blended; quantised ones are not."""
         return self.dtype in FLOAT_DTYPES
 
+    @property
+    def read_dtype(self) -> str:
+        """What the reader gives; where numbers are made while they are read, another than theirs."""
+        return self.dtype
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all that the reader gives."""
+        return self.byte_count
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """What lies in files of it: the tensor itself, or what it is made of."""
+        return (self,)
+
+    def begin(self, reader: TensorReader, start: int, source: int) -> Callable[[memoryview], None]:
+        """As TensorReader.begin, which asks the tensor itself."""
+        return reader.begin_stored(self, start, source)
+
 
 def broken_file(path: Path, reason: str) -> SlerpMergeError:
     """The error for a file whose content cannot be believed."""
@@ -141,6 +164,7 @@ class TensorReader:
 
     def __init__(self) -> None:
         self._handles = FileHandles()
+        self._kept: OrderedDict[tuple[TensorInfo, int], Any] = OrderedDict()
 
     def __enter__(self) -> TensorReader:
         return self
@@ -151,12 +175,27 @@ class TensorReader:
     def close(self) -> None:
         """Closes its files; others, and the same ones, can be read afterwards."""
         self._handles.close()
+        self._kept.clear()
 
     def begin(self, info: TensorInfo, start: int, source: int = 0) -> Callable[[memoryview], None]:
         """A function that fills one buffer after another with the tensor's bytes, from byte `start` on.
 
-        Both raise SlerpMergeError where the file cannot be read or ends early.
+        Bytes are those of its read_dtype. Both raise SlerpMergeError where the file cannot be read or ends early.
         """
+        return info.begin(self, start, source)
+
+    def keep(self, info: TensorInfo, source: int, make: Callable[[], Any]) -> Any:
+        """What `make` makes to read a tensor with, made once for the stretches that follow; the last MAX_KEPT stay."""
+        key = info, source
+        if key not in self._kept:
+            while len(self._kept) >= MAX_KEPT:
+                self._kept.popitem(last=False)
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def begin_stored(self, info: TensorInfo, start: int, source: int) -> Callable[[memoryview], None]:
+        """The same for bytes as they lie in the file."""
         try:
             handle = self._handles.at(info.file, "r", info.offset + start, source)
         except OSError as error:
@@ -202,13 +241,13 @@ def have_same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
 
     Raises SlerpMergeError where a file cannot be read.
     """
-    if first.dtype != second.dtype:
+    if first.read_dtype != second.read_dtype:
         return False
-    if (first.file, first.offset) == (second.file, second.offset):
+    if dataclasses.replace(first, name=second.name) == second:
         return True
     with TensorReader() as reader:
-        for start in range(0, first.byte_count, COMPARED_BYTES):
-            stretches = [bytearray(min(COMPARED_BYTES, first.byte_count - start)) for _ in range(2)]
+        for start in range(0, first.read_bytes, COMPARED_BYTES):
+            stretches = [bytearray(min(COMPARED_BYTES, first.read_bytes - start)) for _ in range(2)]
             for info, stretch in zip((first, second), stretches):
                 reader.read_into(info, start, memoryview(stretch))
             if stretches[0] != stretches[1]:

@@ -45,7 +45,7 @@ def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
         (name, [parent_tokens.get(name) for parent_tokens in tokens], why)
         for name in sorted(tokens[0].keys() | tokens[1].keys())
     ]
-    settings = [read_json_if_there(parent.folder / GENERATION_NAME) for parent in parents]
+    settings = [read_json_if_there(parent.companion_folder / GENERATION_NAME) for parent in parents]
     for parent_settings in settings:
         parent_settings.pop("transformers_version", None)
     texts = [json.dumps(parent_settings, sort_keys=True) if parent_settings else None for parent_settings in settings]
@@ -65,10 +65,10 @@ def compare_code(primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabul
     """A notice of each file of code that the secondary's tokenizer brings and that is another in the primary."""
     if vocabulary.tokenizer_source != "secondary":
         return []
-    brought, kept = code_of_tokenizer(primary.folder, secondary.folder)
+    brought, kept = code_of_tokenizer(primary.companion_folder, secondary.companion_folder)
     mismatches = []
     for name in sorted(brought | kept):
-        texts = [read_text_if_there(parent.folder / name) for parent in (primary, secondary)]
+        texts = [read_text_if_there(parent.companion_folder / name) for parent in (primary, secondary)]
         if texts[0] is None or texts[0] == texts[1]:
             continue
         why = "The child has the secondary's, which its tokenizer is made of."
@@ -82,8 +82,8 @@ def compare_code(primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabul
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     """bos_token, eos_token, ... of a parent's tokenizer, by name."""
-    settings = read_json_if_there(checkpoint.folder / "tokenizer_config.json")
-    settings.update(read_json_if_there(checkpoint.folder / "special_tokens_map.json"))
+    settings = read_json_if_there(checkpoint.tokenizer_folder / "tokenizer_config.json")
+    settings.update(read_json_if_there(checkpoint.tokenizer_folder / "special_tokens_map.json"))
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     contents = {
         name: settings[name].get("content") if isinstance(settings[name], dict) else settings[name]
@@ -98,7 +98,7 @@ def check_chat_template(
 ) -> tuple[list[Mismatch], ChildTemplate]:
     """(what is to know of the chat templates, the child's). asked: as MergeRecipe.chat_template."""
     parents = {"primary": primary, "secondary": secondary}
-    templates = {role: chat_template(parent.folder) for role, parent in parents.items()}
+    templates = {role: chat_template(parent.tokenizer_folder) for role, parent in parents.items()}
     tokenizer_source = vocabulary.tokenizer_source
     of_tokenizer = ChildTemplate(tokenizer_source)
     lenient = asked in ("auto", "either")
@@ -158,19 +158,19 @@ def take_own_template(
 
 def unknown_marks(template: str, owner: Checkpoint, tokenizer_source: Checkpoint, vocabulary: Vocabulary) -> list[str]:
     """Marks that the owner's chat template puts around a conversation and that would be no tokens in the child."""
-    if have_same_tokens(owner.folder, tokenizer_source.folder):
+    if have_same_tokens(owner.tokenizer_folder, tokenizer_source.tokenizer_folder):
         return []
-    marks = set(added_tokens(owner.folder))
+    marks = set(added_tokens(owner.tokenizer_folder))
     tokens: dict[str, int] = {}
     with contextlib.suppress(SlerpMergeError):  # it stays unknown what they are
-        marks |= all_added_tokens(owner.folder)
+        marks |= all_added_tokens(owner.tokenizer_folder)
         tokens = child_tokens(tokenizer_source, vocabulary)
     return sorted(mark for mark in marks if mark and mark in template and mark not in tokens)
 
 
 def child_tokens(tokenizer_source: Checkpoint, vocabulary: Vocabulary) -> dict[str, int]:
     """The child's tokens with their ids. Raises SlerpMergeError where its tokenizer's source cannot be read."""
-    return vocabulary.with_appended(read_tokens(tokenizer_source.folder, vocabulary.tokenizer_source))
+    return vocabulary.with_appended(read_tokens(tokenizer_source.tokenizer_folder, vocabulary.tokenizer_source))
 
 
 def child_generation_config(
@@ -182,7 +182,7 @@ def child_generation_config(
     has no row. Where its chat template is another's, it also stops where that does.
     """
     parents = {"primary": primary, "secondary": secondary}
-    stated = {role: read_json_if_there(parent.folder / GENERATION_NAME) for role, parent in parents.items()}
+    stated = {role: read_json_if_there(parent.companion_folder / GENERATION_NAME) for role, parent in parents.items()}
     settings_source = "primary" if stated["primary"] else "secondary"
     tokenizer_source = vocabulary.tokenizer_source or settings_source
     settings = stated[settings_source]

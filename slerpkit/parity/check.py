@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
-from slerpkit.parents.checkpoint import open_checkpoint, without_wrappers
+from slerpkit.parents.checkpoint import without_wrappers
+from slerpkit.parents.resolver import short_name
 from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_code, compare_companions
 from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
@@ -59,6 +59,18 @@ def check_same_model(primary: Checkpoint, secondary: Checkpoint, slices: Sequenc
         return []
     why = "The child is made of its layers alone." if slices else "The child will be a copy of it."
     return [Mismatch("notice", "the same model twice", primary.name, secondary.name, why)]
+
+
+def check_common_base(primary: Checkpoint, secondary: Checkpoint, base: Checkpoint | None) -> list[Mismatch]:
+    """A notice where both parents are adapters of one model and whole weights are blended."""
+    bases = [parent.base for parent in (primary, secondary) if parent.base is not None]
+    if base is not None or len(bases) < 2 or bases[0].folder.resolve() != bases[1].folder.resolve():
+        return []
+    why = (
+        f"Both hold the same weights and little else. --base {short_name(bases[0].folder)} blends what each of them "
+        "learned (task vectors)."
+    )
+    return [Mismatch("notice", "adapters of one base", *(model.name for model in bases), why)]
 
 
 def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
@@ -114,6 +126,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *compare_segmentation(primary, secondary, vocabulary),
         *child_generation_config(primary, secondary, vocabulary, template)[1],
         *check_same_model(primary, secondary, slices),
+        *check_common_base(primary, secondary, base),
     ]
     mismatches.sort(key=lambda mismatch: ("blocking", "resolved", "notice").index(mismatch.severity))
     return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, template)
@@ -133,8 +146,8 @@ def parity_of_headers(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     return dataclasses.replace(parity, mismatches=tuple(certain))
 
 
-def check_fit_of_base(primary_folder: Path, base_folder: Path) -> None:
+def check_fit_of_base(primary: Checkpoint, base: Checkpoint) -> None:
     """Raises SlerpMergeError where a model cannot be what the parents were fine-tuned from."""
-    reason = incompatibility(open_checkpoint(primary_folder), open_checkpoint(base_folder))
+    reason = incompatibility(primary, base)
     if reason is not None:
         raise SlerpMergeError(f"It is no base of the primary: {reason}.", "Give the model both were fine-tuned from.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.lazy import numpy
 from slerpkit.maths import cosine_between, degrees_of
+from slerpkit.parents.dtypes import stored_dtype, widen
 from slerpkit.parents.tensors import DTYPE_BYTES, TensorReader, component_of, find_layer
 
 if TYPE_CHECKING:
@@ -97,14 +98,13 @@ def is_matrix(info: TensorInfo) -> bool:
 
 def read_middle(reader: TensorReader, info: TensorInfo) -> Any:
     """Up to KINSHIP_ELEMENTS values from the middle of a tensor, as a flat float64 array of numpy."""
-    width = DTYPE_BYTES[info.dtype]
+    width = DTYPE_BYTES[info.read_dtype]
     count = min(KINSHIP_ELEMENTS, info.element_count)
     data = bytearray(count * width)
     reader.read_into(info, (info.element_count - count) // 2 * width, memoryview(data))
-    if info.dtype != "BF16":
-        return numpy.frombuffer(data, f"<f{width}").astype("f8")
-    # A bfloat16 is the upper half of a float32.
-    return (numpy.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
+    values = numpy.empty(count, "f8")
+    widen(numpy.frombuffer(data, stored_dtype(info.read_dtype)), values)
+    return values
 
 
 def angle_of(primary_squared: float, secondary_squared: float, dot: float) -> float | None:

@@ -45,7 +45,9 @@ def modules_source(primary: Checkpoint, secondary: Checkpoint) -> str | None:
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """What a model says of its embeddings beside modules.json, by file, without the versions it was made with."""
-    files = {path.name: read_json_if_there(path) for path in matching_files(checkpoint.folder, EMBEDDING_SETTINGS)}
+    files = {
+        path.name: read_json_if_there(path) for path in matching_files(checkpoint.companion_folder, EMBEDDING_SETTINGS)
+    }
     return {name: {k: v for k, v in stated.items() if k != "__version__"} for name, stated in files.items()}
 
 
@@ -108,7 +110,7 @@ def compare_files(parents: Sequence[Checkpoint], modules: Sequence[Module]) -> l
     names = sorted({*modules[0].files, *modules[1].files})
     mismatches = []
     for name in names:
-        contents = [content_of(parent.folder / name) for parent in parents]
+        contents = [content_of(parent.companion_folder / name) for parent in parents]
         if contents[0] == contents[1]:
             continue
         if isinstance(contents[0], dict) and isinstance(contents[1], dict):
@@ -157,6 +159,6 @@ def pair_tensors_of(
         mismatches += compare_tensors(first, second)
         if base is not None:
             mismatches += check_base_tensor(first, of_base.get(name), None)
-        folder = first.file.parent.relative_to(parents[0].folder).as_posix()
+        folder = first.file.parent.relative_to(parents[0].companion_folder).as_posix()
         pairs.append(TensorSources(name, first, second, of_base.get(name), folder=folder))
     return pairs, mismatches

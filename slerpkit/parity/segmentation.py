@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def compare_segmentation(primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary) -> list[Mismatch]:
     """A notice where both parents have the same tokens, and cut a text into them in other ways."""
-    folders = {"primary": primary.folder, "secondary": secondary.folder}
+    folders = {"primary": primary.tokenizer_folder, "secondary": secondary.tokenizer_folder}
     if have_same_tokens(*folders.values()) or dict(vocabulary.counts).get("left_out") or vocabulary.appended:
         return []  # one tokenizer, or tokens that are known to differ
     try:

@@ -196,7 +196,7 @@ def align_vocabularies(
     there is no union, or where rows that are given are not there.
     """
     asked = "auto" if recipe.tokenizer == "union" else recipe.tokenizer
-    tokenizer_source, reason = choose_tokenizer(asked, primary.folder, secondary.folder)
+    tokenizer_source, reason = choose_tokenizer(asked, primary.tokenizer_folder, secondary.tokenizer_folder)
     source = int(tokenizer_source == "secondary")
     models = [model for model in (primary, secondary, base) if model is not None]
     rows = tuple(vocabulary_rows(model) for model in models)
@@ -204,9 +204,9 @@ def align_vocabularies(
     limits = [max([count or 0, *map(row_count, infos.values())]) for count, infos in zip(rows, tables)]
     names = tuple(map(frozenset, tables))
     by_number = Vocabulary(tokenizer_source, reason, rows, rows[source], names, longest=limits[source])
-    folders = [model.folder for model in models]
-    if base is not None and not has_tokenizer(base.folder) and rows[2] == rows[0]:
-        folders[2] = primary.folder  # many a base stands there as weights alone
+    folders = [model.tokenizer_folder for model in models]
+    if base is not None and not has_tokenizer(folders[2]) and rows[2] == rows[0]:
+        folders[2] = folders[0]  # many a base stands there as weights alone
     same = all(have_same_tokens(folders[0], folder) for folder in folders[1:])
     same_rows = len(set(rows)) == 1 and all(
         row_count(info) == row_count(tables[0].get(name, info))

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from slerpkit.child.report import amend_report
 from slerpkit.child.verify import Verification, nothing_further
-from slerpkit.evaluation.harness import find_tasks, score
+from slerpkit.evaluation.harness import check_harness_loads, find_tasks, score
 from slerpkit.evaluation.models import ComparedModels, check_generates_text, generates_text, verify_with_transformers
 from slerpkit.evaluation.perplexity import compare_perplexity, read_judged_text
 from slerpkit.evaluation.taste import taste
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 def models_to_compare(recipe: MergeRecipe, child: Path, device: str) -> ComparedModels:
     """A child and the parents that it was made of."""
-    return ComparedModels((("primary", recipe.primary), ("secondary", recipe.secondary), ("child", child)), device)
+    folders = ("primary", recipe.primary), ("secondary", recipe.secondary), ("child", child)
+    return ComparedModels(folders, device, recipe.adapter_bases)
 
 
 def check_evaluation(session: Session, parents: Sequence[Checkpoint], objective: Objective | None) -> None:
@@ -53,14 +54,17 @@ def check_evaluation(session: Session, parents: Sequence[Checkpoint], objective:
         for parent in parents:
             check_generates_text(parent, reads_on=bool(texts))
         numbered = tuple((str(number), parent.folder) for number, parent in enumerate(parents))
-        ComparedModels(numbered).tokenizer_folder("0")
+        bases = {parent.folder: parent.base.folder for parent in parents if parent.base is not None}
+        ComparedModels(numbered, adapter_bases=bases).tokenizer_folder("0")
     if arguments.tasks:
+        for parent in parents:
+            check_harness_loads(parent)
         find_tasks(arguments.tasks, arguments.include_path)
 
 
 def check_maps(session: Session, recipe: MergeRecipe, save_directory: Path | None = None) -> None:
     """Raises SlerpMergeError where --map would write among a model's files."""
-    models = (recipe.primary, recipe.secondary, recipe.base, save_directory)
+    models = (recipe.primary, recipe.secondary, recipe.base, save_directory, *recipe.adapter_bases.values())
     for path in session.arguments.maps:
         if any(is_inside(path.resolve(), folder.resolve()) for folder in models if folder is not None):
             raise SlerpMergeError(f"{path} lies in a model's folder.", "Save the map somewhere else.")

@@ -66,6 +66,7 @@ class Answers:
         blend = self.blend or Blend()
         recipe = blend.recipe or MergeRecipe(self.primary, self.secondary, blend.schedule, base=blend.base)
         chosen = {name: value for name, value in self.settings.items() if name in RECIPE_FIELDS}
+        chosen["adapter_bases"] = {**recipe.adapter_bases, **chosen.get("adapter_bases", {})}
         return dataclasses.replace(recipe, primary=self.primary, secondary=self.secondary, **chosen)
 
     @property

@@ -20,11 +20,12 @@ from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, printable
 
 if TYPE_CHECKING:
-    from slerpkit.parents import checkpoint, hub_cache, resolver
+    from slerpkit.parents import adapters, checkpoint, hub_cache, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
 else:  # not before the first prompt stands
-    checkpoint, hub_cache, resolver = lazy_modules("slerpkit.parents", "checkpoint", "hub_cache", "resolver")
+    adapters, checkpoint = lazy_modules("slerpkit.parents", "adapters", "checkpoint")
+    hub_cache, resolver = lazy_modules("slerpkit.parents", "hub_cache", "resolver")
     check = LazyModule("slerpkit.parity.check")
 
 FOUND_LEVELS = 2  # folders below the current one that are looked into for models
@@ -38,6 +39,7 @@ class ModelFinder:
         self.recent = recent
         self.models: list[Checkpoint] = []
         self.primary: Path | None = None  # once it is answered, what fits it comes first
+        self.adapter_bases: dict[Path, Path] = {}  # as MergeRecipe.adapter_bases; the wizard's
         self._reasons: dict[tuple[Path, Path], str | None] = {}  # by primary and other
         self._thread = threading.Thread(target=self._look, name="finder", daemon=True)
 
@@ -50,7 +52,9 @@ class ModelFinder:
         for folder in self._folders():
             with contextlib.suppress(OSError, SlerpMergeError):
                 real = folder.resolve()
-                if real not in seen and (folder / "config.json").is_file():
+                if real not in seen and any(
+                    (folder / name).is_file() for name in ("config.json", adapters.CONFIG_NAME)
+                ):
                     seen.add(real)
                     if (model := checkpoint.open_if_whole(folder)) is not None:
                         self.models.append(model)
@@ -70,7 +74,7 @@ class ModelFinder:
             return None
         key = self.primary, model.folder
         if key not in self._reasons:
-            primary = checkpoint.open_if_whole(self.primary)
+            primary = checkpoint.open_if_whole(self.primary, self.adapter_bases.get(self.primary))
             self._reasons[key] = check.incompatibility(primary, model) if primary is not None else None
         return self._reasons[key]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slerpkit import __version__
 from slerpkit.files import clean_path
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
 from slerpkit.messages import SlerpMergeError, is_utf8, shortest_number
 from slerpkit.recipe import (
@@ -44,14 +44,25 @@ from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file
     from slerpkit.evaluation import objectives
-    from slerpkit.parents import resolver
+    from slerpkit.parents import adapters, resolver
 else:  # what only some flags need
     demo, recipe_file = LazyModule("slerpkit.demo"), LazyModule("slerpkit.recipe_file")
-    objectives, resolver = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.parents.resolver")
+    objectives = LazyModule("slerpkit.evaluation.objectives")
+    adapters, resolver = lazy_modules("slerpkit.parents", "adapters", "resolver")
 
 
 class WrongUsage(SlerpMergeError):
     """Flags that ask for what can never be, or that say too little where nobody can be asked."""
+
+
+class KeepModel(argparse.Action):
+    """Keeps a model's folder under its flag, and the base that an adapter was given under `adapter_bases`."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        folder, base = values
+        setattr(namespace, self.dest, folder)
+        if base is not None:
+            namespace.adapter_bases = {**getattr(namespace, "adapter_bases", {}), folder: base}
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -139,12 +150,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
     )
     add = parser.add_argument
-    folder, model = usage_type(clean_path), usage_type(lambda text: resolver.find_model(text))
-    add("--primary", type=model, metavar="MODEL", help="the primary (t = 0): a folder, or org/name[@revision]")
-    add("--secondary", type=model, metavar="MODEL", help="the secondary (t = 1)")
+    folder = usage_type(clean_path)
+    model = {"type": usage_type(lambda text: adapters.find_with_base(text)), "action": KeepModel, "metavar": "MODEL"}
+    add("--primary", **model, help="the primary (t = 0): a folder, or org/name[@revision]; BASE+ADAPTER for an adapter")
+    add("--secondary", **model, help="the secondary (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
     add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear or passthrough")
-    add("--base", type=model, metavar="MODEL", help="blend what both parents learned since this model")
+    add("--base", **model, help="blend what both parents learned since this model")
     add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
         help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
         "holds it (default 0.5)")  # fmt: skip
@@ -358,14 +370,20 @@ def equivalent_command(
 
 def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Iterator[str]:
     """The flags for models and t, where no recipe file says them."""
-    yield from ("--primary", resolver.short_name(recipe.primary))
-    yield from ("--secondary", resolver.short_name(recipe.secondary))
+    yield from ("--primary", model_word(recipe.primary, recipe))
+    yield from ("--secondary", model_word(recipe.secondary, recipe))
     yield from ("--save-dir", str(options.save_directory))
     for rule in () if is_swept else recipe.schedule.rules:
         values = ",".join(map(shortest_number, rule.gradient))
         yield f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}"
     if recipe.base is not None:
-        yield from ("--base", resolver.short_name(recipe.base))
+        yield from ("--base", model_word(recipe.base, recipe))
+
+
+def model_word(folder: Path, recipe: MergeRecipe) -> str:
+    """What finds a model again, with the base that an adapter was given."""
+    base, name = recipe.adapter_bases.get(folder), resolver.short_name(folder)
+    return name if base is None else f"{resolver.short_name(base)}+{name}"
 
 
 def evaluation_words(arguments: argparse.Namespace, objective: objectives.Objective | None) -> Iterator[str]:

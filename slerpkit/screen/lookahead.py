@@ -22,13 +22,20 @@ NAMED_KEYS = 3
 class Lookahead:
     """What one model's class misses of it, as soon as that is known."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: Path | None = None) -> None:
+        """base: of an adapter."""
         self.folder = folder
         self.warning: str | None = None
         self._process: subprocess.Popen[str] | None = None
         with contextlib.suppress(OSError):  # where no process can be started, the merge itself says so
             self._process = subprocess.Popen(
-                [sys.executable, "-c", LOOK, str(PACKAGE_ROOT), str(folder.resolve())],
+                [
+                    sys.executable,
+                    "-c",
+                    LOOK,
+                    str(PACKAGE_ROOT),
+                    *(str(place.resolve()) for place in (folder, base) if place),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -54,9 +61,9 @@ class Lookahead:
             self._process = None
 
 
-def what_is_lacking(folder: Path) -> str:
+def what_is_lacking(folder: Path, base: Path | None = None) -> str:
     """What a person is told of the keys that a model's class needs and has not; empty where there is none."""
-    loading = load_without_weights(open_checkpoint(folder))
+    loading = load_without_weights(open_checkpoint(folder, base))
     name, sentences = loading.architecture, []
     if loading.missing:
         lost = f"{name} needs {format_names(loading.missing, NAMED_KEYS)}, which the primary lacks"
@@ -74,7 +81,7 @@ if hasattr(os, "nice"):
     os.nice(10)  # the workers load at the same time, and are needed sooner
 from pathlib import Path
 from {what_is_lacking.__module__} import {what_is_lacking.__name__} as look
-sys.stdout.buffer.write(look(Path(sys.argv[2])).encode("utf-8", "backslashreplace"))
+sys.stdout.buffer.write(look(*map(Path, sys.argv[2:])).encode("utf-8", "backslashreplace"))
 sys.stdout.flush()
 os._exit(0)  # without taking the libraries apart first
 """

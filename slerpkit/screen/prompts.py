@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 HELP = {
     "primary": "The model at t = 0. Its config, names and dtype are the child's. Give its folder, or the"
-    " org/name of one in the Hugging Face cache; Tab lists what was found here.",
+    " org/name of one in the Hugging Face cache; of an adapter, BASE+ADAPTER names its base too. Tab lists what was"
+    " found here.",
     "secondary": "The model at t = 1: best another fine-tune of the same base. Tab lists what fits the primary first.",
     "save_directory": "A new folder for the child. It appears there whole and checked, or not at all.",
     "blend": "How much of the secondary each layer gets. A name from the list; a number from 0 to 1; a gradient such as"

@@ -111,7 +111,7 @@ class Session:
         is_new = self.lookahead is None or self.lookahead.folder != primary.folder
         if is_new and not primary.awaited and self.asks and not self.arguments.inspect:
             self.end_lookahead()
-            self.lookahead = lookaheads.Lookahead(primary.folder)
+            self.lookahead = lookaheads.Lookahead(primary.folder, primary.base and primary.base.folder)
         self.start_workers(primary, options)
 
     def start_workers(self, primary: Checkpoint, options: RunOptions) -> None:

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from slerpkit import recipe_file, story
     from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
-    from slerpkit.parents import checkpoint, hub, resolver
+    from slerpkit.parents import adapters, checkpoint, hub, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
     from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
     objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
-    checkpoint, hub, resolver = lazy_modules("slerpkit.parents", "checkpoint", "hub", "resolver")
-    story = LazyModule("slerpkit.story")
+    adapters, checkpoint, hub = lazy_modules("slerpkit.parents", "adapters", "checkpoint", "hub")
+    resolver, story = LazyModule("slerpkit.parents.resolver"), LazyModule("slerpkit.story")
     check = LazyModule("slerpkit.parity.check")
     recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
 
@@ -63,14 +63,23 @@ class Wizard:
         self.prompt = prompt
         self.finder = finder
         self.on_primary = on_primary  # told the primary once it is known; the person thinks on meanwhile
+        self.adapter_bases = finder.adapter_bases  # of models that were named with their base before them
         self.proposed: Path | None = None  # the last proposed save directory
 
     def complete(self, answers: Answers, before: Answers, questions: Sequence[str] = tuple(QUESTIONS)) -> Answers:
         """The answers with those that are missing. before: an earlier run's, or those to be changed; offered again."""
+        self.adapter_bases.update(answers.settings.get("adapter_bases", {}))
         for question in questions:
             if getattr(answers, question) is None:
                 answers = getattr(self, f"ask_{question}")(answers, before)
-        return answers
+        if not self.adapter_bases:
+            return answers
+        return dataclasses.replace(answers, settings={**answers.settings, "adapter_bases": dict(self.adapter_bases)})
+
+    def open(self, folder: Path) -> Checkpoint:
+        """A model that was named. Raises SlerpMergeError as open_checkpoint does."""
+        base = self.adapter_bases.get(folder)
+        return checkpoint.open_checkpoint(folder, base and hub.locate_base(folder, base))
 
     def change(self, answers: Answers, changeable: Sequence[str]) -> Answers:
         """One of the answers given anew; a save directory that was named after the parents follows them."""
@@ -89,7 +98,13 @@ class Wizard:
         completer = ModelCompleter(self.finder)
 
         def find(text: str) -> Path:
-            return resolver.find_model(text)  # looked up late, so that the first prompt does not wait for it
+            # Looked up late, so that the first prompt does not wait for it.
+            folder, base = adapters.find_with_base(text)
+            if base is None:
+                self.adapter_bases.pop(folder, None)
+            else:
+                self.adapter_bases[folder] = base
+            return folder
 
         def check_what_is_here(folder: Path) -> None:
             if not hub.must_be_looked_up(folder):
@@ -109,10 +124,8 @@ class Wizard:
 
     def ask_primary(self, answers: Answers, before: Answers) -> Answers:
         """The model at t = 0."""
-        folder = self.ask_model(
-            "primary", "Primary model", lambda folder: checkpoint.open_checkpoint(folder), before.primary
-        )
-        self.on_primary(checkpoint.open_checkpoint(folder), answers)
+        folder = self.ask_model("primary", "Primary model", self.open, before.primary)
+        self.on_primary(self.open(folder), answers)
         return dataclasses.replace(answers, primary=folder)
 
     def ask_secondary(self, answers: Answers, before: Answers) -> Answers:
@@ -122,7 +135,10 @@ class Wizard:
         if default is not None and default.resolve() == primary.resolve():
             default = None
         folder = self.ask_model(
-            "secondary", "Secondary model", lambda folder: story.check_fit(primary, folder), default
+            "secondary",
+            "Secondary model",
+            lambda folder: story.check_fit(primary, folder, self.adapter_bases),
+            default,
         )
         if folder.resolve() == primary.resolve():
             self.prompt.say("  That is the primary itself; the child will be a copy of it.")
@@ -131,7 +147,7 @@ class Wizard:
     def ask_save_directory(self, answers: Answers, before: Answers) -> Answers:
         """The child's folder, and what is to happen to what stands there."""
         parents = answers.primary, answers.secondary
-        needed = checkpoint.open_checkpoint(answers.primary).byte_count
+        needed = self.open(answers.primary).byte_count
         free = shutil.disk_usage(existing_folder(Path())).free
         self.prompt.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
         self.proposed = save_directory.proposed_save_directory(*parents, words_of_blend(answers))
@@ -167,15 +183,19 @@ class Wizard:
     def ask_blend(self, answers: Answers, before: Answers) -> Answers:
         """How the parents are blended. What is drawn before it is taken."""
         self.show_blends()
+        common = self.common_base(answers)
+        if common is not None:
+            name = resolver.short_name(common)
+            self.prompt.say(f"  Both are adapters of {name}; {TASK_VECTORS} blend what each of them learned.")
         names = [name for name, _, _ in BLENDS] + [TASK_VECTORS, FIND_BLEND]
         completer = WordCompleter(names, sentence=True, ignore_case=True)
         while True:
-            default = usable_blend(before.blend)
+            default = TASK_VECTORS if common is not None and before.blend is None else usable_blend(before.blend)
             parse = functools.partial(self.parse_blend, default, answers)
             blend = self.prompt.text("Blend", parse, "blend", f"({default})", completer)
             before = dataclasses.replace(before, blend=blend)
             if blend.text == TASK_VECTORS:
-                blend = dataclasses.replace(blend, base=self.ask_base(answers))
+                blend = dataclasses.replace(blend, base=self.ask_base(answers, common))
             elif blend.text == FIND_BLEND:
                 blend = dataclasses.replace(blend, objective=objectives.Objective(self.ask_texts()))
             elif blend.recipe is None and blend.text.lower() not in names and not self.accept_curves(blend.schedule):
@@ -206,7 +226,13 @@ class Wizard:
             )
         return Blend(recipe.schedule, recipe=recipe, recipe_file=path, text=text)
 
-    def ask_base(self, answers: Answers) -> Path:
+    def common_base(self, answers: Answers) -> Path | None:
+        """The model that both parents are adapters of; None where they are not."""
+        bases = [self.open(folder).base for folder in (answers.primary, answers.secondary)]
+        folders = [model.folder for model in bases if model is not None]
+        return folders[0] if len({folder.resolve() for folder in folders}) == 1 and len(folders) == 2 else None
+
+    def ask_base(self, answers: Answers, default: Path | None) -> Path:
         """The model that both parents come from; neither of them, since nothing was learned from a model by itself."""
         parents = (answers.primary.resolve(), answers.secondary.resolve())
         self.finder.primary = answers.primary
@@ -214,9 +240,9 @@ class Wizard:
         def check_base(folder: Path) -> None:
             if folder.resolve() in parents:
                 raise SlerpMergeError(f"{folder} is a parent itself.", "Give the model that both were fine-tuned from.")
-            check.check_fit_of_base(answers.primary, folder)
+            check.check_fit_of_base(self.open(answers.primary), self.open(folder))
 
-        return self.ask_model("base", "Base model", check_base, None)
+        return self.ask_model("base", "Base model", check_base, default)
 
     def ask_texts(self) -> tuple[Path, ...]:
         """One text file to find a blend on, or two for its balance."""
