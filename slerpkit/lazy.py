@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -19,13 +20,32 @@ class LazyModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        module = importlib.import_module(self._name)
+        module = load_module(self._name)
         if not hasattr(module, attribute):  # a module inside it, perhaps, that it does not load by itself
             with contextlib.suppress(ModuleNotFoundError):
                 importlib.import_module(f"{self._name}.{attribute}")
         value = getattr(module, attribute)
         setattr(self, attribute, value)  # asked once; the next time it is simply there
         return value
+
+
+def load_module(name: str) -> ModuleType:
+    """A module, loaded now. Raises ImportError where it is not there, not whole, or broken in whatever way."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        raise
+    except Exception as error:  # a broken package raises what it likes
+        raise ImportError(f"{name}: {type(error).__name__}: {error}", name=name) from error
+    if module.__spec__ is not None and module.__spec__.origin is None:
+        raise ImportError(f"{name}: its folder holds no package", name=name)  # as half an uninstallation leaves it
+    return module
+
+
+def load_modules(*names: str) -> None:
+    """Loads what will be needed later, so that what is missing or broken is known now. Raises ImportError."""
+    for name in names:
+        load_module(name)
 
 
 def lazy_modules(package: str, *names: str) -> Iterator[LazyModule]:

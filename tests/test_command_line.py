@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ import torch
 
 import slerpmerge
 from slerpkit import __version__
+from slerpkit.lazy import load_modules
 from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen.flags import parse_size
@@ -148,7 +150,7 @@ class TestMerge:
         assert (outcome.report["slerped"], outcome.report["lerped"]) == (0, 21)
         assert {tensor.dtype for tensor in load_tensors(tmp_path / "child").values()} == {torch.float32}
 
-    @pytest.mark.parametrize("place", ["[red]primary", "a[/red]", "[bold]b[/bold", "[link=x]"])
+    @pytest.mark.parametrize("place", ["[red]primary", "a[/red]", "[bold]b[/bold", "[link=x]", "a:warning:b"])
     def test_markup_in_a_folder_name_is_shown_as_it_is(self, run, pair, tmp_path, place):
         copy_model(pair[0], tmp_path / place)
         outcome = run("--primary", place, "--secondary", "secondary", "--save-dir", f"{place}-child", "--yes")
@@ -410,6 +412,60 @@ def test_a_merge_whose_output_nobody_reads_goes_on_to_its_child(pair, tmp_path, 
     assert "roken pipe" not in done.stderr
 
 
+CLOSED_AND_FULL = [
+    pytest.param("<&-", 0, id="no-stdin"),
+    pytest.param(">&-", 0, id="no-stdout"),
+    pytest.param("2>&-", 0, id="no-stderr"),
+    pytest.param("<&- >&- 2>&-", 0, id="none"),
+    pytest.param(">&- --json", 0, id="no-stdout-json"),
+    pytest.param(">/dev/full", 0, id="full"),
+    pytest.param("2>/dev/full", 0, id="full-stderr"),
+    pytest.param(">/dev/full --json", 1, id="full-json"),
+]
+
+
+def run_in_shell(arguments: str, folder: Path, **environment: str) -> Outcome:
+    """The tool as a shell starts it, with redirections."""
+    done = subprocess.run(
+        f"'{sys.executable}' '{slerpmerge.__file__}' {arguments}",
+        shell=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+class TestStreamsThatAreClosedOrFull:
+    @pytest.mark.parametrize(("redirection", "status"), CLOSED_AND_FULL)
+    @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}], ids=["lines", "live"])
+    def test_the_merge_goes_on_to_its_child(self, pair, tmp_path, redirection, status, variables):
+        outcome = run_in_shell(f"{' '.join(MERGE)} {redirection}", tmp_path, **variables)
+        assert outcome.status == status
+        assert (tmp_path / "child" / "model.safetensors").exists()
+        assert "Traceback" not in outcome.err
+
+    def test_a_report_that_found_no_room_is_said_to_be_lost_and_the_child_to_stand(self, pair, tmp_path):
+        outcome = run_in_shell(f"{' '.join(MERGE)} --json >/dev/full", tmp_path)
+        words = " ".join(outcome.err.split())
+        assert "The JSON object could not be written to stdout: No space left" in words
+        assert f"The child stands in {tmp_path / 'child'}" in words
+
+    @pytest.mark.parametrize("redirection", ["2>/dev/full", "<&- >&- 2>&-"])
+    @pytest.mark.parametrize(("arguments", "status"), [("--frobnicate", 2), ("--primary no --yes --inspect", 2)])
+    def test_a_refusal_that_nobody_can_read_keeps_its_status(self, tmp_path, arguments, status, redirection):
+        outcome = run_in_shell(f"{arguments} {redirection}", tmp_path)
+        assert (outcome.status, outcome.err) == (status, "")
+
+    def test_without_stdin_each_missing_flag_is_named(self, tmp_path):
+        outcome = run_in_shell("<&-", tmp_path)
+        assert outcome.status == 2
+        assert "There is no terminal to ask at; give --primary" in outcome.err
+
+
 class TestWithoutTorch:
     """What needs no arithmetic answers before torch could be loaded."""
 
@@ -478,21 +534,36 @@ class TestStarting:
             path.chmod(0o755)  # so that the test's own folder can be removed
         assert (done.returncode, done.stderr) == (0, b"")
 
-    @pytest.mark.parametrize("package", ["rich", "safetensors"])
-    def test_without_a_package_it_says_what_to_install(self, pair, tmp_path, package):
-        code = (
-            f"import sys; sys.modules[{package!r}] = None; import slerpmerge; sys.exit(slerpmerge.main(sys.argv[1:]))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, *MERGE],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(slerpmerge.__file__).parent)},
-            capture_output=True,
-            timeout=120,
-        )
+    @pytest.mark.parametrize("fault", ["raise ImportError('it is not there')", "1 / 0", "def broken("])
+    @pytest.mark.parametrize("package", ["rich", "colorama", "numpy", "yaml", "tokenizers", "filelock"])
+    def test_without_a_package_it_says_what_to_install_before_anything_is_made(self, pair, tmp_path, package, fault):
+        (tmp_path / "broken" / package).mkdir(parents=True)
+        (tmp_path / "broken" / package / "__init__.py").write_text(fault)
+        outcome = run_program(*MERGE, folder=tmp_path, PYTHONPATH=str(tmp_path / "broken"))
+        assert outcome.status == 1
+        assert "A package cannot be loaded: " in outcome.err
+        assert "Run: pip install -r requirements.txt" in outcome.err
+        assert len(outcome.err.splitlines()) <= 2
+        assert not outcome.out.count("Merging")
+        assert not (tmp_path / "child").exists()
+        assert run_program("--version", folder=tmp_path, PYTHONPATH=str(tmp_path / "broken")).status == 0
+
+    def test_half_a_package_is_none(self, tmp_path, monkeypatch):
+        """As an uninstallation leaves it that could not remove a file."""
+        (tmp_path / "left_over" / "data").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ImportError, match="left_over: its folder holds no package"):
+            load_modules("left_over")
+
+    def test_an_older_python_is_told_which_it_should_be(self, tmp_path):
+        source = Path(slerpmerge.__file__)
+        compile(source.read_text("utf-8"), source, "exec", ast.PyCF_ONLY_AST, _feature_version=7)  # it gets that far
+        code = f"import runpy, sys; sys.version_info = (3, 9, 6); runpy.run_path({str(source)!r}, run_name='__main__')"
+        command = [sys.executable, "-c", code, "--version"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
-        assert b"pip install -r requirements.txt" in done.stderr
-        assert b"Traceback" not in done.stderr
+        assert done.stderr.startswith("slerpmerge needs Python 3.10 or newer; this is ")
+        assert len(done.stderr.splitlines()) == 1
 
 
 class TestWrongUsage:
