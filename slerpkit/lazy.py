@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     import filelock
     import huggingface_hub
     import numpy
-    import safetensors
     import tokenizers
     import torch
     import transformers
@@ -66,7 +65,6 @@ else:
     filelock = LazyModule("filelock")
     huggingface_hub = LazyModule("huggingface_hub")
     numpy = LazyModule("numpy")
-    safetensors = LazyModule("safetensors")
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     transformers = LazyModule("transformers")

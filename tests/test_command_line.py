@@ -845,7 +845,7 @@ BAD_INPUTS = [
     (broken_config, "config.json does not hold valid JSON", "Download this file again"),
     (truncated_weights, "model.safetensors is damaged or incomplete", "download it again"),
     (empty_weights, "model.safetensors is damaged or incomplete", "download it again"),
-    (lying_header, "model.safetensors is damaged or incomplete: the safetensors library says", "download it again"),
+    (lying_header, "model.safetensors is damaged or incomplete: 'a' has 4096 bytes", "download it again"),
     (endless_header, "its header should be 1152921504606846976 bytes", "download it again"),
     (index_names_missing_file, "names model-00001-of-00002.safetensors, which is not there", "Download the missing"),
     (index_names_outside_file, "outside its own folder", "Do not trust"),
@@ -1116,7 +1116,7 @@ def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypa
         return plan
 
     monkeypatch.setattr(slerpmerge.story, "plan_merge", plan_then_cut)
-    assert_refused(run(*MERGE), "it changed since it was opened", "download it again")
+    assert_refused(run(*MERGE), "became shorter while it was read", "Let nothing write to it")
     assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
 

@@ -170,9 +170,7 @@ def test_a_file_cut_short_or_lengthened_is_caught(tmp_path, count):
         (staged / "model.safetensors").write_bytes(data + bytes(count))
 
     for tamper in (cut, lengthen):
-        with pytest.raises(
-            SlerpMergeError, match=r"model\.safetensors is damaged or incomplete: the safetensors library says"
-        ):
+        with pytest.raises(SlerpMergeError, match=r"model\.safetensors is damaged or incomplete: its tensors end at"):
             merge_tampered(tmp_path, tamper)
         assert not (tmp_path / "child").exists()
 

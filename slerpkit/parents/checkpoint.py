@@ -21,7 +21,7 @@ from slerpkit.messages import SlerpMergeError, format_bytes, format_count, forma
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
-from slerpkit.parents.tensors import TORCH_NAMES, broken_file
+from slerpkit.parents.tensors import TORCH_NAMES
 from slerpkit.parents.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -324,7 +324,8 @@ def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
     for file in weights.files:
         for name, info in read(file).items():
             if name in tensors:
-                raise broken_file(file, f"the tensor {name!r} also stands in {tensors[name].file.name}")
+                what = f"The tensor {name!r} stands in {file} and in {tensors[name].file.name}."
+                raise SlerpMergeError(what, "These shards are hardly of one model. Download it into a new folder.")
             tensors[name] = info
     broken_promises = [
         name
@@ -334,7 +335,7 @@ def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
     if broken_promises:
         raise SlerpMergeError(
             f"{weights.index} promises tensors that its files do not hold: {format_names(broken_promises)}.",
-            "The shards and the index are from different downloads. Download the model again.",
+            "The shards and the index are hardly of one model. Download it into a new folder.",
         )
     return tensors
 
