@@ -42,7 +42,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  before modules are loaded that it
     sys.exit(f"slerpmerge needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
 
 from slerpkit.lazy import lazy_modules
-from slerpkit.messages import SlerpMergeError, explain_refusal, format_names, shorten
+from slerpkit.messages import SlerpMergeError, explain_import_error, explain_refusal, format_names
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
@@ -67,7 +67,6 @@ else:  # each is loaded when the story comes to it: --help needs none, the first
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
-INSTALL = "Run: pip install -r requirements.txt"
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -83,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             session.raise_deferred_error()
         return EXIT_DONE
     except ImportError as error:
-        reason = shorten(" ".join(str(error).split()), 300)
-        fault = SlerpMergeError(f"A package cannot be loaded: {reason}.", INSTALL)
+        fault = explain_import_error(error)
     except SlerpMergeError as error:
         fault = error
     except (KeyboardInterrupt, EOFError) as error:

@@ -7,6 +7,7 @@ before this.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, printable, shorten
 
+MOST_SOURCES = 3  # that one thread reads by turns: two parents and a base
 MAX_OPEN_FILES = 16  # of one thread; a model can have hundreds of shards
 MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
 
@@ -179,10 +181,20 @@ class FileHandles:
         if key not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[key] = io.FileIO(path, mode)
+            self._open[key] = self._opened(path, mode)
         self._open.move_to_end(key)
         self._open[key].seek(offset)
         return self._open[key]
+
+    def _opened(self, path: Path, mode: str) -> io.FileIO:
+        """A file, opened with as few others as a tight limit on open files asks for."""
+        while True:
+            try:
+                return io.FileIO(path, mode)
+            except OSError as error:
+                if error.errno != errno.EMFILE or len(self._open) <= MOST_SOURCES:
+                    raise
+                self._open.popitem(last=False)[1].close()
 
     def close(self) -> None:
         """Closes them all; others can be opened afterwards."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ class LazyModule:
 def load_module(name: str) -> ModuleType:
     """A module, loaded now. Raises ImportError where it is not there, not whole, or broken in whatever way."""
     try:
-        module = importlib.import_module(name)
+        with single_threaded() if name == "numpy" else contextlib.nullcontext():
+            module = importlib.import_module(name)
     except ImportError:
         raise
     except Exception as error:  # a broken package raises what it likes
@@ -40,6 +42,19 @@ def load_module(name: str) -> ModuleType:
     if module.__spec__ is not None and module.__spec__.origin is None:
         raise ImportError(f"{name}: its folder holds no package", name=name)  # as half an uninstallation leaves it
     return module
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Lets numpy start no threads of its own: they would fight the workers, and tight limits do not allow them."""
+    name = "OPENBLAS_NUM_THREADS"
+    is_stated = name in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if not is_stated:
+            del os.environ[name]
 
 
 def load_modules(*names: str) -> None:

@@ -501,7 +501,7 @@ def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     set_block_elements(monkeypatch, 64)
     primary, secondary = make_pair(tmp_path)
     cut = at(MergedTensor, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
-    with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors became shorter while it was read: it ends"):
+    with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors became shorter while it was read"):
         merge(primary, secondary, tmp_path / "child", observe=cut, threads=1)
     assert names(tmp_path) == ["primary", "secondary"]
 

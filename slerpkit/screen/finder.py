@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from questionary.prompts.path import GreatUXPathCompleter
 
 from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, printable
+from slerpkit.threads import BackgroundThread
 
 if TYPE_CHECKING:
     from slerpkit.parents import checkpoint
@@ -38,11 +38,11 @@ class ModelFinder:
         self.models: list[Checkpoint] = []
         self.primary: Path | None = None  # once it is answered, what fits it comes first
         self._reasons: dict[tuple[Path, Path], str | None] = {}  # by primary and other
-        self._thread = threading.Thread(target=self._look, name="finder", daemon=True)
 
     def start(self) -> None:
         """Begins to look; the person reads and types meanwhile."""
-        self._thread.start()
+        with contextlib.suppress(SlerpMergeError):  # without it, models can still be typed
+            BackgroundThread(self._look)
 
     def _look(self) -> None:
         seen = set()

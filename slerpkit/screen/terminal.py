@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from slerpkit.lazy import LazyModule
 from slerpkit.merge.save_directory import STOP_SIGNALS
+from slerpkit.threads import BackgroundThread
 
 if TYPE_CHECKING:
     import colorama
@@ -75,7 +76,7 @@ def leave(status: int) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             drop_output(stream)  # else Python would complain of it, and change the status
-    if threading.active_count() > 1:
+    if threading.active_count() > 1 or BackgroundThread.running:
         os._exit(status)
     sys.exit(status)
 
