@@ -108,7 +108,7 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
 def explain_refusal(error: OSError | MemoryError) -> SlerpMergeError:
     """A refusal of the operating system where none was expected, in words; the error itself knows of which path."""
     if isinstance(error, MemoryError):
-        return SlerpMergeError("The memory ran out.", MEMORY_HINT)
+        return SlerpMergeError("The system refused: out of memory.", MEMORY_HINT)
     if error.filename is not None:
         return explain_os_error(error, Path(os.fsdecode(error.filename)), "use")
     hint = explain_os_error(error, Path(), "use").hint if error.errno is not None else "Put that right and try again."

@@ -22,6 +22,7 @@ class BackgroundThread:
     """A thread that does some work; the process does not wait for it when it ends."""
 
     running: set[BackgroundThread] = set()
+    were_started = False  # in this process; Python is not taken apart around them when it ends
 
     def __init__(self, work: Callable[[], Any]) -> None:
         """Starts it. Raises SlerpMergeError where the system does not let it begin."""
@@ -31,6 +32,7 @@ class BackgroundThread:
         fault: BaseException | None = None
         try:
             _thread.start_new_thread(self._run, ())
+            BackgroundThread.were_started = True
             self._is_wanted = self._begun.wait(SECONDS_TO_BEGIN)
         except (RuntimeError, MemoryError) as error:
             self._is_wanted, fault = False, error
@@ -40,8 +42,8 @@ class BackgroundThread:
     def _run(self) -> None:
         if not self._is_wanted:  # it was given up meanwhile
             return
-        self._begun.set()
         self.running.add(self)
+        self._begun.set()
         try:
             self._work()
         finally:

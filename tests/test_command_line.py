@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import pickle
@@ -972,6 +973,25 @@ class TestBadInput:
         outcome = run(*MERGE)
         assert_refused(outcome, "A worker ended.", "1 of 1 weight files is finished and kept.")
         assert outcome.err.lower().count("the same command carries on") == 1
+
+    @pytest.mark.parametrize(
+        ("fault", "hint"),
+        [
+            (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+            (OSError("who knows"), "Put that right"),
+            (MemoryError(), "--threads 1"),
+            (ImportError("no such library"), "pip install"),
+        ],
+        ids=repr,
+    )
+    def test_a_refusal_that_nobody_expected_tells_of_kept_files_too(self, run, pair, monkeypatch, fault, hint):
+        def fail(*_: object) -> None:
+            raise fault
+
+        monkeypatch.setattr("slerpkit.story.copy_companions", fail)
+        outcome = run(*MERGE)
+        assert_refused(outcome, "", hint)
+        assert "1 of 1 weight files is finished and kept; the same command carries on." in outcome.err
 
     @pytest.mark.parametrize(
         ("place", "words"),

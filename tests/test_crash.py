@@ -600,6 +600,7 @@ def test_a_file_size_limit_gives_one_message(tmp_path, parents):
     assert done.returncode == 1
     assert done.stderr.count("model.safetensors") == 1
     assert "File too large" in done.stderr
+    assert "--max-shard-size" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert names(tmp_path) == ["primary", "secondary"]
 

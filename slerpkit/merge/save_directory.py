@@ -62,10 +62,11 @@ def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrit
         check_replaceable(save_directory, overwrite)
     existing = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
     if not existing.is_dir() or not shutil.disk_usage(existing).total or not os.access(existing, os.W_OK | os.X_OK):
-        raise SlerpMergeError(
-            f"The save directory {save_directory} cannot be made: {existing} is not writable.",
-            "Choose a place you may write to, or change the permissions.",
-        )
+        hint = "Choose a place you may write to, or change the permissions."
+        if target.is_dir() and not any(target.iterdir()) and os.access(target, os.W_OK | os.X_OK):
+            hint = f"The child grows beside it at first. Give a folder in it, such as {save_directory / 'child'}."
+        what = f"The save directory {save_directory} cannot be made: {existing} is not writable."
+        raise SlerpMergeError(what, hint)
     WorkFolder(staging_area(target)).check_free()
 
 

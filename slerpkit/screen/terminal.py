@@ -76,7 +76,7 @@ def leave(status: int) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             drop_output(stream)  # else Python would complain of it, and change the status
-    if threading.active_count() > 1 or BackgroundThread.running:
+    if threading.active_count() > 1 or BackgroundThread.were_started:
         os._exit(status)
     sys.exit(status)
 
