@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import io
 import json
 import os
@@ -159,11 +160,36 @@ def check_path(path: Path, what: str) -> None:
         raise SlerpMergeError(f"The {what} {name} is no usable path: {reason}.", "Check the path.") from error
 
 
+LEFT_BY_MACOS = "._*"  # beside each file, on disks that cannot keep its attributes
+
+
+def matching_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files and folders directly in a folder whose names match, in the order of the patterns.
+
+    Raises SlerpMergeError where the folder cannot be listed, from which no file would else be missed.
+    """
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if not fnmatch.fnmatch(path.name, LEFT_BY_MACOS)]
+    except OSError as error:
+        raise explain_os_error(error, folder, "list") from error
+    matching = ((pattern, path) for pattern in patterns for path in paths if fnmatch.fnmatch(path.name, pattern))
+    return [path for pattern, path in matching if path.name != pattern or path.exists()]
+
+
 def nested_files(folder: Path) -> Iterator[Path]:
-    """Every file and folder below a folder; folders that are links are named and not entered."""
-    for parent, folders, files in os.walk(folder):
+    """Every file and folder below a folder; folders that are links are named and not entered.
+
+    Raises SlerpMergeError where one cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise explain_os_error(error, Path(os.fsdecode(error.filename)), "list") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         for name in (*folders, *files):
-            yield Path(parent, name)
+            if not fnmatch.fnmatch(name, LEFT_BY_MACOS):
+                yield Path(parent, name)
 
 
 class FileHandles:
@@ -285,12 +311,12 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
     Raises SlerpMergeError where one cannot be read or written.
     """
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            try:
-                if path.is_dir():
-                    shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
-                else:
-                    shutil.copyfile(path, target / path.name)
-            except OSError as error:
-                raise explain_os_error(error, path, "copy") from error
+    ignored = shutil.ignore_patterns(LEFT_BY_MACOS)
+    for path in matching_files(source, patterns):
+        try:
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, copy_function=shutil.copyfile, ignore=ignored)
+            else:
+                shutil.copyfile(path, target / path.name)
+        except OSError as error:
+            raise explain_os_error(error, path, "copy") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -298,6 +301,61 @@ def test_a_shard_of_any_name_that_is_a_link_out_of_its_folder_is_refused(tmp_pat
     index = {"weight_map": dict.fromkeys(llama_tensors(1), "weights")}
     (primary / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SlerpMergeError, match="weights is a link that leads outside"):
+        merge(primary, secondary, tmp_path / "child")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin", "notes.txt"])
+def test_a_link_that_no_merge_uses_is_let_pass(tmp_path, name):
+    primary, secondary = make_pair(tmp_path)
+    (tmp_path / "elsewhere").write_text("large")
+    (primary / name).symlink_to(tmp_path / "elsewhere")
+    child = merge(primary, secondary, tmp_path / "child").child
+    assert not (child / name).exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_an_index_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+    primary = make_checkpoint(tmp_path / "primary", llama_tensors(1), shards=2)
+    secondary = make_checkpoint(tmp_path / "secondary", llama_tensors(2))
+    index = primary / "model.safetensors.index.json"
+    index.rename(tmp_path / "index")
+    index.symlink_to(tmp_path / "index")
+    with pytest.raises(SlerpMergeError, match=r"index\.json is a link that leads outside"):
+        merge(primary, secondary, tmp_path / "child")
+
+
+def test_what_macos_leaves_beside_files_is_no_part_of_a_model(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    add_tokenizer(primary)
+    (primary / "additional_chat_templates").mkdir()
+    (primary / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    (primary / "modeling_own.py").write_text("")
+    for path in [*primary.rglob("*")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\xff")
+    child = merge(primary, secondary, tmp_path / "child").child
+    assert (child / "modeling_own.py").is_file()
+    assert [path.name for path in (child / "additional_chat_templates").iterdir()] == ["short.jinja"]
+    assert [path.name for path in child.rglob("._*")] == []
+
+
+@pytest.mark.parametrize("folder", ["primary", "primary/additional_chat_templates"])
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch, folder):
+    """Its code would else be missing from the child."""
+    primary, secondary = make_pair(tmp_path)
+    (primary / "additional_chat_templates").mkdir()
+
+    def forbidding(call: Callable[..., Any]) -> Callable[..., Any]:
+        def listed(path: Any = ".") -> Any:
+            if Path(path) == tmp_path / folder:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path)
+
+        return listed
+
+    monkeypatch.setattr(os, "listdir", forbidding(os.listdir))
+    monkeypatch.setattr(os, "scandir", forbidding(os.scandir))
+    with pytest.raises(SlerpMergeError, match=f"Could not list .*{folder}: Permission denied"):
         merge(primary, secondary, tmp_path / "child")
 
 

@@ -10,12 +10,20 @@ import contextlib
 import dataclasses
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, clean_path, nested_files, read_bytes, read_json
+from slerpkit.files import (
+    check_kind,
+    check_path,
+    clean_path,
+    matching_files,
+    nested_files,
+    read_bytes,
+    read_json,
+)
 from slerpkit.lazy import huggingface_hub
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
@@ -77,18 +85,16 @@ COMPANION_FILES = (
 # How an embedding model's parts follow each other, and its settings; the modules' own folders are named in the first.
 MODULE_FILES = (MODULES_NAME, *EMBEDDING_SETTINGS)
 MAX_CARD_BYTES = 65_536  # a child's card, report, map and recipe, which no parent has
-# All that a merge reads of a parent.
-PARENT_FILES = (
+BESIDE_WEIGHTS = (
     "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*",
     GENERATION_NAME,
     *TOKENIZER_FILES,
     *TEMPLATE_FILES,
     *COMPANION_FILES,
     *MODULE_FILES,
 )
+# All that a merge reads of a parent.
+PARENT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", *BESIDE_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -241,13 +247,13 @@ def find_weight_files(folder: Path) -> WeightFiles:
         if (folder / index).is_file():
             return read_index(storage, folder / index)
     for pattern, maker, family in CONSOLIDATED:
-        if (file := min(folder.glob(pattern), default=None)) is not None:
+        if (file := min(matching_files(folder, [pattern]), default=None)) is not None:
             raise SlerpMergeError(
                 f"{folder} holds its weights as {file.name} alone, in {maker}'s own layout.",
                 f"Download {WEIGHTS_SINGLE}, or its shards and their index, where the model's repository has them; "
                 f"otherwise convert it with convert_{family}_weights_to_hf.py from the source of transformers.",
             )
-    if any(folder.glob("*.gguf")):
+    if matching_files(folder, ["*.gguf"]):
         raise SlerpMergeError(
             f"{folder} holds a GGUF model, which is quantised.",
             "Merge the original safetensors models, then convert the child to GGUF.",
@@ -257,7 +263,7 @@ def find_weight_files(folder: Path) -> WeightFiles:
             f"{folder} holds a LoRA adapter, not a whole model.",
             "Merge the adapter into its base model first (peft: merge_and_unload), and save that.",
         )
-    if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("*-of-*.bin")):
+    if matching_files(folder, ["*-of-*.safetensors", "*-of-*.bin"]):
         raise SlerpMergeError(
             f"{folder} holds shards of weights, but not their index ({WEIGHTS_INDEX} or {PICKLE_INDEX}).",
             "Download the index into that folder too; it says which shard holds what.",
@@ -296,7 +302,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
     check_files(folder)
     weights = find_weight_files(folder)
-    for file in weights.files:
+    for file in (*weights.files, *filter(None, [weights.index])):
         check_kind(file, folder)
     modules = read_modules(folder)
     nested = [name for module in modules for name in (*module.files, *module_weights(module, folder))]
@@ -341,21 +347,16 @@ def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
 
 
 def check_files(folder: Path) -> None:
-    """Holds every file of a model that a merge may read or copy against `check_kind`, and raises what it raises."""
-    for path in matching_files(folder, PARENT_FILES):
+    """Holds every file beside a model's weights that a merge may read or copy against `check_kind`, which raises."""
+    for path in matching_files(folder, BESIDE_WEIGHTS):
         check_kind(path, folder)
         for nested in nested_files(path) if path.is_dir() else ():
             check_kind(nested, folder)
 
 
-def matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """The files and folders directly in a folder whose names match."""
-    return (path for pattern in patterns for path in folder.glob(pattern))
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer of any kind."""
-    return any(matching_files(folder, TOKENIZER_CORE_FILES))
+    return bool(matching_files(folder, TOKENIZER_CORE_FILES))
 
 
 def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -373,8 +374,7 @@ def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, in
 
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound, in bytes, for the tokenizer, config and card beside the weights."""
-    patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES, *MODULE_FILES)
-    paths = [path for parent in parents for path in matching_files(parent.folder, patterns)]
+    paths = [path for parent in parents for path in matching_files(parent.folder, BESIDE_WEIGHTS)]
     paths += [parent.folder / name for parent in parents for module in parent.modules for name in module.files]
     nested = (inner for path in paths if path.is_dir() for inner in nested_files(path))
     return MAX_CARD_BYTES + sum(path.stat().st_size for path in (*paths, *nested) if path.is_file())

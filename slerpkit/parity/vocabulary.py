@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import file_size, read_bytes, read_json, read_json_if_there
+from slerpkit.files import file_size, matching_files, read_bytes, read_json, read_json_if_there
 from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
-from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer, matching_files
+from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer
 from slerpkit.parity.embeddings import row_count, token_tensors, vocabulary_rows
 from slerpkit.parity.report import NO_ROW, AppendedToken, Mismatch, RowMap, Vocabulary
 from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_pieces
