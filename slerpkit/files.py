@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,28 @@ MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memo
 
 
 def clean_path(text: str) -> Path:
-    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces."""
+    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces.
+
+    Raises SlerpMergeError for the home of somebody who is not known.
+    """
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     elif os.name != "nt":
         text = re.sub(r"\\([^\w\\])", r"\1", text)  # as a terminal pastes a dropped folder
     path = Path(os.path.expandvars(text))
-    with contextlib.suppress(RuntimeError):  # nobody is called so: a folder's name may begin with ~ too
+    try:
         return path.expanduser()
-    return path
+    except RuntimeError as error:
+        if os.path.lexists(path.parts[0]):  # a folder's name may begin with ~ too
+            return path
+        what = f"{path.parts[0]} is nobody's home here."
+        raise SlerpMergeError(what, f"Write out the path; of a folder that is called so, write ./{path}") from error
+
+
+def given_path(text: str, otherwise: Callable[[str], Path] = clean_path) -> Path:
+    """A path from a flag or a program: what is there under this very name, or else what `otherwise` makes of it."""
+    return Path(text) if os.path.lexists(text) else otherwise(text)
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

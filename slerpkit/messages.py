@@ -102,7 +102,8 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
     }
     hints["EPERM"] = hints["EACCES"]
     name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
-    return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
+    told = shorten(str(path), 500)
+    return SlerpMergeError(f"Could not {doing} {told}: {reason}.", hints.get(name, "Check the path and the disk."))
 
 
 def explain_refusal(error: OSError | MemoryError) -> SlerpMergeError:

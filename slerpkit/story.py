@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.child.companions import copy_companions
 from slerpkit.child.report import MergeReport, write_report
 from slerpkit.child.verify import nothing_further, verify_child
-from slerpkit.files import clean_path
+from slerpkit.files import given_path
 from slerpkit.merge.events import ignore
 from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
@@ -109,12 +109,12 @@ def merge_models(
     if not isinstance(t, Schedule):
         t = parse_blend(t) if isinstance(t, str) else Schedule.constant(float(t))
     if settings.get("base") is not None:
-        settings["base"] = find_model(str(settings["base"]))
+        settings["base"] = given_path(str(settings["base"]), find_model)
     recipe, options = recipe_and_options(
         {
-            "primary": find_model(str(primary)),
-            "secondary": find_model(str(secondary)),
-            "save_directory": clean_path(str(save_directory)),
+            "primary": given_path(str(primary), find_model),
+            "secondary": given_path(str(secondary), find_model),
+            "save_directory": given_path(str(save_directory)),
             "schedule": t,
             **settings,
         }

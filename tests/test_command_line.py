@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +130,18 @@ class TestMerge:
         folders = ("--primary", "'~/primary/'", "--secondary", "$MODELS/secondary", "--save-dir", "~/below/child")
         assert run(*folders, "--yes").status == 0
         assert (tmp_path / "below" / "child" / "model.safetensors").is_file()
+
+    @pytest.mark.parametrize("flag", ["--primary", "--save-dir", "--recipe", "--perplexity"])
+    def test_the_home_of_nobody_is_refused_and_not_made(self, run, pair, tmp_path, flag):
+        outcome = run(*MERGE, flag, "~nobody-of-that-name/there")
+        assert_refused(outcome, "~nobody-of-that-name is nobody's home here", "", status=2)
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+    @pytest.mark.skipif(os.name == "nt", reason="names end otherwise there")
+    @pytest.mark.parametrize("name", ["my$HOME", "trailing ", r"back\ slash", "~"])
+    def test_a_folder_that_is_there_is_meant_as_it_is_written(self, run, pair, tmp_path, name):
+        copy_model(pair[1], tmp_path / name)
+        assert run("--primary", "primary", "--secondary", name, "--save-dir", "child", "--yes").status == 0
 
     def test_a_comma_list_is_a_gradient_over_the_layers(self, run, pair, tmp_path):
         assert run(*MERGE, "--t", "0, 1").status == 0
@@ -687,10 +699,6 @@ def parent_named_at_length(folder: Path) -> list[str]:
     return ["--secondary", "x" * 300]
 
 
-def nobodys_home(folder: Path) -> list[str]:
-    return ["--secondary", "~models/sailor"]
-
-
 def parent_links_in_a_ring(folder: Path) -> list[str]:
     return ["--secondary", link_in_a_ring(folder)]
 
@@ -839,7 +847,6 @@ BAD_INPUTS = [
     (missing_folder, "nowhere does not exist", "config.json"),
     (file_as_parent, "is a file, not a folder", "config.json"),
     (parent_named_at_length, "File name too long", "Check the path"),
-    (nobodys_home, "The folder ~models/sailor does not exist", "config.json"),
     (parent_links_in_a_ring, "Too many levels of symbolic links", "Check the path"),
     (no_weights, "holds no weights", "Choose the folder"),
     (no_config, "has no config.json", "Download config.json"),
@@ -930,6 +937,13 @@ class TestBadInput:
         assert_refused(run(*MERGE), f"{tmp_path} is not writable", "permissions")
         assert not (tmp_path / "child").exists()
 
+    def test_a_place_beside_which_nothing_can_be_made(self, run, pair, tmp_path, monkeypatch):
+        (tmp_path / "child").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        assert_refused(
+            run(*MERGE), f"{tmp_path} is not writable", f"Give a folder in it, such as {Path('child/child')}"
+        )
+
     def test_a_disk_that_is_too_full(self, run, pair, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -937,22 +951,26 @@ class TestBadInput:
         assert not (tmp_path / "child").exists()
 
     def test_a_place_that_cannot_be_looked_at(self, run, pair, tmp_path, monkeypatch):
-        def refuse(path: Path) -> None:
-            raise PermissionError(13, "Permission denied", str(path))
+        iterdir = Path.iterdir
+
+        def refuse(path: Path) -> Iterator[Path]:
+            if path.name == "child":
+                raise PermissionError(13, "Permission denied", str(path))
+            return iterdir(path)
 
         (tmp_path / "child").mkdir()
         monkeypatch.setattr(Path, "iterdir", refuse)  # as for anyone but root
         assert_refused(run(*MERGE), f"Could not use {tmp_path / 'child'}: Permission denied.", "permissions")
 
     @pytest.mark.parametrize(
-        ("fault", "cause"),
+        ("fault", "cause", "hint"),
         [
-            (MemoryError(), "out of memory"),
-            (OSError(28, "No space left on device"), "No space left"),
+            (MemoryError(), "out of memory", "--threads 1"),
+            (OSError(28, "No space left on device"), "No space left", "Free some space"),
         ],
         ids=["memory", "disk"],
     )
-    def test_a_fault_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, fault, cause):
+    def test_a_fault_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, fault, cause, hint):
         def fail(*_: object) -> None:
             raise fault
 
@@ -962,7 +980,7 @@ class TestBadInput:
         monkeypatch.setattr("slerpkit.child.companions.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
         monkeypatch.setattr("slerpkit.merge.stream.create_file", fail)
-        assert_refused(run(*MERGE, "--restart"), cause, "Put that right")
+        assert_refused(run(*MERGE, "--restart"), cause, hint)
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     def test_what_the_hint_says_of_kept_files_is_said_once(self, run, pair, monkeypatch):

@@ -46,14 +46,15 @@ class ModelFinder:
 
     def _look(self) -> None:
         seen = set()
-        for folder in self._folders():
-            with contextlib.suppress(OSError, SlerpMergeError):
-                real = folder.resolve()
-                if real not in seen and (folder / "config.json").is_file():
-                    seen.add(real)
-                    if (model := checkpoint.open_if_whole(folder)) is not None:
-                        self.models.append(model)
-                        self.incompatibility_of(model)
+        with contextlib.suppress(OSError, ImportError):  # what cannot be looked for can still be typed
+            for folder in self._folders():
+                with contextlib.suppress(OSError, SlerpMergeError):
+                    real = folder.resolve()
+                    if real not in seen and (folder / "config.json").is_file():
+                        seen.add(real)
+                        if (model := checkpoint.open_if_whole(folder)) is not None:
+                            self.models.append(model)
+                            self.incompatibility_of(model)
 
     def _folders(self) -> Iterator[Path]:
         yield from self.recent

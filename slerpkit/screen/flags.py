@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slerpkit import __version__
-from slerpkit.files import clean_path
+from slerpkit.files import given_path
 from slerpkit.lazy import LazyModule
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
 from slerpkit.messages import SlerpMergeError, is_utf8, shortest_number
@@ -124,7 +124,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 def parse_map_path(text: str) -> Path:
     """A file for a map. Raises SlerpMergeError where its ending names no format."""
-    path = clean_path(text)
+    path = given_path(text)
     if path.suffix.lower() not in (".svg", ".json"):
         raise SlerpMergeError(f"{text!r} ends neither in .svg nor in .json.", "The ending says what is saved.")
     return path
@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
     )
     add = parser.add_argument
-    folder, model = usage_type(clean_path), usage_type(lambda text: checkpoint.find_model(text))
+    folder, model = usage_type(given_path), usage_type(lambda text: given_path(text, checkpoint.find_model))
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")

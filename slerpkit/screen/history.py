@@ -6,6 +6,7 @@ Knows the file that it is kept in, and nothing of prompts; a torn file is no los
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from slerpkit.screen.answers import Answers, Blend
 
 if TYPE_CHECKING:
     from slerpkit.recipe import MergeRecipe, RunOptions
+
+NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def home_folder() -> Path:
@@ -80,8 +83,10 @@ class History:
         """Removes what was remembered; whether there was anything."""
         try:
             self.path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        except OSError as error:
+            if error.errno in NOTHING_THERE:
+                return False
+            raise
         with contextlib.suppress(OSError):  # something else may stand there
             self.path.parent.rmdir()
         return True
