@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ def clean_path(text: str) -> Path:
         raise SlerpMergeError(what, f"Write out the path; of a folder that is called so, write ./{path}") from error
 
 
-def given_path(text: str, otherwise: Callable[[str], Path] = clean_path) -> Path:
-    """A path from a flag or a program: what is there under this very name, or else what `otherwise` makes of it."""
-    return Path(text) if os.path.lexists(text) else otherwise(text)
+def given_path(text: str) -> Path:
+    """A path from a flag or a program: what is there under this very name, or else as clean_path has it."""
+    return Path(text) if os.path.lexists(text) else clean_path(text)
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

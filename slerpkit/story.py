@@ -18,7 +18,8 @@ from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
 from slerpkit.merge.stream import measure_differences, stream_merge
 from slerpkit.merge.team import team_for
-from slerpkit.parents.checkpoint import find_model, open_parents
+from slerpkit.parents.checkpoint import open_parents
+from slerpkit.parents.resolver import find_model
 from slerpkit.parity.check import check_parity
 from slerpkit.recipe import check_options, check_recipe, recipe_and_options
 from slerpkit.schedule import Schedule, parse_blend
@@ -109,11 +110,11 @@ def merge_models(
     if not isinstance(t, Schedule):
         t = parse_blend(t) if isinstance(t, str) else Schedule.constant(float(t))
     if settings.get("base") is not None:
-        settings["base"] = given_path(str(settings["base"]), find_model)
+        settings["base"] = find_model(str(settings["base"]), read=given_path)
     recipe, options = recipe_and_options(
         {
-            "primary": given_path(str(primary), find_model),
-            "secondary": given_path(str(secondary), find_model),
+            "primary": find_model(str(primary), read=given_path),
+            "secondary": find_model(str(secondary), read=given_path),
             "save_directory": given_path(str(save_directory)),
             "schedule": t,
             **settings,
