@@ -63,7 +63,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     if max(size, len(data)) > limit:
         raise SlerpMergeError(
             f"{path} is larger than {format_bytes(limit)}, too large for what it should be.",
-            "Download this file again from where the model comes from.",
+            "Compare its size with that where the model comes from; it may be another file.",
         )
     return data
 
@@ -74,7 +74,9 @@ def parse_json(data: bytes, source: Path) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise SlerpMergeError(f"{source} does not hold valid JSON: {reason}.", "Download this file again.") from error
+        raise SlerpMergeError(
+            f"{source} does not hold valid JSON: {reason}.", "Correct this file, or download it again."
+        ) from error
 
 
 def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
@@ -260,7 +262,7 @@ def check_kind(path: Path, folder: Path) -> None:
             "A model has no business there. If you made the link yourself, put the file itself in its place.",
         )
     if path.exists() and not (path.is_file() or (path.is_dir() and not path.is_symlink())):
-        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Remove it, or download the model again.")
+        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Put the file itself in its place.")
 
 
 def existing_folder(path: Path) -> Path:

@@ -843,7 +843,7 @@ BAD_INPUTS = [
     (parent_links_in_a_ring, "Too many levels of symbolic links", "Check the path"),
     (no_weights, "holds no weights", "Choose the folder"),
     (no_config, "has no config.json", "Download config.json"),
-    (broken_config, "config.json does not hold valid JSON", "Download this file again"),
+    (broken_config, "config.json does not hold valid JSON", "Correct this file, or download it again"),
     (truncated_weights, "model.safetensors is damaged or incomplete", "download it again"),
     (empty_weights, "model.safetensors is damaged or incomplete", "download it again"),
     (lying_header, "model.safetensors is damaged or incomplete: 'a' has 4096 bytes", "download it again"),

@@ -933,7 +933,7 @@ def test_whatever_stands_in_the_staging_folder_is_no_dead_end(tmp_path, area, na
     try:
         merge(primary, secondary, tmp_path / "child")
     except SlerpMergeError as error:
-        assert (name, "Remove it" in error.hint) == (".lock", True)
+        assert (name, "Move it away" in error.hint) == (".lock", True)
     else:
         assert names(tmp_path) == ["child", "primary", "secondary"]
 

@@ -112,13 +112,15 @@ class WorkFolder:
         """
         try:
             if os.path.lexists(self.path) and not is_plain_folder(self.path):
-                raise SlerpMergeError(f"{self.path} is in the way; it is no folder of this tool's.", "Remove it.")
+                raise SlerpMergeError(f"{self.path} is in the way; it is no folder of this tool's.", "Move it away.")
             for folder in reversed([self.path, *self.path.parents]):
                 if not folder.exists():
                     folder.mkdir()
                     self._made.append(folder)
             if os.path.lexists(self._lock_path) and not is_plain_file(self._lock_path):
-                raise SlerpMergeError(f"{self._lock_path} is in the way; it is no file of this tool's.", "Remove it.")
+                raise SlerpMergeError(
+                    f"{self._lock_path} is in the way; it is no file of this tool's.", "Move it away."
+                )
             self._lock = filelock.FileLock(self._lock_path, timeout=0)
             self._acquire()
         except BaseException as error:

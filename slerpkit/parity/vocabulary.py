@@ -35,7 +35,7 @@ MIN_SHARE_IN_COMMON = 0.5
 def open_tokenizer(path: Path) -> Any:
     """A tokenizer.json as the tokenizers library has it. Raises SlerpMergeError where that cannot read it."""
     if file_size(path) > MAX_TOKENIZER_BYTES:
-        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "Download it again.")
+        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "It may be another file.")
     return read_tokenizer(read_bytes(path, MAX_TOKENIZER_BYTES), path)
 
 
@@ -46,7 +46,7 @@ def read_tokenizer(data: bytes, path: Path) -> Any:
     except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        hint = "Download it again, or update the tokenizers package."
+        hint = "Update the tokenizers package, or compare the file with its source's."
         raise SlerpMergeError(f"{path} cannot be read by the tokenizers library ({error})", hint) from error
 
 
