@@ -294,7 +294,7 @@ def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, in
     """
     stats = {}
     for path in sorted({*matching_files(folder, PARENT_FILES), *(folder / name for name in names)}):
-        with contextlib.suppress(OSError):  # gone meanwhile; whoever needs it will say so
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # whoever needs it will say so
             status = path.stat()
             stats[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
     return stats
