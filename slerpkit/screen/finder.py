@@ -42,20 +42,24 @@ class ModelFinder:
 
     def start(self) -> None:
         """Begins to look; the person reads and types meanwhile."""
-        with contextlib.suppress(SlerpMergeError):  # without it, models can still be typed
-            BackgroundThread(self._look)
+
+        def look() -> None:
+            with contextlib.suppress(OSError, ImportError):  # what cannot be looked for can still be typed
+                self._look()
+
+        with contextlib.suppress(SlerpMergeError):
+            BackgroundThread(look)
 
     def _look(self) -> None:
         seen = set()
-        with contextlib.suppress(OSError, ImportError):  # what cannot be looked for can still be typed
-            for folder in self._folders():
-                with contextlib.suppress(OSError, SlerpMergeError):
-                    real = folder.resolve()
-                    if real not in seen and (folder / "config.json").is_file():
-                        seen.add(real)
-                        if (model := checkpoint.open_if_whole(folder)) is not None:
-                            self.models.append(model)
-                            self.incompatibility_of(model)
+        for folder in self._folders():
+            with contextlib.suppress(OSError, SlerpMergeError):
+                real = folder.resolve()
+                if real not in seen and (folder / "config.json").is_file():
+                    seen.add(real)
+                    if (model := checkpoint.open_if_whole(folder)) is not None:
+                        self.models.append(model)
+                        self.incompatibility_of(model)
 
     def _folders(self) -> Iterator[Path]:
         yield from self.recent
