@@ -88,7 +88,7 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
     hints = {
         "ENOSPC": "Free some space, or choose a save directory on another disk.",
         "EDQUOT": "Your quota is used up; choose a save directory elsewhere.",
-        "EACCES": f"{permissions}." if reads else f"{permissions}, or choose a place that you may write to.",
+        "EACCES": f"{permissions}." if reads else f"{permissions}, or choose another place.",
         "EROFS": "That disk is mounted read-only; choose another place.",
         "ENAMETOOLONG": "Check the path.",
         "ENOENT": "Check the path; it may have been moved or deleted.",

@@ -44,9 +44,12 @@ class BackgroundThread:
             return
         self.running.add(self)
         self._begun.set()
+        work = self._work
+        del self._work  # what it holds, as a connection, goes with it
         try:
-            self._work()
+            work()
         finally:
+            del work
             self.running.discard(self)
             self._ended.set()
 

@@ -281,6 +281,21 @@ class TestLimits:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
+def test_workers_that_have_no_memory_to_begin_with_are_no_wait_without_end(monkeypatch, capfd, in_processes):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("slerpkit.merge.worker.Worker.__init__", fail)
+    if in_processes:
+        monkeypatch.setattr("slerpkit.merge.team.SERVER", "raise MemoryError")
+    refused = pytest.raises(SlerpMergeError, match="A worker process ended before its time")
+    with WorkerTeam(2, in_processes=in_processes) as team, refused as caught:
+        team.wait()
+    assert "--threads 1" in caught.value.hint
+    assert capfd.readouterr().err == ""
+
+
 def test_a_library_that_threads_cannot_load_is_raised_and_no_thread_tells_of_it(monkeypatch, capfd):
     class Broken:
         def __getattr__(self, name: str) -> object:
