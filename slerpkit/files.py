@@ -178,12 +178,14 @@ LEFT_BY_MACOS = "._*"  # beside each file, on disks that cannot keep its attribu
 
 
 def matching_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The files and folders directly in a folder whose names match, in the order of the patterns.
+    """The files and folders directly in a folder, where it is there, whose names match; in the order of the patterns.
 
     Raises SlerpMergeError where the folder cannot be listed, from which no file would else be missed.
     """
     try:
         paths = [path for path in sorted(folder.iterdir()) if not fnmatch.fnmatch(path.name, LEFT_BY_MACOS)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise explain_os_error(error, folder, "list") from error
     matching = ((pattern, path) for pattern in patterns for path in paths if fnmatch.fnmatch(path.name, pattern))

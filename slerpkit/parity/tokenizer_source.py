@@ -52,8 +52,7 @@ def chat_template(folder: Path) -> str | None:
 
     Several, by their names, come as one JSON object.
     """
-    named = folder / "additional_chat_templates"
-    more = matching_files(named, ["*.jinja"]) if named.is_dir() else []
+    more = matching_files(folder / "additional_chat_templates", ["*.jinja"])
     texts = {path.stem: read_text_if_there(path) for path in more}
     texts = {"default": read_text_if_there(folder / "chat_template.jinja"), **texts}
     templates = {name: text for name, text in texts.items() if text is not None}
