@@ -1355,7 +1355,7 @@ class TestLookaheadOfASession:
     @pytest.fixture
     def session(self) -> Session:
         session = Session(build_parser().parse_args([]), "")
-        session.interactive, session.console = True, mock.Mock(is_terminal=True, width=100)
+        session.interactive, session.console = True, mock.Mock(is_terminal=True, width=100, encoding="utf-8")
         session.wizard = mock.Mock()
         return session
 
