@@ -27,7 +27,7 @@ This file is the wizard's story: what is asked, shown, decided and done, in orde
 slerpkit/story.py; read that next. slerpkit/__init__.py draws the house.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # is this a SyntaxError? Then this Python is older than 3.10, which is needed.
 
 import contextlib
 import dataclasses
@@ -38,8 +38,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+if sys.version_info < (3, 10):  # noqa: UP036  before modules are loaded that it cannot read
+    sys.exit(f"slerpmerge needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
+
 from slerpkit.lazy import lazy_modules
-from slerpkit.messages import SlerpMergeError, explain_refusal, format_names, printable
+from slerpkit.messages import SlerpMergeError, explain_import_error, explain_refusal, format_names
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
@@ -79,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
-    except ImportError as error:  # perhaps of what messages are drawn with
-        print(f"A package cannot be loaded: {error}. pip install -r requirements.txt", file=sys.stderr)
-        return EXIT_REFUSED
+    except ImportError as error:
+        fault = explain_import_error(error)
     except SlerpMergeError as error:
         fault = error
     except (KeyboardInterrupt, EOFError) as error:
@@ -95,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = EXIT_USAGE if isinstance(fault, flags.WrongUsage) else EXIT_REFUSED
     fault = session.with_closing_note(fault) if session is not None else fault
     try:
+        terminal.open_closed_streams()  # perhaps the flags already were wrong
         console.show_error(fault)
-    except ImportError:  # of what messages are drawn with, before the flags were understood
-        print(f"{fault.message} {fault.hint}", file=sys.stderr)
+    except ImportError:  # of what messages are drawn with
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"{fault.message} {fault.hint}", file=sys.stderr)
     return status
 
 
@@ -141,7 +145,7 @@ def merge(session: Session, given: Answers) -> None:
     session.print_json({**report.as_dict(), "findings": session.findings})
     session.show("Try it, convert it, share it:", style="bold")
     for command in panels.next_commands(report):
-        session.show(printable(command), soft_wrap=True, markup=False)
+        session.show(command, soft_wrap=True)
 
 
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
@@ -206,13 +210,14 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
         made = f"up to {sweep.MAX_TRIALS - 2} children are made one after the other, and the best again"
         session.show(f"t will be found on {format_names(names)}: {made}.")
     if plan.kinship.warning:
-        session.show(f"[yellow]{plan.kinship.warning}[/]")
+        session.show(plan.kinship.warning, style="yellow")
     if session.arguments.yes:
         fetching.may_fetch(session, plan)
         return "start", fetching.with_weights(session, plan)
     is_lost = plan.leftover is not None and plan.leftover.reason != ""
     if is_lost:
-        session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
+        what = "The finished files of the merge that stands there are of another; they would go."
+        session.show(what, style="yellow")
     lacks = session.what_primary_lacks()
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
@@ -230,7 +235,7 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
             session.show(figures.render_map(session.console, found))
         elif decision == "start" and session.what_primary_lacks() != lacks:  # known since the plan was drawn
             lacks = session.what_primary_lacks()
-            session.show(printable(lacks), style="yellow", markup=False)
+            session.show(lacks, style="yellow")
         else:
             return decision, plan
 
