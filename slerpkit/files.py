@@ -7,6 +7,7 @@ before this.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -228,7 +229,10 @@ def is_plain_file(path: Path) -> bool:
 
 def is_plain_folder(path: Path) -> bool:
     """Whether a path is a folder itself, and no link to one."""
-    return path.is_dir() and not path.is_symlink()
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def read_text_if_there(path: Path) -> str | None:
@@ -241,9 +245,10 @@ def sync_to_disk(path: Path) -> None:
 
     Raises SlerpMergeError where a file cannot be synced.
     """
-    if path.is_dir() and os.name == "nt":
+    is_folder = is_plain_folder(path)
+    if is_folder and os.name == "nt":
         return  # Windows has no call for it
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDONLY if is_folder else os.O_RDWR | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
         try:
@@ -251,14 +256,15 @@ def sync_to_disk(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if not path.is_dir():  # some network disks cannot sync a folder; the files themselves are safe
+        if not is_folder:  # some network disks cannot sync a folder; the files themselves are safe
             raise explain_os_error(error, path, "write to the disk") from error
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copies files by their paths from the folder `source`. Links are followed, as in a hub's cache.
 
-    Raises SlerpMergeError where one cannot be read or written.
+    Folders that are made for them are a new folder's, whatever the source's may be written to by. Raises
+    SlerpMergeError where one cannot be read or written.
     """
     for name in names:
         try:
@@ -269,16 +275,38 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files, and whole folders, that match. Links are followed, as in a hub's cache.
-
-    Raises SlerpMergeError where one cannot be read or written.
-    """
+    """Copies the files that match, and those in whole folders that do, as copy_files does."""
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
-            try:
-                if path.is_dir():
-                    shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
-                else:
-                    shutil.copyfile(path, target / path.name)
-            except OSError as error:
-                raise explain_os_error(error, path, "copy") from error
+            inside = (inner for inner in nested_files(path) if not inner.is_dir()) if path.is_dir() else (path,)
+            copy_files(source, target, [file.relative_to(source).as_posix() for file in inside])
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder and all in it, as far as the system lets; folders that may not be written to as well."""
+    if not is_plain_folder(folder):
+        return
+    for path in (folder, *nested_files(folder)):
+        with contextlib.suppress(OSError):  # another person's: it stays
+            if is_plain_folder(path):
+                path.chmod(stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_contents(source: Path, target: Path, last: str = "", first: str = "") -> None:
+    """Moves the files of a folder into another, one by one, and removes the folders that they leave.
+
+    For disks that do not rename some folders, such as those of a container's image. last, first: the names of files
+    that are to be the last, or the first, to move. Raises OSError where one cannot be moved; those before it are then
+    moved.
+    """
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
+        place = target / path.name
+        if is_plain_folder(path):
+            move_contents(path, place)
+        elif os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+        else:
+            path.rename(place)
+    source.rmdir()

@@ -463,11 +463,12 @@ def test_a_new_or_empty_folder_is_welcome_and_not_made_yet(pair, place):
     assert not (pair / "new").exists()
 
 
-def test_a_disk_that_holds_no_files_of_anybodys_is_refused(pair, monkeypatch):
-    """Such as /proc, where the system lets root write and makes no folder."""
+def test_a_disk_that_does_not_tell_its_size_is_not_full(pair, monkeypatch):
+    """Memory and many disks in networks say 0 of 0 bytes."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
-    with refused(f"{pair} is not writable"):
-        save_at(pair, pair / "new" / "child")
+    plan = planned(pair, save_directory=pair / "new" / "child")
+    assert plan.as_dict()["disk_free_bytes"] is None
+    assert execute_merge(plan).child.is_dir()
 
 
 def test_a_folder_that_is_not_empty_needs_permission(pair):

@@ -10,17 +10,16 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
-from slerpkit.files import existing_folder
+from slerpkit.files import existing_folder, file_size
 from slerpkit.merge.blocks import BLOCK_ELEMENTS
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
-from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
+from slerpkit.merge.save_directory import check_save_directory, free_bytes, staged_bytes, staging_area
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
@@ -57,7 +56,7 @@ class MergePlan:
     threads: int
     peak_memory_bytes: int
     disk_needed_bytes: int  # beside the finished files of an earlier run
-    disk_free_bytes: int
+    disk_free_bytes: int | None  # None where the disk does not tell
     kinship: Kinship
     leftover: Leftover | None  # of an earlier run that ended early
     remarks: tuple[str, ...]  # what the person may want to know before it starts
@@ -146,6 +145,11 @@ WORKER_BYTES = 16_000_000  # of a worker's own, beside its buffers: most of it w
 SMALL_MERGE_BYTES = 200_000_000  # of what is read once; below this threads are as fast
 PROBE_BYTES = 1 << 20  # per sample of the read probe
 PROBE_SAMPLES = 8
+# Of a tensor in the report, the map, the index and the journal, which stands twice for a moment: numbers and words, and
+# how often its name stands there, for which the headers' bytes serve.
+BYTES_PER_TENSOR = 1_500
+NAMES_PER_TENSOR = 4
+SPELT_OUT = 4  # times what it was may tokenizer.json take that is written again, a line for each of its numbers
 # Rough costs behind the expected time, measured on one core of a 2023 server.
 ARITHMETIC_SECONDS_PER_ELEMENT = 1.9e-9
 WRITE_BYTES_PER_SECOND = 1.5e9
@@ -284,7 +288,6 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     leftover = find_leftover(recipe, options, parents, shards)
     unfinished = unfinished_tensors(shards, leftover)
     unfinished_bytes = sum(tensor.byte_count for tensor in unfinished)
-    header_bytes = sum(len(shard.header) for shard in shards)
     source_bytes = sum(tensor.source_bytes for tensor in tensors)
     _, with_torch = choose_workers("cpu", source_bytes, dtypes_of(tensors, recipe))
     plan = MergePlan(
@@ -295,8 +298,8 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         shards=shards,
         threads=threads,
         peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch),
-        disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),
-        disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
+        disk_needed_bytes=unfinished_bytes + bytes_beside_weights(shards, parents, parity),
+        disk_free_bytes=free_bytes(existing_folder(options.save_directory)),
         kinship=measure_kinship(pairs),
         leftover=leftover,
         remarks=(
@@ -312,6 +315,16 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     )
     check_disk_space(plan)
     return plan
+
+
+def bytes_beside_weights(shards: Sequence[ShardPlan], parents: Parents, parity: ParityReport) -> int:
+    """An upper bound for all that the child, and its journal, take on the disk beside the tensors."""
+    headers = sum(len(shard.header) for shard in shards)
+    count = sum(len(shard.tensors) for shard in shards)
+    models = (parents.primary, parents.secondary)
+    found = headers + count * BYTES_PER_TENSOR + NAMES_PER_TENSOR * headers + companion_bytes(models)
+    files = [model.folder / "tokenizer.json" for model in models if parity.vocabulary.appended]
+    return found + SPELT_OUT * sum(file_size(path) for path in files if path.is_file())
 
 
 def find_leftover(
@@ -347,7 +360,9 @@ def unmatched_filters(recipe: MergeRecipe, pairs: Sequence[TensorSources]) -> It
 
 
 def check_disk_space(plan: MergePlan) -> None:
-    """Raises SlerpMergeError where the child does not fit on its disk."""
+    """Raises SlerpMergeError where the child does not fit on its disk, as far as that tells."""
+    if plan.disk_free_bytes is None:
+        return
     whole = plan.disk_needed_bytes + plan.kept_bytes
     if whole > plan.disk_free_bytes + staged_bytes(plan.options.save_directory):
         raise SlerpMergeError(
