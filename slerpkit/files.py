@@ -159,8 +159,15 @@ def check_path(path: Path, what: str) -> None:
 
 
 def nested_files(folder: Path) -> Iterator[Path]:
-    """Every file and folder below a folder; folders that are links are named and not entered."""
-    for parent, folders, files in os.walk(folder):
+    """Every file and folder below a folder; folders that are links are named and not entered.
+
+    Raises SlerpMergeError where one cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise explain_os_error(error, Path(error.filename), "list") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         for name in (*folders, *files):
             yield Path(parent, name)
 
@@ -186,9 +193,13 @@ class FileHandles:
         return self._open[key]
 
     def close(self) -> None:
-        """Closes them all; others can be opened afterwards."""
+        """Closes them all; others can be opened afterwards.
+
+        A disk that died says so once more here. Whoever read or wrote knows, and what was written is synced elsewhere.
+        """
         while self._open:
-            self._open.popitem()[1].close()
+            with contextlib.suppress(OSError):
+                self._open.popitem()[1].close()
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -286,11 +297,18 @@ def remove_folder(folder: Path) -> None:
     """Removes a folder and all in it, as far as the system lets; folders that may not be written to as well."""
     if not is_plain_folder(folder):
         return
-    for path in (folder, *nested_files(folder)):
-        with contextlib.suppress(OSError):  # another person's: it stays
-            if is_plain_folder(path):
-                path.chmod(stat.S_IRWXU)
+    make_writable(folder)
+    for parent, names, _ in os.walk(folder):
+        for name in names:
+            make_writable(Path(parent, name))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Lets the owner of a folder list it and remove what is in it, where the system lets us; of a link, nothing."""
+    with contextlib.suppress(OSError):  # another person's: it stays
+        if is_plain_folder(folder):
+            folder.chmod(stat.S_IRWXU)
 
 
 def move_contents(source: Path, target: Path, last: str = "", first: str = "") -> None:

@@ -284,6 +284,7 @@ def test_links_that_would_be_copied_without_end_are_refused(tmp_path):
 def test_a_copied_folder_is_as_any_new_one(tmp_path):
     """In one that its owner may not write to, nothing could be replaced later."""
     primary, secondary = make_pair(tmp_path)
+    add_tokenizer(primary)
     deep = primary / "additional_chat_templates" / "deep"
     deep.mkdir(parents=True)
     (deep / "x.jinja").write_text("x")

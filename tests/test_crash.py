@@ -38,6 +38,7 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.story import execute_merge
 from tests.builders import (
     DEVICE,
+    LLAMA_CONFIG,
     PLAIN_CHILD,
     add_tokenizer,
     assert_same_bits,
@@ -759,6 +760,106 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
         server.stdin.close()
     assert kills >= 12, "too few were hit"
     assert carried_on >= 4, "too few had anything to carry on with"
+
+
+# As above; but the disk fails a copy of it, or the copy is killed, at the change of the disk whose number it is given.
+# It says how it ended, and how many changes it came to.
+FAULTY_MERGES = """
+import ctypes, json, os, sys
+import filelock, numpy
+from slerpkit.messages import SlerpMergeError
+from slerpkit.story import merge_models
+
+library = ctypes.CDLL(None)
+at, mode, count = (ctypes.c_int.in_dll(library, f"fault_{name}") for name in ("at", "mode", "count"))
+place = (ctypes.c_char * 4096).in_dll(library, "fault_folder")
+for line in sys.stdin:
+    primary, secondary, child, number, how = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        outcome = "done"
+        place.value, mode.value, at.value = os.fsencode(os.path.dirname(child)), how, number
+        try:
+            merge_models(primary, secondary, child, device="cpu", threads=1, max_shard_bytes=5000, overwrite=True)
+        except SlerpMergeError as error:
+            outcome = error.message
+        at.value = 0
+        print(json.dumps([outcome, count.value]), flush=True)
+        os._exit(0)
+    if os.waitpid(process, 0)[1]:
+        print(json.dumps(["killed", number]), flush=True)
+"""
+ONCE, FOR_GOOD, KILLED = range(3)
+
+
+@pytest.fixture(scope="module")
+def faulty_disk(tmp_path_factory) -> Iterator[Callable[..., tuple[str, int]]]:
+    """`faulty_disk(primary, secondary, child, number, how)`: (outcome, changes of the disk) of such a merge."""
+    folder = tmp_path_factory.mktemp("faulty")
+    library, said = folder / "faulty_disk.so", folder / "stderr"
+    source = Path(__file__).with_name("faulty_disk.c")
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("it takes a C compiler, and Linux")
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    # In this mode Python tells of files that could not be closed, as later versions do in any.
+    command = [sys.executable, "-X", "dev", "-W", "ignore", "-c", FAULTY_MERGES]
+    with said.open("w") as stderr, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+        text=True, cwd=SCRIPT.parent, env=environment,
+    ) as server:  # fmt: skip
+
+        def faulty_disk(*request: Any) -> tuple[str, int]:
+            print(json.dumps([*map(str, request[:3]), *request[3:]]), file=server.stdin, flush=True)
+            outcome, count = json.loads(server.stdout.readline())
+            assert said.read_text() == ""
+            return outcome, count
+
+        yield faulty_disk
+        server.stdin.close()
+
+
+@pytest.mark.parametrize("how", [ONCE, FOR_GOOD, KILLED], ids=["once", "for good", "killed"])
+@pytest.mark.parametrize("overwriting", [False, True])
+def test_at_whichever_change_the_disk_fails_there_is_a_whole_child_or_one_that_carries_on(
+    tmp_path, parents, faulty_disk, overwriting, how
+):
+    """Every write, sync, rename, removal, lock and new file or folder of a merge and its publication, one by one."""
+    config = {**LLAMA_CONFIG, "num_hidden_layers": 1}
+    primary, secondary = (
+        make_checkpoint(tmp_path / name, llama_tensors(seed, layers=1), config)
+        for seed, name in enumerate(("primary", "secondary"))
+    )
+    add_tokenizer(primary)
+    (primary / "additional_chat_templates").mkdir()
+    (primary / "additional_chat_templates" / "x.jinja").write_text("x")
+    parents.watch(primary, secondary)
+    expected = fingerprint(merge(primary, secondary, tmp_path / "expected" / "child", max_shard_bytes=5000).child)
+    old = merge(primary, secondary, tmp_path / "old" / "child", 0.2).child
+    before = fingerprint(old) if overwriting else {}
+    child, failed, number = tmp_path / "disk" / "child", 0, 0
+    while True:
+        number += 1
+        shutil.rmtree(child.parent, ignore_errors=True)
+        child.parent.mkdir()
+        if overwriting:
+            shutil.copytree(old, child)
+        outcome, count = faulty_disk(primary, secondary, child, number, how)
+        found = fingerprint(child)
+        where = f"change {number}: {outcome}"
+        is_done = outcome == "done"
+        # Only what is killed, or was left alone, between two renames has nothing under its name.
+        assert found in ([expected] if is_done else [before] if how == ONCE else [before, expected, {}]), where
+        if how != KILLED and not is_done:
+            assert "Input/output error" in outcome
+        assert faulty_disk(primary, secondary, child, 0, ONCE)[0] == "done", where
+        assert fingerprint(child) == expected, where
+        assert names(child.parent) == ["child"], where
+        failed += not is_done
+        if is_done and (count < number or how == KILLED):
+            break
+    assert failed > 70 < number
 
 
 SLOW_MAIN = """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit import devices
-from slerpkit.files import is_plain_folder, move_contents, remove_folder, sync_to_disk
+from slerpkit.files import is_plain_folder, move_contents, nested_files, remove_folder, sync_to_disk
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
 from slerpkit.merge.journal import Journal
 from slerpkit.merge.save_directory import (
@@ -174,8 +174,8 @@ class StagedChild:
     def sync(self) -> float:
         """Waits until every file is on the disk; returns the seconds waited."""
         started = time.perf_counter()
-        for path in self.folder.rglob("*"):
-            if path.is_dir() or path.relative_to(self.folder).as_posix() not in self.journal.shards:
+        for path in nested_files(self.folder):
+            if path.relative_to(self.folder).as_posix() not in self.journal.shards:
                 self._sync.submit(path)
         self._sync.finish()
         sync_to_disk(self.folder)
@@ -285,7 +285,7 @@ def move_folder(source: Path, target: Path) -> None:
 def explain_unpublished(error: OSError, target: Path) -> SlerpMergeError:
     """Why a finished child could not be put in its place, and what helps if that stays so."""
     explained = explain_os_error(error, target, "put the finished child at")
-    if not target.exists():
+    if not is_plain_folder(target):
         return explained
     way_out = f"If it stays so, move {target} out of the way yourself; the same command carries on."
     return SlerpMergeError(explained.message, f"{explained.hint} {way_out}")
