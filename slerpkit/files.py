@@ -301,7 +301,8 @@ def remove_folder(folder: Path) -> None:
     for parent, names, _ in os.walk(folder):
         for name in names:
             make_writable(Path(parent, name))
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # of a folder that cannot be closed, which rmtree raises all the same
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_writable(folder: Path) -> None:

@@ -68,7 +68,7 @@ class MergePlan:
         for shard in self.shards:
             yield from shard.tensors
 
-    @property
+    @functools.cached_property
     def child_bytes(self) -> int:
         return sum(tensor.byte_count for tensor in self.tensors)
 
@@ -77,7 +77,7 @@ class MergePlan:
         """The child's bytes that stand already, in the finished files of an earlier run."""
         return self.child_bytes - sum(tensor.byte_count for tensor in unfinished_tensors(self.shards, self.leftover))
 
-    @property
+    @functools.cached_property
     def source_bytes(self) -> int:
         """What is read of the parents, in each of the two passes."""
         return sum(tensor.source_bytes for tensor in self.tensors)

@@ -29,7 +29,7 @@ from slerpkit.merge.save_directory import (
     staged_folders,
     staging_area,
 )
-from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
+from slerpkit.messages import SlerpMergeError, explain_os_error, explain_refusal, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
 
 if TYPE_CHECKING:
@@ -187,6 +187,8 @@ class StagedChild:
                 # A person who pressed Ctrl-C does not wait for the disk.
                 self._sync.stop(30 if isinstance(error, Exception) else 0.5, enough=lambda: bool(held))
                 self._leave()
+            if isinstance(error, OSError) and error.filename is not None:  # of a disk, where nobody reckoned with it
+                raise explain_refusal(error) from error
             return
         with interruptions_held():
             try:

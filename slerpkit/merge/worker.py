@@ -77,7 +77,19 @@ class RecomputeTask:
     recipe: Any  # MergeRecipe where the weights are to be recomputed too, from all of the tensor; else None
 
 
-Task = MeasureTask | BlendTask | RecomputeTask
+@dataclass(frozen=True)
+class TaskBatch:
+    """Small tasks, none with rows that follow tokens: handing one over costs more than carrying it out."""
+
+    tasks: tuple[MeasureTask | BlendTask, ...]
+
+    @property
+    def tensor(self) -> TensorInputs:
+        """That of the first, which tells of all that there are no rows to be handed over."""
+        return self.tasks[0].tensor
+
+
+Task = MeasureTask | BlendTask | RecomputeTask | TaskBatch
 
 
 class Worker:
@@ -99,7 +111,12 @@ class Worker:
         self.reader.__exit__(*exception)
 
     def carry_out(self, task: Task) -> Any:
-        """Sums of a MeasureTask; how many values of a BlendTask are not finite; whether a RecomputeTask is right."""
+        """Sums of a MeasureTask; how many values of a BlendTask are not finite; whether a RecomputeTask is right.
+
+        A list of these for a TaskBatch.
+        """
+        if isinstance(task, TaskBatch):
+            return [self.carry_out(part) for part in task.tasks]
         if isinstance(task, MeasureTask):
             return self.measure(task)
         if isinstance(task, BlendTask):
