@@ -453,8 +453,10 @@ def test_an_existing_child_is_back_when_the_last_step_fails(tmp_path, monkeypatc
         )
 
     monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(SlerpMergeError if error is OSError else KeyboardInterrupt):
+    with pytest.raises(SlerpMergeError if error is OSError else KeyboardInterrupt) as caught:
         merge(primary, secondary, child, 0.7, overwrite=True)
+    if error is OSError:  # which may be so each time
+        assert f"move {child} out of the way yourself; the same command carries on" in caught.value.hint
     assert fingerprint(child) == before
     assert left_behind(child) == ["model.safetensors"]
     monkeypatch.undo()

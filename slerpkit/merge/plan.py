@@ -142,6 +142,7 @@ class MergePlan:
 PROCESS_BYTES = 75_000_000  # the main process, and what the workers share
 TORCH_BYTES = 200_000_000  # shared too, where it is loaded
 WORKER_BYTES = 16_000_000  # of a worker's own, beside its buffers: most of it while the child is checked
+TENSOR_BYTES = 4_000  # of the main process, for each tensor: its entries in headers, plan, report and journal
 SMALL_MERGE_BYTES = 200_000_000  # of what is read once; below this threads are as fast
 PROBE_BYTES = 1 << 20  # per sample of the read probe
 PROBE_SAMPLES = 8
@@ -264,13 +265,16 @@ def choose_workers(device: str, byte_count: int, dtypes: Collection[str]) -> tup
     return is_large and hasattr(os, "fork"), is_large and "float16" in dtypes
 
 
-def estimate_memory(threads: int, vectors: str = "tensor", with_torch: bool = False) -> int:
-    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model."""
+def estimate_memory(threads: int, vectors: str = "tensor", with_torch: bool = False, tensor_count: int = 0) -> int:
+    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the size.
+
+    tensor_count: of the child; what is known of each is kept.
+    """
     # Three sources and the result, as they are stored, and three sources as they are computed with.
     per_worker = WORKER_BYTES + BLOCK_ELEMENTS * (4 * 2 + 3 * 4)
     if vectors != "tensor":
         per_worker += BLOCK_ELEMENTS * 4 * 8  # and these in float64
-    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch
+    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch + tensor_count * TENSOR_BYTES
 
 
 def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport) -> MergePlan:
@@ -297,7 +301,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         parity=parity,
         shards=shards,
         threads=threads,
-        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch),
+        peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch, len(tensors)),
         disk_needed_bytes=unfinished_bytes + bytes_beside_weights(shards, parents, parity),
         disk_free_bytes=free_bytes(existing_folder(options.save_directory)),
         kinship=measure_kinship(pairs),

@@ -67,10 +67,6 @@ SMALL_ELEMENTS = 1 << 14  # of a stretch that waits for others
 BATCH_TASKS = 64
 
 
-TaskKey = tuple[TensorProgress, int, bool]  # the number of its stretch, and whether that is blended, not measured
-Batch = list[tuple[TaskKey, "MeasureTask | BlendTask"]]
-
-
 def is_small(stretch: range) -> bool:
     """Whether handing a stretch over could cost more than carrying it out."""
     return len(stretch) <= SMALL_ELEMENTS
@@ -94,7 +90,8 @@ class TensorStream:
         self.most_under_way = 4 * team.count * BATCH_TASKS  # enough that no worker waits, few enough to stay flat
         self.under_way = 0  # as load_of
         self.in_order: deque[TensorProgress] = deque()
-        self.batches: tuple[Batch, Batch] = ([], [])  # tasks to be handed over together: that measure, that blend
+        # Small tasks to be handed over together, with their keys: those that measure, those that blend.
+        self.batches: tuple[list[Any], list[Any]] = ([], [])
 
     def run(self, tensors: Iterable[TensorProgress]) -> Iterator[TensorProgress]:
         waiting = iter(tensors)
@@ -132,15 +129,18 @@ class TensorStream:
         for number, stretch in enumerate(progress.stretches):
             self.submit((progress, number, False), MeasureTask(progress.tensor, stretch, self.cast_dtype))
 
-    def submit(self, key: TaskKey, task: MeasureTask | BlendTask) -> None:
-        """Has a task carried out: with others, where it is small."""
+    def submit(self, key: tuple[TensorProgress, int, bool], task: MeasureTask | BlendTask) -> None:
+        """Has a task carried out: with others, where it is small.
+
+        key: the tensor, the number of its stretch, and whether that is blended, not measured.
+        """
         waits = is_small(task.stretch) and task.tensor.rows is None
         batch = self.batches[key[2]] if waits else []
         batch.append((key, task))
         if not waits or len(batch) == BATCH_TASKS:
             self.hand_over(batch)
 
-    def hand_over(self, batch: Batch) -> None:
+    def hand_over(self, batch: list[Any]) -> None:
         """Gives the tasks of a batch to the workers; the batch is then empty."""
         if batch:
             keys, tasks = zip(*batch)
