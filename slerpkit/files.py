@@ -239,9 +239,13 @@ class FileHandles:
                 self._open.popitem(last=False)[1].close()
 
     def close(self) -> None:
-        """Closes them all; others can be opened afterwards."""
+        """Closes them all; others can be opened afterwards.
+
+        A disk that died says so once more here. Whoever read or wrote knows, and what was written is synced elsewhere.
+        """
         while self._open:
-            self._open.popitem()[1].close()
+            with contextlib.suppress(OSError):
+                self._open.popitem()[1].close()
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -277,7 +281,10 @@ def is_plain_file(path: Path) -> bool:
 
 def is_plain_folder(path: Path) -> bool:
     """Whether a path is a folder itself, and no link to one."""
-    return path.is_dir() and not path.is_symlink()
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError:
+        return False
 
 
 def read_text_if_there(path: Path) -> str | None:
@@ -290,9 +297,10 @@ def sync_to_disk(path: Path) -> None:
 
     Raises SlerpMergeError where a file cannot be synced.
     """
-    if path.is_dir() and os.name == "nt":
+    is_folder = is_plain_folder(path)
+    if is_folder and os.name == "nt":
         return  # Windows has no call for it
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDONLY if is_folder else os.O_RDWR | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
         try:
@@ -300,14 +308,15 @@ def sync_to_disk(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if not path.is_dir():  # some network disks cannot sync a folder; the files themselves are safe
+        if not is_folder:  # some network disks cannot sync a folder; the files themselves are safe
             raise explain_os_error(error, path, "write to the disk") from error
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copies files by their paths from the folder `source`. Links are followed, as in a hub's cache.
 
-    Raises SlerpMergeError where one cannot be read or written.
+    Folders that are made for them are a new folder's, whatever the source's may be written to by. Raises
+    SlerpMergeError where one cannot be read or written.
     """
     for name in names:
         try:
@@ -318,16 +327,46 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copies the files, and whole folders, that match. Links are followed, as in a hub's cache.
-
-    Raises SlerpMergeError where one cannot be read or written.
-    """
-    ignored = shutil.ignore_patterns(LEFT_BY_MACOS)
+    """Copies the files that match, and those in whole folders that do, as copy_files does; not what macOS leaves."""
     for path in matching_files(source, patterns):
-        try:
-            if path.is_dir():
-                shutil.copytree(path, target / path.name, copy_function=shutil.copyfile, ignore=ignored)
-            else:
-                shutil.copyfile(path, target / path.name)
-        except OSError as error:
-            raise explain_os_error(error, path, "copy") from error
+        inside = (inner for inner in nested_files(path) if not inner.is_dir()) if path.is_dir() else (path,)
+        wanted = (file for file in inside if not fnmatch.fnmatch(file.name, LEFT_BY_MACOS))
+        copy_files(source, target, [file.relative_to(source).as_posix() for file in wanted])
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder and all in it, as far as the system lets; folders that may not be written to as well."""
+    if not is_plain_folder(folder):
+        return
+    make_writable(folder)
+    for parent, names, _ in os.walk(folder):
+        for name in names:
+            make_writable(Path(parent, name))
+    with contextlib.suppress(OSError):  # of a folder that cannot be closed, which rmtree raises all the same
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Lets the owner of a folder list it and remove what is in it, where the system lets us; of a link, nothing."""
+    with contextlib.suppress(OSError):  # another person's: it stays
+        if is_plain_folder(folder):
+            folder.chmod(stat.S_IRWXU)
+
+
+def move_contents(source: Path, target: Path, last: str = "", first: str = "") -> None:
+    """Moves the files of a folder into another, one by one, and removes the folders that they leave.
+
+    For disks that do not rename some folders, such as those of a container's image. last, first: the names of files
+    that are to be the last, or the first, to move. Raises OSError where one cannot be moved; those before it are then
+    moved.
+    """
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
+        place = target / path.name
+        if is_plain_folder(path):
+            move_contents(path, place)
+        elif os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+        else:
+            path.rename(place)
+    source.rmdir()

@@ -284,6 +284,22 @@ def test_links_that_would_be_copied_without_end_are_refused(tmp_path):
         merge(primary, secondary, tmp_path / "child")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="folders have no such modes there")
+def test_a_copied_folder_is_as_any_new_one(tmp_path):
+    """In one that its owner may not write to, nothing could be replaced later."""
+    primary, secondary = make_pair(tmp_path)
+    add_tokenizer(primary)
+    deep = primary / "additional_chat_templates" / "deep"
+    deep.mkdir(parents=True)
+    (deep / "x.jinja").write_text("x")
+    for folder in (deep, deep.parent):
+        folder.chmod(0o555)
+    child = merge(primary, secondary, tmp_path / "child").child
+    copied = child / "additional_chat_templates" / "deep"
+    assert (copied / "x.jinja").read_text() == "x"
+    assert {folder.stat().st_mode for folder in (copied, copied.parent)} == {child.stat().st_mode}
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes there")
 @pytest.mark.parametrize("name", ["modeling.py", "tokenizer.json", "config.json"])
 def test_a_pipe_in_a_model_is_refused_at_once(tmp_path, name):

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 
 from slerpkit import __version__
 from slerpkit.files import MAX_OPEN_FILES, FileHandles
+from slerpkit.merge import staging
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted, WorkAdvanced, ignore
 from slerpkit.merge.journal import Journal, Leftover
 from slerpkit.merge.save_directory import WorkFolder, staging_area
@@ -37,10 +39,13 @@ from slerpkit.messages import SlerpMergeError
 from slerpkit.story import execute_merge
 from tests.builders import (
     DEVICE,
+    LLAMA_CONFIG,
     PLAIN_CHILD,
     add_tokenizer,
     assert_same_bits,
+    llama_tensors,
     load_tensors,
+    make_checkpoint,
     make_pair,
     merge,
     plan_of,
@@ -443,12 +448,16 @@ def test_an_existing_child_is_back_when_the_last_step_fails(tmp_path, monkeypatc
     rename, calls = Path.rename, []
 
     def fail_once(path: Path, target: Path) -> Path:
-        calls.append(path)
-        return throw(error(errno.EACCES, "Permission denied")) if len(calls) == failing else rename(path, target)
+        calls.extend([path] if child in (path, target) else [])
+        return (
+            throw(error(errno.EACCES, "Permission denied")) if calls[failing - 1 :] == [path] else rename(path, target)
+        )
 
     monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(SlerpMergeError if error is OSError else KeyboardInterrupt):
+    with pytest.raises(SlerpMergeError if error is OSError else KeyboardInterrupt) as caught:
         merge(primary, secondary, child, 0.7, overwrite=True)
+    if error is OSError:  # which may be so each time
+        assert f"move {child} out of the way yourself; the same command carries on" in caught.value.hint
     assert fingerprint(child) == before
     assert left_behind(child) == ["model.safetensors"]
     monkeypatch.undo()
@@ -501,6 +510,7 @@ def test_a_parent_that_breaks_during_the_merge_is_named(tmp_path, storage, role,
 def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     """Its file is open already, and some of its tensors are merged."""
     set_block_elements(monkeypatch, 64)
+    monkeypatch.setattr("slerpkit.merge.stream.SMALL_ELEMENTS", 0)  # one task after the other
     primary, secondary = make_pair(tmp_path)
     cut = at(MergedTensor, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
     with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors became shorter while it was read"):
@@ -810,6 +820,115 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
     assert carried_on >= 4, "too few had anything to carry on with"
 
 
+# As above; but the disk fails a copy of it, or the copy is killed, at the change of the disk whose number it is given.
+# It says how it ended, and how many changes it came to.
+FAULTY_MERGES = """
+import ctypes, json, os, sys
+import filelock, numpy
+from slerpkit.messages import SlerpMergeError
+from slerpkit.story import merge_models
+
+library = ctypes.CDLL(None)
+at, mode, count = (ctypes.c_int.in_dll(library, f"fault_{name}") for name in ("at", "mode", "count"))
+place = (ctypes.c_char * 4096).in_dll(library, "fault_folder")
+for line in sys.stdin:
+    primary, secondary, child, number, how = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        outcome = "done"
+        place.value, mode.value, at.value = os.fsencode(os.path.dirname(child)), how, number
+        try:
+            merge_models(primary, secondary, child, device="cpu", threads=1, max_shard_bytes=5000, overwrite=True)
+        except SlerpMergeError as error:
+            outcome = error.message
+        at.value = 0
+        print(json.dumps([outcome, count.value]), flush=True)
+        os._exit(0)
+    if os.waitpid(process, 0)[1]:
+        print(json.dumps(["killed", number]), flush=True)
+"""
+ONCE, FOR_GOOD, KILLED = range(3)
+
+
+@pytest.fixture(scope="module")
+def faulty_disk(tmp_path_factory) -> Iterator[Callable[..., tuple[str, int]]]:
+    """`faulty_disk(primary, secondary, child, number, how)`: (outcome, changes of the disk) of such a merge."""
+    folder = tmp_path_factory.mktemp("faulty")
+    library, said = folder / "faulty_disk.so", folder / "stderr"
+    source = Path(__file__).with_name("faulty_disk.c")
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("it takes a C compiler, and Linux")
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    # In this mode Python tells of files that could not be closed, as later versions do in any.
+    command = [sys.executable, "-X", "dev", "-W", "ignore", "-c", FAULTY_MERGES]
+    with said.open("w") as stderr, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+        text=True, cwd=SCRIPT.parent, env=environment,
+    ) as server:  # fmt: skip
+
+        def faulty_disk(*request: Any) -> tuple[str, int]:
+            print(json.dumps([*map(str, request[:3]), *request[3:]]), file=server.stdin, flush=True)
+            outcome, count = json.loads(server.stdout.readline())
+            assert said.read_text() == ""
+            return outcome, count
+
+        yield faulty_disk
+        server.stdin.close()
+
+
+@pytest.fixture
+def memory(tmp_path) -> Iterator[Path]:
+    """A new folder in memory, where there is such a disk; a real one is slow to sync."""
+    place = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("how", [ONCE, FOR_GOOD, KILLED], ids=["once", "for good", "killed"])
+@pytest.mark.parametrize("overwriting", [False, True])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_at_whichever_change_the_disk_fails_there_is_a_whole_child_or_one_that_carries_on(
+    memory, parents, faulty_disk, overwriting, how, step
+):
+    """Every write, sync, rename, removal, lock and new file or folder of a merge and its publication, one by one."""
+    config = {**LLAMA_CONFIG, "num_hidden_layers": 1}
+    primary, secondary = (
+        make_checkpoint(memory / name, llama_tensors(seed, layers=1), config)
+        for seed, name in enumerate(("primary", "secondary"))
+    )
+    add_tokenizer(primary)
+    (primary / "additional_chat_templates").mkdir()
+    (primary / "additional_chat_templates" / "x.jinja").write_text("x")
+    parents.watch(primary, secondary)
+    expected = fingerprint(merge(primary, secondary, memory / "expected" / "child", max_shard_bytes=5000).child)
+    old = merge(primary, secondary, memory / "old" / "child", 0.2).child
+    before = fingerprint(old) if overwriting else {}
+    child, failed, number = memory / "disk" / "child", 0, how + 1 - step
+    while True:
+        number += step
+        shutil.rmtree(child.parent, ignore_errors=True)
+        child.parent.mkdir()
+        if overwriting:
+            shutil.copytree(old, child)
+        outcome, count = faulty_disk(primary, secondary, child, number, how)
+        found = fingerprint(child)
+        where = f"change {number}: {outcome}"
+        is_done = outcome == "done"
+        # Only what is killed, or was left alone, between two renames has nothing under its name.
+        assert found in ([expected] if is_done else [before] if how == ONCE else [before, expected, {}]), where
+        if how != KILLED and not is_done:
+            assert "Input/output error" in outcome
+        assert faulty_disk(primary, secondary, child, 0, ONCE)[0] == "done", where
+        assert fingerprint(child) == expected, where
+        assert names(child.parent) == ["child"], where
+        failed += not is_done
+        if is_done and (count < number or how == KILLED):
+            break
+    assert failed * step > 70 < number
+
+
 SLOW_MAIN = """
 import sys, time, slerpmerge
 from slerpkit.merge.staging import StagedChild
@@ -866,19 +985,32 @@ def test_a_signal_ends_it_with_one_line_and_the_same_command_carries_on(tmp_path
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
+def mount() -> Iterator[Callable[..., None]]:
+    """`mount(folder, ...)`, with the arguments of the program of that name; all is unmounted when the test is over."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, *arguments: str) -> None:
+        folder.mkdir(exist_ok=True, parents=True)
+        try:
+            subprocess.run(["mount", *arguments, folder], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("a disk can be mounted by root on Linux alone, and this kind not everywhere")
+        mounted.append(folder)
+
+    yield mount
+    for folder in reversed(mounted):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path, mount) -> Path:
     """A disk of 256 KB that lies in memory."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a disk can be mounted by root on Linux alone")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    mount(tmp_path / "small", "-t", "tmpfs", "-o", "size=256k", "tmpfs")
+    return tmp_path / "small"
 
 
-def test_a_disk_that_is_really_full_keeps_what_is_finished(tmp_path, parents, small_disk):
+def test_a_disk_that_is_really_full_keeps_what_is_finished(tmp_path, parents, monkeypatch, small_disk):
+    monkeypatch.setattr("slerpkit.merge.stream.SMALL_ELEMENTS", 0)  # one file after the other
     primary, secondary = make_pair(tmp_path)
     parents.watch(primary, secondary)
 
@@ -898,6 +1030,109 @@ def test_a_disk_that_is_really_full_keeps_what_is_finished(tmp_path, parents, sm
     assert names(small_disk) == ["child"]
 
 
+def test_a_disk_with_just_the_room_that_the_plan_counts_holds_the_child(tmp_path, mount):
+    """Report, map, index and journal of many small tensors are larger than their weights."""
+    primary, secondary = (make_checkpoint(tmp_path / name, crowd(seed)) for seed, name in enumerate(("a", "b")))
+    needed = plan_of(primary, secondary, tmp_path / "child", max_shard_bytes=20_000).disk_needed_bytes
+    mount(tmp_path / "small", "-t", "tmpfs", "-o", f"size={needed // 1024 + 1}k", "tmpfs")
+    child = merge(primary, secondary, tmp_path / "small" / "child", max_shard_bytes=20_000).child
+    beside = sum(file.stat().st_size for file in child.iterdir() if file.suffix != ".safetensors")
+    assert beside > 2 * sum(file.stat().st_size for file in child.glob("*.safetensors"))
+
+
+def crowd(seed: int) -> dict[str, torch.Tensor]:
+    """A tiny Llama's weights, and 1,500 tensors of a handful of numbers beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"model.layers.{n % 2}.mlp.experts.{n // 2}.down_proj.weight" for n in range(1500)]
+    return {**llama_tensors(seed), **{name: torch.randn(2, 4, generator=generator) for name in names}}
+
+
+def test_a_disk_that_does_not_tell_its_size_is_no_full_one(tmp_path, mount):
+    primary, secondary = make_pair(tmp_path)
+    mount(tmp_path / "memory", "-t", "ramfs", "ramfs")
+    assert merge(primary, secondary, tmp_path / "memory" / "child").plan.disk_free_bytes is None
+    assert names(tmp_path / "memory") == ["child"]
+
+
+def test_a_save_directory_that_is_mounted_is_refused_at_once(tmp_path, mount):
+    """As a folder of the same disk that a container is given; spaces in its name are written otherwise in the list."""
+    primary, secondary = make_pair(tmp_path)
+    (tmp_path / "source").mkdir()
+    mount(tmp_path / "a child", "--bind", str(tmp_path / "source"))
+    assert not os.path.ismount(tmp_path / "a child")
+    with pytest.raises(SlerpMergeError, match="is a disk of its own") as caught:
+        plan_of(primary, secondary, tmp_path / "a child")
+    assert str(tmp_path / "a child" / "child") in caught.value.hint
+
+
+@pytest.fixture
+def image(tmp_path, mount) -> Iterator[Callable[[], Path]]:
+    """`image()` makes the folder `box` what a container sees of its image: it reads `image`, and writes beside it."""
+    (tmp_path / "image").mkdir()
+
+    def start() -> Path:
+        for name in ("written", "work"):
+            (tmp_path / name).mkdir()
+        layers = f"lowerdir={tmp_path / 'image'},upperdir={tmp_path / 'written'},workdir={tmp_path / 'work'}"
+        mount(tmp_path / "box", "-t", "overlay", "-o", layers, "overlay")
+        return tmp_path / "box"
+
+    return start
+
+
+def test_a_child_that_came_with_a_containers_image_is_replaced(tmp_path, image):
+    """Its system renames none of an image's folders."""
+    primary, secondary = make_pair(tmp_path)
+    old = merge(primary, secondary, tmp_path / "image" / "child", 0.2).child
+    (old / "nested" / "deep").mkdir(parents=True)
+    (old / "nested" / "deep" / "notes").write_text("mine")
+    child = image() / "child"
+    with pytest.raises(OSError, match="cross-device"):
+        child.rename(child.with_name("other"))
+    merge(primary, secondary, child, 0.7, overwrite=True)
+    assert names(child) == PLAIN_CHILD
+    assert names(child.parent) == ["child"]
+    assert_same_bits(load_tensors(child), load_tensors(merge(primary, secondary, tmp_path / "other", 0.7).child))
+
+
+@pytest.mark.parametrize("failing", range(1, 9))
+@pytest.mark.parametrize("is_dead", [False, True], ids=["once", "for good"])
+def test_a_child_of_an_image_is_back_when_a_step_fails(tmp_path, image, monkeypatch, failing, is_dead):
+    """It moves aside file by file, and back; where it cannot go back now, the next run sees to that."""
+    primary, secondary = make_pair(tmp_path)
+    merge(primary, secondary, tmp_path / "image" / "child", 0.2)
+    child = image() / "child"
+    before, rename, calls = fingerprint(child), Path.rename, []
+
+    def fail(path: Path, target: Path) -> Path:
+        calls.extend([path] if child in (path, target, path.parent) else [])
+        fails = len(calls) >= failing if is_dead else calls[failing - 1 :] == [path]
+        return throw(OSError(errno.EIO, "Input/output error")) if fails else rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SlerpMergeError, match="Input/output error"):
+        patch.setattr(Path, "rename", fail)
+        merge(primary, secondary, child, 0.7, overwrite=True)
+    assert is_dead or fingerprint(child) == before
+    assert not child.exists() or (child / "config.json").exists()  # else the next run takes it for no model's
+    with pytest.raises(KeyboardInterrupt):  # the next run puts it back before anything else
+        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(Noted, 1, interrupt))
+    assert fingerprint(child) == before
+    assert merge(primary, secondary, child, 0.7, overwrite=True).as_dict()["resumed_files"] == 1
+    assert names(child.parent) == ["child"]
+
+
+def test_an_unfinished_child_that_came_with_an_image_is_carried_on(tmp_path, image):
+    primary, secondary, child = interrupted(tmp_path / "image")
+    again = image() / "child"
+    journal = journal_beside(again)
+    text = journal.read_text().replace(str(tmp_path / "image"), str(tmp_path / "box"))
+    journal.write_text(text)
+    report = merge(tmp_path / "box" / "primary", tmp_path / "box" / "secondary", again, **INTERRUPTED)
+    assert report.as_dict()["resumed_files"] == 2
+    assert_same_bits(load_tensors(report.child), load_tensors(merge(primary, secondary, tmp_path / "other").child))
+    assert names(again.parent) == ["child", "primary", "secondary"]
+
+
 RECORDED_MERGE = """
 import os, sys
 
@@ -908,6 +1143,8 @@ def record(event, arguments):
         path, mode, flags = arguments
         if set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             written.add(os.path.abspath(os.fsdecode(path)))
+    elif event in ("os.remove", "os.rmdir") and arguments[-1] != -1:
+        pass  # inside a folder that shutil.rmtree is asked to remove
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
         written.add(os.path.abspath(os.fsdecode(arguments[0])))
     elif event in ("os.rename", "os.link", "os.symlink", "shutil.copyfile"):
@@ -1134,13 +1371,90 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, reason):
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.filterwarnings("error")
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch, area, reason):
+    """What a run that was killed on another machine left there neither."""
     fcntl = pytest.importorskip("fcntl")
     primary, secondary = make_pair(tmp_path)
+    (area / ".lock").write_text("1234\nanother-machine\n")
     monkeypatch.setattr(fcntl, "flock", fail(OSError(reason, os.strerror(reason))))
     merge(primary, secondary, tmp_path / "child")
     assert names(tmp_path) == ["child", "primary", "secondary"]
+
+
+# Each: what a disk refuses, with which error, and what is said of it.
+POOR_DISKS = [
+    ("os.truncate", errno.EPERM, "cannot make room for a file before it is written"),
+    ("os.fsync", errno.EINVAL, "cannot write in the middle of a file"),
+    ("pathlib.Path.replace", errno.ENOSYS, "cannot replace one file by another"),
+    ("pathlib.Path.rename", errno.EXDEV, "cannot rename a folder"),
+    ("pathlib.Path.read_bytes", errno.EINVAL, "cannot give back what was written"),
+]
+
+
+@pytest.mark.parametrize(("function", "reason", "said"), POOR_DISKS)
+def test_a_disk_that_cannot_do_what_a_merge_needs_is_told_before_it(tmp_path, monkeypatch, function, reason, said):
+    """As some that stand for a store of objects; nothing is merged for nothing."""
+    primary, secondary = make_pair(tmp_path)
+    plan = plan_of(primary, secondary, tmp_path / "new" / "child")
+    monkeypatch.setattr(function, fail(OSError(reason, os.strerror(reason))))
+    events: list[object] = []
+    with pytest.raises(SlerpMergeError, match=said) as caught:
+        execute_merge(plan, events.append)
+    assert (str(tmp_path / "new") in caught.value.message, "copy the child there" in caught.value.hint) == (True, True)
+    assert events == []
+    monkeypatch.undo()
+    assert names(tmp_path) == ["primary", "secondary"]
+
+
+def test_a_disk_that_is_full_before_the_merge_is_not_blamed(tmp_path, monkeypatch):
+    primary, secondary = make_pair(tmp_path)
+    plan = plan_of(primary, secondary, tmp_path / "child")
+    monkeypatch.setattr(os, "truncate", fail(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(SlerpMergeError, match="No space left") as caught:
+        execute_merge(plan)
+    assert "Free some space" in caught.value.hint
+    assert names(tmp_path) == ["primary", "secondary"]
+
+
+def test_an_old_child_that_is_half_removed_is_not_taken_for_one(tmp_path, monkeypatch):
+    """A run was killed while it removed the child that it had replaced, and the new one is moved away by hand."""
+    primary, secondary = make_pair(tmp_path)
+    child = merge(primary, secondary, tmp_path / "child", 0.2).child
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "remove_folder", lambda folder: (folder / "model.safetensors").unlink(missing_ok=True))
+        merge(primary, secondary, child, 0.7, overwrite=True)
+    assert names(tmp_path) != ["child", "primary", "secondary"]
+    child.rename(tmp_path / "elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        merge(primary, secondary, child, observe=at(Noted, 1, interrupt))
+    assert names(tmp_path) == ["elsewhere", "primary", "secondary"]
+
+
+REMOVAL = """
+import os, sys
+from pathlib import Path
+from slerpkit.files import remove_folder
+
+if os.geteuid() == 0:  # whom no mode keeps out
+    os.chown(sys.argv[1], 1, 1)
+    os.setuid(1)
+folder = Path(sys.argv[1]) / "a" / "b" / "c"
+folder.mkdir(parents=True)
+(folder / "file").write_text("x")
+(folder / "link").symlink_to("/")
+for inner in (folder, folder.parent, folder.parent.parent):
+    inner.chmod(0o400 if inner is folder else 0o555)
+remove_folder(Path(sys.argv[1]) / "a")
+sys.exit(os.listdir(sys.argv[1]) != [])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders have no such modes there")
+def test_folders_that_may_not_be_written_to_can_be_removed():
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", REMOVAL, folder], cwd=SCRIPT.parent, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("content", [["a", "b", "c", "d", "e"], [0.5, 0.5, "slerp"], [None, 1, "", "", 0], "slerp", 3])

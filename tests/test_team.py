@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from slerpkit.merge.blocks import BLOCK_ELEMENTS, cut_tasks
 from slerpkit.merge.events import MergeStopped, WorkAdvanced
 from slerpkit.merge.plan import choose_workers
 from slerpkit.merge.team import WorkerTeam
-from slerpkit.merge.worker import MeasureTask
+from slerpkit.merge.worker import BlendTask, MeasureTask, TaskBatch
 from slerpkit.messages import SlerpMergeError
 from slerpkit.story import execute_merge
-from tests.builders import add_tokenizer, llama_tensors, load_tensors, make_checkpoint, merge, plan_of
+from tests.builders import add_tokenizer, llama_tensors, load_tensors, make_checkpoint, make_pair, merge, plan_of
 from tests.conftest import fingerprint
 from tests.test_crash import after
 
@@ -408,3 +409,18 @@ def test_a_team_serves_one_merge_after_another(pair, tmp_path):
             for number, t in enumerate((0.2, 0.2, 0.8))
         ]
     assert weights_of(children[0]) == weights_of(children[1]) != weights_of(children[2])
+
+
+def test_small_tensors_are_handed_over_many_at_a_time(tmp_path, monkeypatch):
+    """To hand one over costs more than to blend it, and models have tens of thousands."""
+    submit, submitted = WorkerTeam.submit, []
+
+    def note(team: WorkerTeam, key: Any, task: Any, urgency: Any = None) -> None:
+        submitted.append(task)
+        submit(team, key, task, urgency)
+
+    monkeypatch.setattr(WorkerTeam, "submit", note)
+    tensors = len(list(merge(*make_pair(tmp_path), tmp_path / "child").plan.tensors))
+    batches = [task for task in submitted if isinstance(task, TaskBatch)]
+    assert [len(batch.tasks) for batch in batches] == [tensors, tensors]
+    assert not [task for task in submitted if isinstance(task, (MeasureTask, BlendTask))]

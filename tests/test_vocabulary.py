@@ -37,6 +37,7 @@ from tests.builders import (
     make_checkpoint,
     make_pair,
     merge,
+    plan_of,
     reference_slerp,
     replace_tensors,
     set_block_elements,
@@ -494,6 +495,26 @@ def test_a_union_appends_the_others_tokens_and_renumbers_none(tmp_path, parents,
     assert tokenizer.decode([after["w3"], after["<|im_end|>"]], skip_special_tokens=True).strip() == "w3"
     again = merge(report.child, secondary, tmp_path / "again", tokenizer="union")
     assert counts(again).get("appended", 0) == 0
+
+
+def test_the_plan_counts_a_tokenizer_that_is_spelt_out_again(tmp_path):
+    """Some are stored on one line, their merges as strings; written again they take four times as much."""
+    letters = [chr(0x100 + number) for number in range(80)]
+    pairs = [(first, second) for first in letters for second in letters]
+    tokens = [*letters, *("".join(pair) for pair in pairs)]
+    primary = make_parent(tmp_path / "primary", 1, tokens)
+    secondary = make_parent(tmp_path / "secondary", 2, [*tokens, *NEW])
+    content = json.loads((primary / "tokenizer.json").read_text())
+    content["model"] = {
+        "type": "BPE", "unk_token": letters[0], "vocab": {token: number for number, token in enumerate(tokens)},
+        "merges": [" ".join(pair) for pair in pairs],
+    }  # fmt: skip
+    (primary / "tokenizer.json").write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+    plan = plan_of(primary, secondary, tmp_path / "child", tokenizer="union")
+    child = execute_merge(plan).child
+    size = (child / "tokenizer.json").stat().st_size
+    assert size > 3 * (primary / "tokenizer.json").stat().st_size
+    assert sum(file.stat().st_size for file in child.iterdir()) <= plan.disk_needed_bytes
 
 
 def test_a_union_keeps_the_settings_in_step(tmp_path):

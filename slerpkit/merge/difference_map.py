@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -64,14 +63,14 @@ class DifferenceMap:
         return {
             "vectors": self.vectors,
             "cells": [
-                {"stack": grid.stack, "layer": layer, "component": component, **dataclasses.asdict(cell)}
+                {"stack": grid.stack, "layer": layer, "component": component, **vars(cell)}
                 for grid in self.grids
                 for layer, cells in grid.rows
                 for component, cell in zip(grid.components, cells)
             ],
-            "outside": [{"name": name, **dataclasses.asdict(cell)} for name, cell in self.outside],
+            "outside": [{"name": name, **vars(cell)} for name, cell in self.outside],
             "tensors": [
-                {**dataclasses.asdict(difference), "norms": difference.norms and list(difference.norms)}
+                {**vars(difference), "norms": difference.norms and list(difference.norms)}
                 for difference in self.tensors
             ],
         }

@@ -19,6 +19,7 @@ from slerpkit.files import fresh_path, is_plain_file, is_plain_folder, read_byte
 from slerpkit.maths import TensorWeights
 from slerpkit.merge.save_directory import staged_folders
 from slerpkit.merge.tensor_plan import MergedTensor
+from slerpkit.messages import explain_os_error
 from slerpkit.parents.checkpoint import stat_items
 
 if TYPE_CHECKING:
@@ -152,7 +153,11 @@ class Journal:
 
     def add(self, file_name: str, tensors: Sequence[MergedTensor]) -> None:
         """Records a file that is on the disk. Raises SlerpMergeError where the disk refuses."""
-        self.finished[file_name], self._file_stats[file_name] = list(tensors), self.file_stat(file_name)
+        try:
+            self._file_stats[file_name] = self.file_stat(file_name)
+        except OSError as error:
+            raise explain_os_error(error, self.folder / file_name, "look at") from error
+        self.finished[file_name] = list(tensors)
         files = {
             name: {
                 "stat": list(self._file_stats[name]),

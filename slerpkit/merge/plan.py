@@ -10,19 +10,18 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
-from slerpkit.files import existing_folder
+from slerpkit.files import existing_folder, file_size
 from slerpkit.lazy import load_modules
 from slerpkit.merge.blocks import BLOCK_ELEMENTS
 from slerpkit.merge.copied_files import check_links
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
-from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
+from slerpkit.merge.save_directory import check_save_directory, free_bytes, staged_bytes, staging_area
 from slerpkit.merge.supply import check_download_space, download_bytes, peak_parent_bytes, streamed_sizes
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
@@ -64,7 +63,7 @@ class MergePlan:
     download_bytes: int  # of parents' weights that are still on the Hub
     streamed_disk_bytes: int  # of these, on the disk at once where they are streamed
     disk_needed_bytes: int  # beside the finished files of an earlier run
-    disk_free_bytes: int
+    disk_free_bytes: int | None  # None where the disk does not tell
     kinship: Kinship
     leftover: Leftover | None  # of an earlier run that ended early
     remarks: tuple[str, ...]  # what the person may want to know before it starts
@@ -76,7 +75,7 @@ class MergePlan:
         for shard in self.shards:
             yield from shard.tensors
 
-    @property
+    @functools.cached_property
     def child_bytes(self) -> int:
         return sum(tensor.byte_count for tensor in self.tensors)
 
@@ -85,7 +84,7 @@ class MergePlan:
         """The child's bytes that stand already, in the finished files of an earlier run."""
         return self.child_bytes - sum(tensor.byte_count for tensor in unfinished_tensors(self.shards, self.leftover))
 
-    @property
+    @functools.cached_property
     def source_bytes(self) -> int:
         """What is read of the parents, in each of the two passes."""
         return sum(tensor.source_bytes for tensor in self.tensors)
@@ -151,9 +150,15 @@ class MergePlan:
 PROCESS_BYTES = 75_000_000  # the main process, and what the workers share
 TORCH_BYTES = 200_000_000  # shared too, where it is loaded
 WORKER_BYTES = 16_000_000  # of a worker's own, beside its buffers: most of it while the child is checked
+TENSOR_BYTES = 4_000  # of the main process, for each tensor: its entries in headers, plan, report and journal
 SMALL_MERGE_BYTES = 200_000_000  # of what is read once; below this threads are as fast
 PROBE_BYTES = 1 << 20  # per sample of the read probe
 PROBE_SAMPLES = 8
+# Of a tensor in the report, the map, the index and the journal, which stands twice for a moment: numbers and words, and
+# how often its name stands there, for which the headers' bytes serve.
+BYTES_PER_TENSOR = 1_500
+NAMES_PER_TENSOR = 4
+SPELT_OUT = 4  # times what it was may tokenizer.json take that is written again, a line for each of its numbers
 # Rough costs behind the expected time, measured on one core of a 2023 server.
 ARITHMETIC_SECONDS_PER_ELEMENT = 1.9e-9
 WRITE_BYTES_PER_SECOND = 1.5e9
@@ -275,9 +280,9 @@ def choose_workers(device: str, byte_count: int, dtypes: Collection[str]) -> tup
 def estimate_memory(
     threads: int, vectors: str = "tensor", with_torch: bool = False, tensors: Sequence[TensorPlan] = ()
 ) -> int:
-    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the model.
+    """Peak resident bytes of a merge on the processor: the process and each worker's buffers, whatever the size.
 
-    tensors: those whose sources may be adapted, which takes a worker more.
+    tensors: of the child. What is known of each is kept, and sources that are adapted take a worker more.
     """
     # Three sources and the result, as they are stored, and three sources as they are computed with.
     per_worker = WORKER_BYTES + BLOCK_ELEMENTS * (4 * 2 + 3 * 4)
@@ -285,7 +290,7 @@ def estimate_memory(
         per_worker += BLOCK_ELEMENTS * 4 * 8  # and these in float64
     adapted = {info for tensor in tensors for info in tensor.sources if isinstance(info, AdaptedTensor)}
     per_worker += MAX_KEPT * max((info.kept_bytes for info in adapted), default=0)
-    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch
+    return PROCESS_BYTES + threads * per_worker + TORCH_BYTES * with_torch + len(tensors) * TENSOR_BYTES
 
 
 def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport) -> MergePlan:
@@ -307,7 +312,6 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     leftover = find_leftover(recipe, options, parents, shards)
     unfinished = unfinished_tensors(shards, leftover)
     unfinished_bytes = sum(tensor.byte_count for tensor in unfinished)
-    header_bytes = sum(len(shard.header) for shard in shards)
     source_bytes = sum(tensor.source_bytes for tensor in tensors)
     download = download_bytes(models)
     _, with_torch = choose_workers("cpu", source_bytes, dtypes_of(tensors, recipe))
@@ -321,8 +325,8 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch, tensors),
         download_bytes=download,
         streamed_disk_bytes=peak_parent_bytes(unfinished, streamed_sizes(parents)),
-        disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),
-        disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
+        disk_needed_bytes=unfinished_bytes + bytes_beside_weights(shards, parents, parity),
+        disk_free_bytes=free_bytes(existing_folder(options.save_directory)),
         kinship=Kinship(None, (), "the weights are still on the Hub") if download else measure_kinship(pairs),
         leftover=leftover,
         remarks=(
@@ -342,6 +346,16 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     if not options.follow_links:
         check_links(parents, parity, plan.modules_role)
     return plan
+
+
+def bytes_beside_weights(shards: Sequence[ShardPlan], parents: Parents, parity: ParityReport) -> int:
+    """An upper bound for all that the child, and its journal, take on the disk beside the tensors."""
+    headers = sum(len(shard.header) for shard in shards)
+    count = sum(len(shard.tensors) for shard in shards)
+    models = (parents.primary, parents.secondary)
+    found = headers + count * BYTES_PER_TENSOR + NAMES_PER_TENSOR * headers + companion_bytes(models)
+    files = [model.tokenizer_folder / "tokenizer.json" for model in models if parity.vocabulary.appended]
+    return found + SPELT_OUT * sum(file_size(path) for path in files if path.is_file())
 
 
 def find_leftover(
@@ -377,7 +391,9 @@ def unmatched_filters(recipe: MergeRecipe, pairs: Sequence[TensorSources]) -> It
 
 
 def check_disk_space(plan: MergePlan) -> None:
-    """Raises SlerpMergeError where the child does not fit on its disk."""
+    """Raises SlerpMergeError where the child does not fit on its disk, as far as that tells."""
+    if plan.disk_free_bytes is None:
+        return
     whole = plan.disk_needed_bytes + plan.kept_bytes
     if whole > plan.disk_free_bytes + staged_bytes(plan.options.save_directory):
         raise SlerpMergeError(

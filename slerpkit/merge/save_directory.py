@@ -13,17 +13,21 @@ import re
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from slerpkit.files import check_path, is_inside, is_plain_file, is_plain_folder
+from slerpkit.files import check_path, is_inside, is_plain_file, is_plain_folder, remove_folder
 from slerpkit.lazy import filelock
 from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.parents.hub_cache import public_name
 
 # Where locks cannot be had, as on some disks in networks, none is needed to go on.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+CONFIG_NAME = "config.json"  # what a folder is known for a model's by
+# Refusals that a person can do something about; any other says what a disk cannot do.
+USUAL_REFUSALS = (errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC))
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -43,7 +47,7 @@ def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrit
     check_path(save_directory, "save directory")
     target = save_directory.resolve()
     check_path(staging_area(target), "folder in which the child would grow,")
-    if os.path.ismount(target):
+    if is_mount_point(target):
         raise SlerpMergeError(
             f"The save directory {save_directory} is a disk of its own, which no finished child can take the place of.",
             f"Give a folder on it, such as {save_directory / 'child'}.",
@@ -61,7 +65,7 @@ def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrit
     if target.is_dir() and any(target.iterdir()):
         check_replaceable(save_directory, overwrite)
     existing = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
-    if not existing.is_dir() or not shutil.disk_usage(existing).total or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         hint = "Choose a place you may write to, or change the permissions."
         if target.is_dir() and not any(target.iterdir()) and os.access(target, os.W_OK | os.X_OK):
             hint = f"The child grows beside it at first. Give a folder in it, such as {save_directory / 'child'}."
@@ -76,11 +80,66 @@ def check_replaceable(save_directory: Path, overwrite: bool) -> None:
         raise SlerpMergeError(
             f"The save directory {save_directory} is not empty.", "Give a new folder, or allow it with --overwrite."
         )
-    if not (save_directory / "config.json").is_file():
+    if not (save_directory / CONFIG_NAME).is_file():
         raise SlerpMergeError(
             f"The save directory {save_directory} holds files that are not a model's; nothing was overwritten.",
             "Overwriting replaces a whole folder. Give a new folder, or empty this one yourself.",
         )
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Whether something is mounted at a resolved path: no other folder can take its place."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # not Linux
+        return False
+    # A folder of the same disk can be mounted too, and then looks like any other. Spaces stand there as octal digits.
+    places = (re.sub(rb"\\([0-7]{3})", lambda digits: bytes([int(digits[1], 8)]), line.split()[4]) for line in lines)
+    return os.fsencode(folder) in places
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What is free on a folder's disk; None where the disk does not tell, as memory and many networks do not."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else None
+
+
+def check_disk(scrap: Path) -> None:
+    """Does with a few bytes all that a merge will ask of a disk, so that no merge is lost to one that cannot do it.
+
+    scrap: a folder that is not there yet, and is not there afterwards. Raises SlerpMergeError where the disk refuses.
+    """
+    doing = "keep files"
+    file, other = scrap / "a" / "file", scrap / "a" / "other"
+    try:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"0123")
+        doing = "make room for a file before it is written"
+        os.truncate(file, 8)
+        doing = "write in the middle of a file"
+        with open(file, "r+b", buffering=0) as stream:
+            stream.seek(4)
+            stream.write(b"4567")
+            os.fsync(stream.fileno())
+        doing = "replace one file by another"
+        other.write_bytes(b"")
+        file.replace(other)
+        doing = "rename a folder"
+        file.parent.rename(scrap / "b")
+        doing = "give back what was written"
+        if (scrap / "b" / "other").read_bytes() != b"01234567":
+            raise OSError(errno.EINVAL, "other bytes came back")
+    except OSError as error:
+        if error.errno in USUAL_REFUSALS:
+            raise explain_os_error(error, scrap.parent, "write in") from error
+        raise SlerpMergeError(
+            f"The disk that {scrap.parent.parent} lies on cannot {doing}, as a merge must: {error.strerror or error}.",
+            "Give a save directory on a disk of this machine, and copy the child there once it is made.",
+        ) from error
+    finally:
+        remove_folder(scrap)
 
 
 def staged_bytes(save_directory: Path) -> int:
@@ -142,20 +201,24 @@ class WorkFolder:
 
     def _acquire(self) -> None:
         try:
-            self._lock.acquire()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._lock.acquire()
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            # Without locks of the system the library takes files for locks; those of a run that was killed would stay.
+            if error.errno not in NO_LOCKS and not isinstance(self._lock, filelock.SoftFileLock):
                 raise
 
     def leave(self) -> None:
         """Lets go, and removes the folder, and those above it that were made for it, where they are empty."""
         try:
             self._lock_path.unlink()  # while it is held, so that nobody gets hold of a file about to go
-            self._lock.release()
         except OSError:  # Windows removes no open file
-            self._lock.release()
             with contextlib.suppress(OSError):
+                self._lock.release()
                 self._lock_path.unlink()
+        with contextlib.suppress(OSError):  # the system lets go in any case, at the latest with this process
+            self._lock.release()
         with contextlib.suppress(OSError):  # the next run may be there already
             self.path.rmdir()
         self._remove_made()

@@ -6,10 +6,10 @@ Knows files and their states, not what stands in them. Read save_directory.py an
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit import devices
-from slerpkit.files import is_plain_folder, sync_to_disk
+from slerpkit.files import is_plain_folder, move_contents, nested_files, remove_folder, sync_to_disk
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
 from slerpkit.merge.journal import Journal
 from slerpkit.merge.save_directory import (
+    CONFIG_NAME,
     WorkFolder,
+    check_disk,
     check_replaceable,
     interruptions_held,
     staged_folders,
     staging_area,
 )
-from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
+from slerpkit.messages import SlerpMergeError, explain_os_error, explain_refusal, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
 from slerpkit.threads import TaskThread
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.tensor_plan import MergedTensor
 
+SCRAP = "scrap-"  # what the names of folders in a staging area begin with that are there to be removed
 FLUSH_BYTES = 256_000_000  # written, after which the disk is asked for them while the merge goes on
 
 
@@ -93,7 +96,8 @@ class StagedChild:
         self.area = WorkFolder(staging_area(self.target))
         # Of this run alone: a worker of a run that was killed, should it still write, finds its folder gone.
         self.folder = self.area.path / f"child-{secrets.token_hex(4)}"
-        self.replaced = self.area.path / "replaced"  # a child that stood there before, until the new one does
+        # A child that stood there before, whole, until the new one does; and one that is on its way there file by file.
+        self.replaced, self.moving = self.area.path / "replaced", self.area.path / "moving"
         self.journal = Journal(self.area.path, plan.fingerprint, plan.shards)
         self._is_trusted = True
         self._unflushed = 0  # bytes
@@ -116,26 +120,34 @@ class StagedChild:
 
     def _take_over(self) -> None:
         """Whatever a run that ended early left: a child half replaced goes back, finished files stay, the rest goes."""
-        for path in (*staged_folders(self.area.path), self.replaced):
+        staged = staged_folders(self.area.path)
+        for path in (*staged, self.replaced, self.moving):
             if os.path.lexists(path) and not is_plain_folder(path):
                 path.unlink()  # a link or a file; what a link leads to is none of ours
-        for path in staged_folders(self.area.path):
-            if not self.folder.exists():
-                path.rename(self.folder)
+        check_disk(self._scrap_folder())
+        for path in filter(is_plain_folder, staged):
+            if not is_plain_folder(self.folder):
+                move_folder(path, self.folder)
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                self._discard(path)
         self.journal.folder = self.folder
-        is_empty = self.target.is_dir() and not any(self.target.iterdir())
-        if self.replaced.is_dir() and (is_empty or not self.target.exists()):
-            if is_empty:
-                self.target.rmdir()
-            self.replaced.rename(self.target)
+        self._put_back()
         if self.target.is_dir() and any(self.target.iterdir()):
             check_replaceable(self.target, self.plan.options.overwrite)
         if not self.plan.options.restart:
             self.journal.load(devices.is_available)
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
+
+    def _put_back(self) -> None:
+        """A child that stood in the save directory returns there, where the new one did not take its place."""
+        if is_plain_folder(self.moving):
+            move_contents(self.moving, self.target, first=CONFIG_NAME)
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        if is_plain_folder(self.replaced) and (is_empty or not self.target.exists()):
+            if is_empty:
+                self.target.rmdir()
+            self.replaced.rename(self.target)
 
     def _hand_back(self) -> None:
         """After an error before anything was merged: nothing is removed that a later run could use."""
@@ -163,8 +175,8 @@ class StagedChild:
     def sync(self) -> float:
         """Waits until every file is on the disk; returns the seconds waited."""
         started = time.perf_counter()
-        for path in self.folder.rglob("*"):
-            if path.is_dir() or path.relative_to(self.folder).as_posix() not in self.journal.shards:
+        for path in nested_files(self.folder):
+            if path.relative_to(self.folder).as_posix() not in self.journal.shards:
                 self._sync.submit(path)
         self._sync.finish()
         sync_to_disk(self.folder)
@@ -176,59 +188,110 @@ class StagedChild:
                 # A person who pressed Ctrl-C does not wait for the disk.
                 self._sync.stop(30 if isinstance(error, Exception) else 0.5, enough=lambda: bool(held))
                 self._leave()
+            if isinstance(error, OSError) and error.filename is not None:  # of a disk, where nobody reckoned with it
+                raise explain_refusal(error) from error
             return
         with interruptions_held():
             try:
                 self._publish()
             except BaseException as fault:
-                if self.folder.exists():
+                if is_plain_folder(self.folder):
                     self._leave()
                 if isinstance(fault, OSError):
-                    raise explain_os_error(fault, self.target, "put the finished child at") from fault
+                    raise explain_unpublished(fault, self.target) from fault
                 raise
             self._remove_area()
             self.observe(ChildPublished(self.target))
 
     def _publish(self) -> None:
-        if self.target.is_dir():
-            if any(self.target.iterdir()):
-                check_replaceable(self.target, self.plan.options.overwrite)
-                shutil.rmtree(self.replaced, ignore_errors=True)
-                self.target.rename(self.replaced)
-            else:
-                self.target.rmdir()  # not every system renames onto an empty folder
         try:
+            if self.target.is_dir() and any(self.target.iterdir()):
+                check_replaceable(self.target, self.plan.options.overwrite)
+                self._discard(self.replaced)
+                self._put_aside()
+            elif self.target.is_dir():
+                self.target.rmdir()  # not every system renames onto an empty folder
             self.folder.rename(self.target)
         except BaseException:
-            if self.replaced.exists():
-                self.replaced.rename(self.target)
+            with contextlib.suppress(OSError):  # what cannot go back now, the next run puts back
+                self._put_back()
             raise
         sync_to_disk(self.target.parent)
 
+    def _put_aside(self) -> None:
+        """The child that stands there leaves its place, by one rename where the system has it."""
+        try:
+            self.target.rename(self.replaced)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # While the config is there, the next run knows what stands there for a model.
+            move_contents(self.target, self.moving, last=CONFIG_NAME)
+            self.moving.rename(self.replaced)
+
     def _leave(self) -> None:
-        """After an error: only what the next run can use stays."""
+        """After an error: only what the next run can use stays. Cleaning that fails says nothing of its own."""
         if not self._is_trusted:
             self.journal.finished.clear()
-        if self.journal.finished:
-            self._remove_unfinished()
-            self.area.leave()
-            self.observe(MergeStopped(len(self.journal.finished), len(self.plan.shards)))
-        else:
+        if not self.journal.finished:
             self._remove_area()
+            return
+        with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
+            self._remove_unfinished()
+        self.area.leave()
+        self.observe(MergeStopped(len(self.journal.finished), len(self.plan.shards)))
 
     def _remove_unfinished(self) -> None:
         remove_all_but({self.folder / name for name in self.journal.finished}, self.folder)
         if not self.journal.finished:
             self.journal.remove()
-        if self.target.is_dir() and any(self.target.iterdir()):
-            shutil.rmtree(self.replaced, ignore_errors=True)
+        self._remove_replaced()
 
     def _remove_area(self) -> None:
-        for folder in (self.folder, self.replaced):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._discard(self.folder)
         with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
+            self._remove_replaced()
             self.journal.remove()
         self.area.leave()
+
+    def _remove_replaced(self) -> None:
+        """What was put aside goes once something stands in its place; and so does what could not be removed earlier."""
+        if self.target.is_dir() and any(self.target.iterdir()):
+            self._discard(self.replaced)
+        for path in self.area.path.glob(f"{SCRAP}*"):
+            remove_folder(path)
+
+    def _scrap_folder(self) -> Path:
+        """The name of a folder whose content is of no use to anybody, however much is left of it."""
+        return self.area.path / f"{SCRAP}{secrets.token_hex(4)}"
+
+    def _discard(self, folder: Path) -> None:
+        """Removes a folder of the area. One that is half removed must not be taken for what it was."""
+        scrap = self._scrap_folder()
+        try:
+            folder.rename(scrap)
+        except OSError:  # not there, or of a kind that the system does not rename
+            scrap = folder
+        remove_folder(scrap)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Renames a folder of the staging area; file by file where the system does not, as with a container's image."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        move_contents(source, target)
+
+
+def explain_unpublished(error: OSError, target: Path) -> SlerpMergeError:
+    """Why a finished child could not be put in its place, and what helps if that stays so."""
+    explained = explain_os_error(error, target, "put the finished child at")
+    if not is_plain_folder(target):
+        return explained
+    way_out = f"If it stays so, move {target} out of the way yourself; the same command carries on."
+    return SlerpMergeError(explained.message, f"{explained.hint} {way_out}")
 
 
 def remove_all_but(kept: Collection[Path], folder: Path) -> None:
@@ -240,7 +303,7 @@ def remove_all_but(kept: Collection[Path], folder: Path) -> None:
         elif any(path in file.parents for file in kept):
             remove_all_but(kept, path)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
 
 
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:

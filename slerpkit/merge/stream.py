@@ -24,7 +24,7 @@ from slerpkit.merge.difference_map import build_map, difference_of
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.plan import inputs_of
 from slerpkit.merge.tensor_plan import MergedTensor, MergeResult, TensorInputs, TensorPlan
-from slerpkit.merge.worker import BlendTask, MeasureTask
+from slerpkit.merge.worker import BlendTask, MeasureTask, TaskBatch
 from slerpkit.messages import explain_os_error
 from slerpkit.parents.tensors import DTYPE_BYTES, MAX_FINITE, natural_order
 
@@ -63,6 +63,21 @@ class TensorProgress:
         self.sums = [None] * len(self.stretches)
 
 
+# Small tasks are handed over together, since models have tens of thousands of small tensors.
+SMALL_ELEMENTS = 1 << 14  # of a stretch that waits for others
+BATCH_TASKS = 64
+
+
+def is_small(stretch: range) -> bool:
+    """Whether handing a stretch over could cost more than carrying it out."""
+    return len(stretch) <= SMALL_ELEMENTS
+
+
+def load_of(progress: TensorProgress) -> int:
+    """How much of the workers' time a tensor takes, in small tasks."""
+    return sum(1 if is_small(stretch) else BATCH_TASKS for stretch in progress.stretches)
+
+
 class TensorStream:
     """Leads tensors through their passes, a few at a time, and yields each that is done, in their order.
 
@@ -73,9 +88,11 @@ class TensorStream:
         self.team = team
         self.cast_dtype = cast_dtype
         self.observe = observe
-        self.most_under_way = 4 * team.count  # enough that no worker waits, few enough to stay flat
-        self.under_way = 0  # stretches
+        self.most_under_way = 4 * team.count * BATCH_TASKS  # enough that no worker waits, few enough to stay flat
+        self.under_way = 0  # as load_of
         self.in_order: deque[TensorProgress] = deque()
+        # Small tasks to be handed over together, with their keys: those that measure, those that blend.
+        self.batches: tuple[list[Any], list[Any]] = ([], [])
 
     def run(self, tensors: Iterable[TensorProgress]) -> Iterator[TensorProgress]:
         waiting = iter(tensors)
@@ -89,8 +106,11 @@ class TensorStream:
             while self.in_order and self.in_order[0].finished:
                 yield self.in_order.popleft()
             if self.in_order:
-                (progress, number, is_blended), answer = self.team.next_answer()
-                self.receive(progress, number, is_blended, answer)
+                for batch in self.batches:
+                    self.hand_over(batch)
+                keys, answer = self.team.next_answer()
+                for key, part in zip(keys, answer if len(keys) > 1 else [answer]):
+                    self.receive(*key, part)
             elif upcoming is None:
                 return
 
@@ -98,7 +118,7 @@ class TensorStream:
         """Begins with a tensor."""
         progress.started = time.perf_counter()
         self.in_order.append(progress)
-        self.under_way += len(progress.stretches)
+        self.under_way += load_of(progress)
         if self.is_measured(progress):
             self.begin_measuring(progress)
         else:
@@ -111,8 +131,27 @@ class TensorStream:
     def begin_measuring(self, progress: TensorProgress) -> None:
         progress.unfinished = len(progress.stretches)
         for number, stretch in enumerate(progress.stretches):
-            task = MeasureTask(progress.tensor, stretch, self.cast_dtype)
-            self.team.submit((progress, number, False), task)
+            self.submit((progress, number, False), MeasureTask(progress.tensor, stretch, self.cast_dtype))
+
+    def submit(self, key: tuple[TensorProgress, int, bool], task: MeasureTask | BlendTask) -> None:
+        """Has a task carried out: with others, where it is small.
+
+        key: the tensor, the number of its stretch, and whether that is blended, not measured.
+        """
+        waits = is_small(task.stretch) and task.tensor.rows is None
+        batch = self.batches[key[2]] if waits else []
+        batch.append((key, task))
+        if not waits or len(batch) == BATCH_TASKS:
+            self.hand_over(batch)
+
+    def hand_over(self, batch: list[Any]) -> None:
+        """Gives the tasks of a batch to the workers; the batch is then empty."""
+        if batch:
+            keys, tasks = zip(*batch)
+            batch.clear()
+            progress, number, is_blended = keys[0]
+            task = TaskBatch(tasks) if len(tasks) > 1 else tasks[0]
+            self.team.submit(keys, task, (progress.number, number) if is_blended else None)
 
     def receive(self, progress: TensorProgress, number: int, is_blended: bool, answer: Any) -> None:
         """Takes what a worker found, or wrote, of a stretch."""
@@ -131,7 +170,7 @@ class TensorStream:
 
     def finish(self, progress: TensorProgress) -> None:
         progress.finished = time.perf_counter()
-        self.under_way -= len(progress.stretches)
+        self.under_way -= load_of(progress)
 
     def is_measured(self, progress: TensorProgress) -> bool:
         return True
@@ -216,7 +255,7 @@ class MergeStream(TensorStream):
                 progress.columns,
                 progress.check_finite,
             )
-            self.team.submit((progress, number, True), task, urgency=(progress.number, number))
+            self.submit((progress, number, True), task)
         if not progress.stretches:
             self.observe(WorkAdvanced(tensor.byte_count))
             self.finish(progress)

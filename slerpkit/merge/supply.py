@@ -7,7 +7,6 @@ files. How a file is fetched is parents/hub_download.py's business; the order of
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from slerpkit.files import existing_folder, nested_files
 from slerpkit.lazy import huggingface_hub
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.save_directory import free_bytes
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.hub_download import fetch_files
 
@@ -66,10 +66,10 @@ def check_download_space(
     if not fetched:
         return
     cache = existing_folder(Path(huggingface_hub.constants.HF_HUB_CACHE))
-    free = shutil.disk_usage(cache).free
+    free = free_bytes(cache)
     beside = child_bytes if cache.stat().st_dev == existing_folder(save_directory).stat().st_dev else 0
     needed = streamed if is_streamed else fetched
-    if needed + beside <= free:
+    if free is None or needed + beside <= free:
         return
     can_stream = not is_streamed and streamed + beside <= free
     child = f" and the child's {format_bytes(beside)}" if beside else ""

@@ -6,6 +6,7 @@ Descriptions alone: nothing here reads a weight, and nothing knows why a tensor 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import struct
@@ -32,7 +33,7 @@ class TensorInputs:
     vectors: str = "tensor"  # what is taken as one vector, as MergeRecipe.vectors
     rows: RowMap | None = None  # of `sources`, where rows follow tokens
 
-    @property
+    @functools.cached_property
     def element_count(self) -> int:
         return math.prod(self.shape)
 

@@ -82,7 +82,19 @@ class ReleaseTask:
     """Between tasks: closes every file, so that those that are dropped take no more room."""
 
 
-Task = MeasureTask | BlendTask | RecomputeTask | ReleaseTask
+@dataclass(frozen=True)
+class TaskBatch:
+    """Small tasks, none with rows that follow tokens: handing one over costs more than carrying it out."""
+
+    tasks: tuple[MeasureTask | BlendTask, ...]
+
+    @property
+    def tensor(self) -> TensorInputs:
+        """That of the first, which tells of all that there are no rows to be handed over."""
+        return self.tasks[0].tensor
+
+
+Task = MeasureTask | BlendTask | RecomputeTask | TaskBatch | ReleaseTask
 
 
 class Worker:
@@ -104,11 +116,16 @@ class Worker:
         self.reader.close()
 
     def carry_out(self, task: Task) -> Any:
-        """Sums of a MeasureTask; how many values of a BlendTask are not finite; whether a RecomputeTask is right."""
+        """Sums of a MeasureTask; how many values of a BlendTask are not finite; whether a RecomputeTask is right.
+
+        A list of these for a TaskBatch.
+        """
         if isinstance(task, ReleaseTask):
             self.handles.close()
             self.reader.close()
             return None
+        if isinstance(task, TaskBatch):
+            return [self.carry_out(part) for part in task.tasks]
         if isinstance(task, MeasureTask):
             return self.measure(task)
         if isinstance(task, BlendTask):

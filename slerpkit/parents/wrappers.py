@@ -54,7 +54,9 @@ def renamed(table: Mapping[str, TensorInfo], names: Mapping[str, str]) -> dict[s
     """Tensors under other names; under their own where these are not as many."""
     if len(set(names.values())) < len(names):
         return dict(table)
-    return {new: dataclasses.replace(table[name], name=new) for name, new in names.items()}
+    return {
+        new: table[name] if new == name else dataclasses.replace(table[name], name=new) for name, new in names.items()
+    }
 
 
 def without_parts(name: str) -> str:

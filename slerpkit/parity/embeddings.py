@@ -50,6 +50,7 @@ OUTPUT_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 TABLE_IN_LAYER_NAME = re.compile(r"\.(\w*embed\w*|\w*emb|wte|\w*head)\.(weight|bias)$")
 # An embedding whose rows hold a part for each layer; it may end before the last tokens.
 PER_LAYER_NAME = re.compile(r"emb\w*_per_layer\.weight$")
+PER_LAYER_ENDING = "_per_layer.weight"
 PER_LAYER_KEY = "vocab_size_per_layer_input"
 
 
@@ -86,9 +87,14 @@ def row_count(info: TensorInfo) -> int:
     return info.shape[-1] if info.shape[0] == 1 else info.shape[0]
 
 
+def has_rows(info: TensorInfo, rows: int | None) -> bool:
+    """Whether a tensor has so many rows, if it is a table."""
+    return bool(info.shape) and row_count(info) == rows
+
+
 def has_token_rows(info: TensorInfo, rows: int | None) -> bool:
     """Whether a tensor outside layers can have a row for each token, by its shape."""
-    return is_table(info) and find_layer(info.name) is None and row_count(info) == rows
+    return has_rows(info, rows) and find_layer(info.name) is None and is_table(info)
 
 
 def shape_per_token(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,7 +118,13 @@ def token_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         if type(n) is int and not key.endswith("_id") and key not in ("vocab_size", PER_LAYER_KEY)
     ]
     outside_layers = TOKEN_NAME if rows in sizes else re.compile("")
-    tables = [info for info in checkpoint.tensors.values() if is_table(info)]
+    tables = [
+        info
+        for info in checkpoint.tensors.values()
+        # Without a look at the names of the tens of thousands that layers can have.
+        if (find_layer(info.name) is None or has_rows(info, rows) or info.name.endswith(PER_LAYER_ENDING))
+        and is_table(info)
+    ]
     found = longer_or_shorter_tables(tables, rows)
     for info in tables:
         pattern = TABLE_IN_LAYER_NAME if find_layer(info.name) else outside_layers

@@ -28,6 +28,7 @@ QUANTISED_NAMES = (
     (re.compile(r"\.W_q$"), "HQQ"),
     (re.compile(r"\.weight\._(data|scale)$"), "quanto"),
 )
+ANY_QUANTISED_NAME = re.compile("|".join(pattern.pattern for pattern, _ in QUANTISED_NAMES))
 # What stands beside packed integers: the numbers that make weights of them again.
 SCALE_NAME = re.compile(r"scale|biases$|zero|absmax|codebook|centroid|quant")
 # Wider ones are positions and ids.
@@ -64,9 +65,8 @@ def stated_scheme(config: Mapping[str, Any]) -> str | None:
 def stored_scheme(checkpoint: Checkpoint) -> str | None:
     """The scheme that a checkpoint's tensors look like, whatever its config says; None where they are weights."""
     for name, info in checkpoint.tensors.items():
-        for pattern, scheme in QUANTISED_NAMES:
-            if pattern.search(name):
-                return scheme
+        if ANY_QUANTISED_NAME.search(name):
+            return next(scheme for pattern, scheme in QUANTISED_NAMES if pattern.search(name))
         if info.dtype.startswith("F8_"):
             return "FP8"
         if info.dtype not in TORCH_NAMES:

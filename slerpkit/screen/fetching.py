@@ -6,13 +6,13 @@ How a file comes here is merge/supply.py's business; whether two models fit is k
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit import story
 from slerpkit.files import existing_folder
 from slerpkit.lazy import huggingface_hub
+from slerpkit.merge.save_directory import free_bytes
 from slerpkit.merge.supply import DiskTooSmall, download_bytes, fetch_parents
 from slerpkit.messages import SlerpMergeError, format_bytes
 
@@ -51,11 +51,12 @@ def consent(session: Session, byte_count: int) -> bool:
     if not byte_count or session.arguments.download:
         return True
     cache = existing_folder(Path(huggingface_hub.constants.HF_HUB_CACHE))
-    size, free = format_bytes(byte_count), format_bytes(shutil.disk_usage(cache).free)
+    free = free_bytes(cache)
+    size, known = format_bytes(byte_count), "" if free is None else f"{format_bytes(free)} are free"
     if not session.asks:
         what = f"{size} of the parents' weights are still on the Hub."
-        raise SlerpMergeError(what, f"Add --download to fetch them; {free} are free at {cache}.")
-    return session.wizard.prompt.confirm(f"Fetch {size} from the Hub? {free} are free.", default=True)
+        raise SlerpMergeError(what, f"Add --download to fetch them{known and f'; {known} at {cache}'}.")
+    return session.wizard.prompt.confirm(f"Fetch {size} from the Hub?{known and f' {known}.'}", default=True)
 
 
 def with_weights(session: Session, plan: MergePlan) -> MergePlan:

@@ -148,6 +148,7 @@ def render_plan(console: Console, plan: MergePlan, finds_t: bool = False, warnin
     threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
     speed = format_bytes(plan.read_bytes_per_second)
     source = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
+    free = "" if plan.disk_free_bytes is None else f", {format_bytes(plan.disk_free_bytes)} free"
     facts = [
         ("primary", describe_checkpoint(plan.parents.primary)),
         ("secondary", describe_checkpoint(plan.parents.secondary)),
@@ -158,7 +159,7 @@ def render_plan(console: Console, plan: MergePlan, finds_t: bool = False, warnin
         ("tensors", describe_rules(plan)),
         ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
         ("tokenizer", source + plan.parity.vocabulary.reason),
-        ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed, {format_bytes(plan.disk_free_bytes)} free"),
+        ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed{free}"),
         ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {threads}"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,8 +147,9 @@ class Wizard:
         """The child's folder, and what is to happen to what stands there."""
         parents = answers.primary, answers.secondary
         needed = self.open(answers.primary).byte_count
-        free = shutil.disk_usage(existing_folder(Path())).free
-        self.prompt.say(f"  The child needs about {format_bytes(needed)}; {format_bytes(free)} are free here.")
+        free = save_directory.free_bytes(existing_folder(Path()))
+        here = "" if free is None else f"; {format_bytes(free)} are free here"
+        self.prompt.say(f"  The child needs about {format_bytes(needed)}{here}.")
         self.proposed = save_directory.proposed_save_directory(*parents, words_of_blend(answers))
 
         def check_folder(folder: Path) -> None:
