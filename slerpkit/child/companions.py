@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import copy_files, copy_matching, read_json, read_json_if_there, write_json, write_text
+from slerpkit.files import (
+    copy_files,
+    copy_matching,
+    json_fault,
+    read_bytes,
+    read_json,
+    read_json_if_there,
+    write_json,
+    write_text,
+)
 from slerpkit.parents.checkpoint import (
     COMPANION_FILES,
     GENERATION_NAME,
@@ -81,7 +90,8 @@ def write_generation_config(plan: MergePlan, folder: Path) -> None:
     if not settings:
         return
     for parent in (parents.primary, parents.secondary):
-        if read_json_if_there(parent.folder / GENERATION_NAME) == settings:
+        path = parent.folder / GENERATION_NAME
+        if read_json_if_there(path) == settings and json_fault(read_bytes(path)) is None:
             copy_matching(parent.folder, folder, [GENERATION_NAME])
             return
     write_json(folder / GENERATION_NAME, settings)

@@ -28,7 +28,7 @@ from slerpkit.evaluation.loading import (
 )
 from slerpkit.lazy import torch
 from slerpkit.merge.events import Noted
-from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
+from slerpkit.messages import SlerpMergeError, format_bytes, format_names, library_faults_named
 from slerpkit.parents.checkpoint import has_tokenizer, open_checkpoint
 from slerpkit.parents.tensors import dtype_width
 from slerpkit.parity.configs import is_encoder_decoder
@@ -45,6 +45,7 @@ READER_NAME = re.compile(
 )
 PROBE = "Once upon a time"
 SAME_FAULT = "Load the primary the same way: if it shows the same, the fault is its own."
+SAME_FAULT_OF_MODEL = "Load it with transformers: if it shows the same, the fault is its own."
 SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
 
 
@@ -165,18 +166,18 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
     how = {"dtype" if version_numbers(transformers.__version__) >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
     model = None
     try:
-        with out_of_memory_named(checkpoint.name, device):
-            try:
+        asked = library_faults_named(f"{checkpoint.name} ({role}) could not be asked", SAME_FAULT_OF_MODEL)
+        with asked, out_of_memory_named(checkpoint.name, device):
+            what = f"transformers cannot load {checkpoint.name} ({role})"
+            with library_faults_named(what, "The merge is not touched by this."):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     models.tokenizer_folder(role), trust_remote_code=False
                 )
-                model, report = architecture.from_pretrained(
-                    checkpoint.folder, local_files_only=True, output_loading_info=True, **how
-                )
-                model = model.to(device).eval()
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
-                raise SlerpMergeError(what, "The merge is not touched by this.") from error
+                with out_of_memory_named(checkpoint.name, device):
+                    model, report = architecture.from_pretrained(
+                        checkpoint.folder, local_files_only=True, output_loading_info=True, **how
+                    )
+                    model = model.to(device).eval()
             if report["missing_keys"]:
                 what = f"{checkpoint.name} ({role}) lacks weights: {format_names(sorted(report['missing_keys']))}."
                 raise SlerpMergeError(what, "What transformers puts in their place is chance; nothing was asked of it.")
@@ -184,12 +185,6 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
                 if checkpoint.parameter_count < SMALL_MODEL_PARAMETERS:
                     torch.set_num_threads(1)
                 yield model, tokenizer
-    except SlerpMergeError:
-        raise
-    except Exception as error:  # configs and tokenizers of strangers fail inside other libraries, each in its own way
-        reason = shorten(f"{type(error).__name__}: {error}", 300)
-        what = f"{checkpoint.name} ({role}) could not be asked: {reason}"
-        raise SlerpMergeError(what, "Load it with transformers: if it shows the same, the fault is its own.") from error
     finally:
         del model
         gc.collect()
@@ -223,10 +218,8 @@ def verify_with_transformers(folder: Path, with_logits: bool = False) -> Verific
 
 def count_of_tokens(folder: Path) -> int:
     """How many tokens transformers has of a folder's tokenizer. Raises SlerpMergeError where it does not load."""
-    try:
+    with library_faults_named("transformers cannot load the child's tokenizer", SAME_FAULT):
         return len(quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SlerpMergeError(f"transformers cannot load the child's tokenizer: {error}", SAME_FAULT) from error
 
 
 def try_logits(checkpoint: Checkpoint) -> tuple[str, bool]:

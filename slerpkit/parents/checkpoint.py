@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, clean_path, nested_files, read_bytes, read_json
+from slerpkit.files import MAX_CONFIG_BYTES, check_kind, check_path, clean_path, nested_files, read_bytes, read_json
 from slerpkit.lazy import huggingface_hub
-from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
+from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names, shorten
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
@@ -91,6 +91,9 @@ PARENT_FILES = (
 )
 
 
+MAX_CLASS_NAME = 200  # characters of it that are looked at and shown
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A parent as far as its headers tell: nothing here holds a weight."""
@@ -128,7 +131,9 @@ class Checkpoint:
     def architecture(self) -> str:
         """The model class that the config names first."""
         architectures = self.config.get("architectures")
-        return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
+        if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+            return "unknown architecture"
+        return shorten(architectures[0], MAX_CLASS_NAME)
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name, as the Hugging Face hub has it
@@ -301,7 +306,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     modules = read_modules(folder)
     nested = [name for module in modules for name in (*module.files, *module_weights(module, folder))]
     file_stats = file_stats_of(folder, [file.name for file in weights.files] + nested)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
     tensors = read_tensor_table(weights)
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")

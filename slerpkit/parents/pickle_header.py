@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slerpkit.files import file_size
-from slerpkit.messages import SlerpMergeError, explain_os_error, is_utf8
+from slerpkit.messages import SlerpMergeError, explain_os_error, is_utf8, shorten
 from slerpkit.parents.safetensors_header import MAX_HEADER_BYTES
-from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file
+from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, MAX_NAME_LENGTH, TensorInfo, broken_file
 
 
 class Description:
@@ -177,8 +177,9 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
         raise broken_file(path, "it holds no state dict")
     size = file_size(path)
     for name in state:
-        if not isinstance(name, str) or not is_utf8(name) or name == "__metadata__":
-            raise broken_file(path, f"{name!r} is no name that a safetensors file can hold")
+        is_name = isinstance(name, str) and is_utf8(name) and len(name) <= MAX_NAME_LENGTH
+        if not is_name or name == "__metadata__":
+            raise broken_file(path, f"{shorten(repr(name))} is no name that a safetensors file can hold")
     return {name: pickled_tensor_info(path, name, entry, extents, size) for name, entry in state.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from slerpkit.files import file_size, parse_json_object
 from slerpkit.lazy import safetensors
 from slerpkit.messages import explain_os_error
-from slerpkit.parents.tensors import MAX_DIMENSIONS, TensorInfo, broken_file
+from slerpkit.parents.tensors import MAX_DIMENSIONS, MAX_NAME_LENGTH, TensorInfo, broken_file
 
 MAX_HEADER_BYTES = 16_000_000  # of tensors' names and places; the largest models have a tenth of it in a file
 
@@ -60,5 +60,7 @@ def parse_header_entry(path: Path, name: str, entry: Any, data_start: int) -> Te
     well_formed = isinstance(entry, dict) and isinstance(entry["dtype"], str)  # a list, or {"F32": null}
     if not well_formed or len(entry["shape"]) > MAX_DIMENSIONS or any(n >= 1 << 63 for n in entry["shape"]):
         raise broken_file(path, f"its entry for {name!r} is not understood")
+    if len(name) > MAX_NAME_LENGTH:
+        raise broken_file(path, f"it has a tensor whose name is {len(name):,} characters long")
     begin, end = entry["data_offsets"]
     return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, data_start + begin, end - begin)

@@ -10,17 +10,39 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.chat_templates import CHAT_TEMPLATES, TURN_ENDS, TURN_MARK
-from slerpkit.files import read_json_if_there, read_text_if_there
+from slerpkit.files import (
+    MAX_CONFIG_BYTES,
+    file_size,
+    json_fault,
+    read_bytes,
+    read_json_if_there,
+    read_text_if_there,
+)
 from slerpkit.messages import SlerpMergeError, format_names, shorten
-from slerpkit.parents.checkpoint import CARD_NAME, GENERATION_NAME
+from slerpkit.parents.checkpoint import (
+    CARD_NAME,
+    COMPANION_FILES,
+    GENERATION_NAME,
+    MODULE_FILES,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+    matching_files,
+)
 from slerpkit.parity.configs import TOKEN_ID_KEY, stated_ids
+from slerpkit.parity.modules import modules_source
 from slerpkit.parity.report import ChildTemplate, Mismatch
 from slerpkit.parity.tokenizer_source import chat_template, code_of_tokenizer
-from slerpkit.parity.vocabulary import added_tokens, all_added_tokens, have_same_tokens, read_tokens
+from slerpkit.parity.vocabulary import (
+    MAX_TOKENIZER_BYTES,
+    added_tokens,
+    all_added_tokens,
+    have_same_tokens,
+    read_tokens,
+)
 from slerpkit.recipe import TEMPLATE_CHOICES
 
 if TYPE_CHECKING:
@@ -45,7 +67,7 @@ def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
         (name, [parent_tokens.get(name) for parent_tokens in tokens], why)
         for name in sorted(tokens[0].keys() | tokens[1].keys())
     ]
-    settings = [read_json_if_there(parent.folder / GENERATION_NAME) for parent in parents]
+    settings = [read_json_if_there(parent.folder / GENERATION_NAME, MAX_CONFIG_BYTES) for parent in parents]
     for parent_settings in settings:
         parent_settings.pop("transformers_version", None)
     texts = [json.dumps(parent_settings, sort_keys=True) if parent_settings else None for parent_settings in settings]
@@ -59,6 +81,44 @@ def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
         for subject, values, why in differences
         if values[0] != values[1]
     ]
+
+
+def check_copied_json(
+    primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary, template: ChildTemplate
+) -> list[Mismatch]:
+    """A line of each file that the child gets as it stands and that is no JSON; it blocks where its tokens stand there.
+
+    Nobody else need open these files before the child is loaded.
+    """
+    parents = {"primary": primary, "secondary": secondary}
+    sources = (
+        (vocabulary.tokenizer_source, TOKENIZER_FILES),
+        (template.role, TEMPLATE_FILES),
+        ("primary", COMPANION_FILES),
+        (modules_source(primary, secondary), MODULE_FILES),
+    )
+    mismatches = []
+    for role, patterns in sources:
+        if role is None:
+            continue
+        folder, modules = parents[role].folder, parents[role].modules if patterns is MODULE_FILES else ()
+        names = {path.name for path in matching_files(folder, patterns) if path.is_file()}
+        tokens_file = "tokenizer.json" if "tokenizer.json" in names else "vocab.json"
+        for name in sorted(names.union(*(module.files for module in modules))):
+            is_readable = name.endswith(".json") and file_size(folder / name) <= MAX_TOKENIZER_BYTES
+            fault = json_fault(read_bytes(folder / name, MAX_TOKENIZER_BYTES)) if is_readable else None
+            if fault is not None:
+                states = ("no valid JSON" if owner == role else "not taken" for owner in parents)
+                mismatches.append(judge_copied_json(name, states, fault, name == tokens_file))
+    return mismatches
+
+
+def judge_copied_json(name: str, states: Iterable[str], fault: str, holds_tokens: bool) -> Mismatch:
+    """What follows from a file that is no JSON. states: of it in each parent."""
+    fault = f"{fault[:1].upper()}{fault[1:]}."
+    if holds_tokens:
+        return Mismatch("blocking", name, *states, f"{fault} The child could not speak: download this file again.")
+    return Mismatch("notice", name, *states, f"{fault} The child has it as it is; what reads it may fail.")
 
 
 def compare_code(primary: Checkpoint, secondary: Checkpoint, vocabulary: Vocabulary) -> list[Mismatch]:
@@ -182,7 +242,9 @@ def child_generation_config(
     has no row. Where its chat template is another's, it also stops where that does.
     """
     parents = {"primary": primary, "secondary": secondary}
-    stated = {role: read_json_if_there(parent.folder / GENERATION_NAME) for role, parent in parents.items()}
+    stated = {
+        role: read_json_if_there(parent.folder / GENERATION_NAME, MAX_CONFIG_BYTES) for role, parent in parents.items()
+    }
     settings_source = "primary" if stated["primary"] else "secondary"
     tokenizer_source = vocabulary.tokenizer_source or settings_source
     settings = stated[settings_source]

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.checkpoint import open_checkpoint, open_parents, without_wrappers
-from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_code, compare_companions
+from slerpkit.parity.chat import (
+    check_chat_template,
+    check_copied_json,
+    child_generation_config,
+    compare_code,
+    compare_companions,
+)
 from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.labels import align_labels
@@ -109,6 +115,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *of_modules,
         *check_dtypes(primary, renamed_secondary, recipe.dtype),
         *template_mismatches,
+        *check_copied_json(primary, secondary, vocabulary, template),
         *compare_companions(primary, secondary),
         *compare_code(primary, secondary, vocabulary),
         *compare_segmentation(primary, secondary, vocabulary),

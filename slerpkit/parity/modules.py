@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import parse_json, read_bytes, read_json_if_there
+from slerpkit.files import MAX_CONFIG_BYTES, parse_json, read_bytes, read_json_if_there
 from slerpkit.messages import format_names, shorten
 from slerpkit.parents.checkpoint import matching_files
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME
@@ -45,7 +45,8 @@ def modules_source(primary: Checkpoint, secondary: Checkpoint) -> str | None:
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """What a model says of its embeddings beside modules.json, by file, without the versions it was made with."""
-    files = {path.name: read_json_if_there(path) for path in matching_files(checkpoint.folder, EMBEDDING_SETTINGS)}
+    paths = matching_files(checkpoint.folder, EMBEDDING_SETTINGS)
+    files = {path.name: read_json_if_there(path, MAX_CONFIG_BYTES) for path in paths}
     return {name: {k: v for k, v in stated.items() if k != "__version__"} for name, stated in files.items()}
 
 
