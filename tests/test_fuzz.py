@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from slerpkit.child.findings import make_finding
 from slerpkit.child.report import REPORT_NAME, MergeReport, amend_report
 from slerpkit.child.verify import Verification, nothing_further
+from slerpkit.evaluation.limits import text_within_limits
 from slerpkit.evaluation.models import count_of_tokens
 from slerpkit.files import parse_json
 from slerpkit.messages import SlerpMergeError
@@ -714,3 +715,31 @@ def test_with_json_stdout_has_one_object_whatever_libraries_print(tmp_path, mode
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100, check=True)
     assert json.loads(shown.stdout)["child"] == str(tmp_path / "child")
     assert shown.stderr.count("noise") == 2
+
+
+# ── Chat templates are programs ──
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    "it takes more than": (ENDLESS, "{{ 10 ** (10 ** 10) }}"),
+    "it makes": ("{% for a in range(99999) %}{{ 'x' * 99 }}{% endfor %}",),
+    "memory": ("{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",),
+    "undefined": ("{{ nobody.name }}",),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely beside the threads of libraries")
+@pytest.mark.parametrize(("reason", "template"), [(k, text) for k, texts in TEMPLATES.items() for text in texts])
+def test_a_chat_template_without_end_is_ended(monkeypatch, reason, template):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    monkeypatch.setattr("slerpkit.evaluation.limits.MOST_SECONDS", 2 if reason.startswith("it takes") else 60)
+    started = time.monotonic()
+    with pytest.raises(SlerpMergeError) as caught:
+        text_within_limits(lambda: ImmutableSandboxedEnvironment().from_string(template).render(), "It cannot", "Mend.")
+    assert reason in caught.value.message.lower()
+    assert time.monotonic() - started < 60
+
+
+def test_a_text_within_limits_is_as_it_was_made():
+    assert text_within_limits(lambda: "é\ud800\n" * 1000, "It cannot", "Mend.") == "é\ud800\n" * 1000

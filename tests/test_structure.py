@@ -43,7 +43,8 @@ FLOORS = (
     " slerpkit.merge.stream",
     "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
     "slerpkit.story",
-    "slerpkit.evaluation.loading slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity"
+    "slerpkit.evaluation.loading slerpkit.evaluation.models slerpkit.evaluation.limits slerpkit.evaluation.taste"
+    " slerpkit.evaluation.perplexity"
     " slerpkit.evaluation.harness slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
