@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fnmatch
 import io
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,15 @@ from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, p
 
 MOST_SOURCES = 3  # that one thread reads by turns: two parents and a base
 MAX_OPEN_FILES = 16  # of one thread; a model can have hundreds of shards
-MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
+MAX_JSON_BYTES = 16_000_000  # of an index or of settings, which are read into memory several times their size
+MAX_CONFIG_BYTES = 4_000_000  # of a model's config, some of which name twenty thousand labels, and of other settings
+MAX_JSON_DEPTH = 64  # of lists and objects inside each other; every walk through them may then be a recursion
+MAX_DIGITS = 300  # of a whole number: what a float can hold, and what every Python turns into text
+ENDLESS_DIGITS = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
+# What Python's json takes for numbers, or writes in their place, and JSON has no words for.
+NON_FINITE = ("Infinity", "-Infinity", "NaN")
+# Of JSON as Python writes it: a string, or one of those words outside of strings.
+STRING_OR_NON_FINITE = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
 
 
 def clean_path(text: str) -> Path:
@@ -69,14 +78,63 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(data: bytes, source: Path) -> Any:
-    """JSON from a stranger's file. Raises SlerpMergeError for a name given twice, or nesting without end."""
+    """JSON from a stranger's file, and infinities, as Python's json writes them.
+
+    Raises SlerpMergeError for what is no number, or one of endless digits, a name given twice, or endless nesting.
+    """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=dict_of_unique_names)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=dict_of_unique_names,
+            parse_int=bounded_int if ENDLESS_DIGITS.search(data) else None,  # a call for each number takes its time
+            parse_constant=infinity,
+        )
+        if is_nested_deeper(value, MAX_JSON_DEPTH):
+            raise RecursionError
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise SlerpMergeError(
             f"{source} does not hold valid JSON: {reason}.", "Correct this file, or download it again."
         ) from error
+    return value
+
+
+def bounded_int(digits: str) -> int:
+    """A whole number of JSON. Raises ValueError where it has more digits than any has that means something."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number in it has {len(digits):,} digits")
+    return int(digits)
+
+
+def infinity(word: str) -> float:
+    """What one of NON_FINITE stands for. Raises ValueError for NaN."""
+    if word == "NaN":
+        raise ValueError("NaN is no number")
+    return float(word)
+
+
+def is_nested_deeper(value: Any, depth: int) -> bool:
+    """Whether there are more than `depth` lists and objects inside each other."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    while level and depth:
+        members = itertools.chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
+        level, depth = [part for part in members if isinstance(part, (dict, list))], depth - 1
+    return bool(level)
+
+
+def json_fault(data: bytes) -> str | None:
+    """Why a file's content is no JSON as every program reads it, in words; None where it is."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"it has {word} in place of a number")
+
+    try:
+        json.loads(data.decode("utf-8"), parse_int=bounded_int, parse_constant=refuse)
+    except RecursionError:
+        return "it is nested too deeply"
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
@@ -96,34 +154,51 @@ def dict_of_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most MAX_JSON_BYTES. Raises SlerpMergeError where it holds none."""
-    return parse_json_object(read_bytes(path), path)
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes. Raises SlerpMergeError where it holds none."""
+    return parse_json_object(read_bytes(path, limit), path)
 
 
-def read_json_if_there(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is none."""
-    return read_json(path) if path.is_file() else {}
+def read_json_if_there(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes, empty where there is none."""
+    return read_json(path, limit) if path.is_file() else {}
 
 
 def read_json_list(path: Path) -> list[Any]:
-    """A JSON list from a file of at most MAX_JSON_BYTES. Raises SlerpMergeError where it holds none."""
-    value = parse_json(read_bytes(path), path)
+    """A JSON list from a file of at most MAX_CONFIG_BYTES. Raises SlerpMergeError where it holds none."""
+    value = parse_json(read_bytes(path, MAX_CONFIG_BYTES), path)
     if not isinstance(value, list):
         raise SlerpMergeError(f"{path} holds no JSON list.", "Download this file again.")
     return value
 
 
+def json_text(content: Mapping[str, Any], **how: Any) -> str:
+    """JSON that is JSON whatever numbers it holds. how: as json.dumps takes it.
+
+    An infinity becomes a number too large for a float, which Python and most others read as one; NaN becomes null.
+    """
+    try:
+        return json.dumps(content, allow_nan=False, **how)
+    except ValueError:
+        text = json.dumps(content, **how)
+    words = dict(zip(NON_FINITE, ("1e999", "-1e999", "null")))
+    return STRING_OR_NON_FINITE.sub(lambda match: words.get(match[0], match[0]), text)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A small JSON file, as people like to read it."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def writable(text: str) -> str:
+    """A text that UTF-8 can hold: half a surrogate pair, from a stranger's JSON, is the escape again that it was."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_text(path: Path, text: str) -> None:
     """A small text file, UTF-8. Raises SlerpMergeError where the disk refuses."""
     try:
-        # Half a surrogate pair from a stranger's config stays the escape it was.
-        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        path.write_text(writable(text), encoding="utf-8", newline="\n")
     except OSError as error:
         raise explain_os_error(error, path, "write") from error
 

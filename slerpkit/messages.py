@@ -5,14 +5,16 @@ Where words are shown, and in what colours, is not known here. Nothing needs to 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+MAX_SHOWN = 20_000  # characters of one text; a stranger's file may hold millions, which take a terminal minutes
 # What to do where a limit is reached, whichever part of the tool met it.
 MEMORY_HINT = "Close other programs, raise the limit on memory (ulimit -v, or the container's), or give it --threads 1."
 PROCESS_HINT = "Raise the limit on processes (ulimit -u, a container's pids) or on memory (ulimit -v), or end some."
@@ -27,11 +29,26 @@ class SlerpMergeError(Exception):
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = shorten(message, MAX_SHOWN)
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[SlerpMergeError], tuple[str, str]]:
         return SlerpMergeError, (self.message, self.hint)  # workers are processes
+
+
+@contextlib.contextmanager
+def library_faults_named(what: str, hint: str) -> Iterator[None]:
+    """Turns whatever another library raises over a stranger's file into a SlerpMergeError: `what`, and its own words.
+
+    They raise errors of all kinds; what Rust calls a panic is not even an Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        is_fault = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_fault or isinstance(error, (SlerpMergeError, MemoryError)):
+            raise
+        raise SlerpMergeError(f"{what}: {shorten(f'{type(error).__name__}: {error}', 300)}", hint) from error
 
 
 def format_bytes(count: float) -> str:
@@ -64,8 +81,11 @@ def format_seconds(seconds: float) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text from a stranger's file without control characters, which could drive the terminal or fake a line."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    """Text from a stranger's file without control characters, which could drive the terminal or fake a line.
+
+    What is longer than MAX_SHOWN is cut.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in shorten(text, MAX_SHOWN))
 
 
 def shorten(value: Any, max_length: int = 60) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from slerpkit.files import read_bytes
+from slerpkit.files import MAX_DIGITS, read_bytes
 from slerpkit.lazy import yaml
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.schedule import ScheduleRule
@@ -157,7 +157,9 @@ class RecipeFile:
         """A number however it is spelt: YAML's own, one in quotes, or `5e-1`, which YAML 1.1 takes for a word."""
         text = self.text(node, what)
         try:
-            if node.tag in NUMBER_TAGS:
+            if len(text) > MAX_DIGITS:  # Python takes minutes over a million
+                value = math.nan
+            elif node.tag in NUMBER_TAGS:
                 value = float(yaml.constructor.SafeConstructor().construct_object(node))
             elif node.tag == "tag:yaml.org,2002:bool":
                 value = float(TRUTHS[text.lower()])

@@ -416,7 +416,7 @@ def test_a_config_that_is_not_json(tmp_path, content, match):
 def test_a_config_of_absurd_size_is_not_loaded(tmp_path):
     folder = make_checkpoint(tmp_path / "model", llama_tensors(1))
     os.truncate(folder / "config.json", 70_000_000)
-    assert_refused(folder, "larger than 16", folder / "config.json")
+    assert_refused(folder, "larger than 4.0 MB", folder / "config.json")
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):

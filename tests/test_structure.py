@@ -38,16 +38,18 @@ FLOORS = (
     " slerpkit.parity.embeddings slerpkit.parity.soundness slerpkit.parity.sentencepiece_file"
     " slerpkit.parity.token_sources slerpkit.parity.tokenizer_source slerpkit.parity.vocabulary"
     " slerpkit.parity.segmentation slerpkit.parity.labels slerpkit.parity.prediction slerpkit.parity.pairing"
-    " slerpkit.parity.names slerpkit.parity.modules slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
+    " slerpkit.parity.names slerpkit.parity.modules slerpkit.parity.copied_files slerpkit.parity.chat"
+    " slerpkit.parity.kinship slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.tensor_plan slerpkit.merge.blocks"
-    " slerpkit.merge.journal slerpkit.merge.copied_files"
+    " slerpkit.merge.journal"
     " slerpkit.merge.events slerpkit.merge.supply slerpkit.merge.plan slerpkit.merge.arithmetic"
     " slerpkit.merge.recompute slerpkit.merge.worker slerpkit.merge.team slerpkit.merge.staging"
     " slerpkit.merge.difference_map slerpkit.merge.stream",
     "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report"
     " slerpkit.child.upload",
     "slerpkit.story",
-    "slerpkit.evaluation.loading slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity"
+    "slerpkit.evaluation.loading slerpkit.evaluation.models slerpkit.evaluation.limits slerpkit.evaluation.taste"
+    " slerpkit.evaluation.perplexity"
     " slerpkit.evaluation.harness slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"

@@ -10,8 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import copy_files, copy_matching, read_json, read_json_if_there, write_json, write_text
-from slerpkit.merge.copied_files import copied_files
+from slerpkit.files import (
+    copy_files,
+    copy_matching,
+    json_fault,
+    read_bytes,
+    read_json,
+    read_json_if_there,
+    write_json,
+    write_text,
+)
 from slerpkit.parents.checkpoint import GENERATION_NAME, WEIGHTS_INDEX
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
@@ -31,11 +39,9 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
     """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
     write_index(plan, child.folder)
     write_child_config(plan, child.folder)
-    for folder, patterns in copied_files(plan.parents, plan.parity, plan.modules_role):
-        copy_matching(folder, child.folder, patterns)
-    if plan.modules_role is not None:
-        donor = plan.parents.by_role[plan.modules_role]
-        copy_files(donor.companion_folder, child.folder, [name for module in donor.modules for name in module.files])
+    for group in plan.copied_files:
+        copy_matching(group.folder, child.folder, group.patterns)
+        copy_files(group.folder, child.folder, group.nested)
     if plan.tokenizer_role == "secondary":
         primary, secondary = plan.parents.primary.companion_folder, plan.parents.secondary.companion_folder
         copy_files(secondary, child.folder, code_of_tokenizer(primary, secondary)[0])
@@ -69,7 +75,8 @@ def write_generation_config(plan: MergePlan, folder: Path) -> None:
     if not settings:
         return
     for parent in (parents.primary, parents.secondary):
-        if read_json_if_there(parent.companion_folder / GENERATION_NAME) == settings:
+        path = parent.companion_folder / GENERATION_NAME
+        if read_json_if_there(path) == settings and json_fault(read_bytes(path)) is None:
             copy_matching(parent.companion_folder, folder, [GENERATION_NAME])
             return
     write_json(folder / GENERATION_NAME, settings)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
 from slerpkit.child.findings import finding_lines, joined, markdown_table, table_cell
-from slerpkit.files import read_bytes, read_json_if_there, replace_files, write_json, write_text
+from slerpkit.files import json_text, read_bytes, read_json_if_there, replace_files, writable, write_json, write_text
 from slerpkit.merge.difference_map import MAP_NAME, map_of_merge, save_map
 from slerpkit.messages import SlerpMergeError, format_count
 from slerpkit.parents.checkpoint import CARD_NAME
@@ -151,7 +151,7 @@ def amend_report(folder: Path, findings: Sequence[Finding]) -> None:
     path = folder / CARD_NAME
     try:
         report["findings"] = joined(report.get("findings", []), findings)
-        whole, told = card_block(report), findings_block(report)
+        whole, told = (writable(part) for part in (card_block(report), findings_block(report)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"{folder / REPORT_NAME} is not as slerpmerge writes it."
         raise SlerpMergeError(what, "Move it away; a new one is then begun.") from error
@@ -165,10 +165,8 @@ def amend_report(folder: Path, findings: Sequence[Finding]) -> None:
         card = f"{before}\n\n{told}{card[end:]}"
     else:
         card = card.rstrip("\n") + "\n\n" * bool(card) + whole
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    replace_files(
-        {folder / REPORT_NAME: text.encode("utf-8", "backslashreplace"), path: card.encode("utf-8", "surrogateescape")}
-    )
+    text = json_text(report, indent=2, ensure_ascii=False) + "\n"
+    replace_files({folder / REPORT_NAME: writable(text).encode("utf-8"), path: card.encode("utf-8", "surrogateescape")})
 
 
 CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until here -->")

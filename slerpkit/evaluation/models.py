@@ -29,7 +29,7 @@ from slerpkit.evaluation.loading import (
 )
 from slerpkit.lazy import numpy, torch
 from slerpkit.merge.events import Noted
-from slerpkit.messages import SlerpMergeError, format_bytes, format_names, shorten
+from slerpkit.messages import SlerpMergeError, format_bytes, format_names, library_faults_named
 from slerpkit.parents.adapters import CONFIG_NAME
 from slerpkit.parents.checkpoint import GENERATION_NAME, has_tokenizer, open_checkpoint
 from slerpkit.parents.tensors import TORCH_NAMES, TensorReader, dtype_width
@@ -47,7 +47,7 @@ READER_NAME = re.compile(
 )
 PROBE = "Once upon a time"
 SAME_FAULT = "Load the primary the same way: if it shows the same, the fault is its own."
-OWN_FAULT = "Load it with transformers: if it shows the same, the fault is its own."
+SAME_FAULT_OF_MODEL = "Load it with transformers: if it shows the same, the fault is its own."
 NO_NUMBERS = "Its weights may overflow, or not be finite: see its report's warnings, or merge with --dtype float32."
 SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
 
@@ -173,16 +173,16 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
     how = {"dtype" if version_numbers(transformers.__version__) >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
     model = None
     try:
-        with out_of_memory_named(checkpoint.name, device):
-            try:
+        asked = library_faults_named(f"{checkpoint.name} ({role}) could not be asked", SAME_FAULT_OF_MODEL)
+        with asked, out_of_memory_named(checkpoint.name, device):
+            what = f"transformers cannot load {checkpoint.name} ({role})"
+            with library_faults_named(what, "The merge is not touched by this."):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     models.tokenizer_folder(role), trust_remote_code=False
                 )
-                model, report = load_whole(architecture, checkpoint, **how)
-                model = model.to(device).eval()
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
-                raise SlerpMergeError(what, f"{OWN_FAULT} The merge is not touched by this.") from error
+                with out_of_memory_named(checkpoint.name, device):
+                    model, report = load_whole(architecture, checkpoint, **how)
+                    model = model.to(device).eval()
             if report["missing_keys"]:
                 what = f"{checkpoint.name} ({role}) lacks weights: {format_names(sorted(report['missing_keys']))}."
                 raise SlerpMergeError(what, "Complete them: what transformers puts in their place is chance.")
@@ -190,12 +190,6 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
                 if checkpoint.parameter_count < SMALL_MODEL_PARAMETERS:
                     torch.set_num_threads(1)
                 yield model, tokenizer
-    except SlerpMergeError:
-        raise
-    except Exception as error:  # configs and tokenizers of strangers fail inside other libraries, each in its own way
-        reason = shorten(f"{type(error).__name__}: {error}", 300)
-        what = f"{checkpoint.name} ({role}) could not be asked: {reason}"
-        raise SlerpMergeError(what, OWN_FAULT) from error
     finally:
         del model
         gc.collect()
@@ -247,10 +241,8 @@ def verify_with_transformers(folder: Path, with_logits: bool = False) -> Verific
 
 def count_of_tokens(folder: Path) -> int:
     """How many tokens transformers has of a folder's tokenizer. Raises SlerpMergeError where it does not load."""
-    try:
+    with library_faults_named("transformers cannot load the child's tokenizer", SAME_FAULT):
         return len(quiet_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SlerpMergeError(f"transformers cannot load the child's tokenizer: {error}", SAME_FAULT) from error
 
 
 def try_logits(checkpoint: Checkpoint) -> tuple[str, bool]:

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.child.findings import make_finding
+from slerpkit.evaluation.limits import text_within_limits
 from slerpkit.evaluation.models import check_generates_text, loaded_model, with_fallback_to_cpu
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
-from slerpkit.messages import SlerpMergeError, shorten
+from slerpkit.messages import SlerpMergeError
 from slerpkit.parity.configs import context_limit, is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -83,13 +84,12 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
     by_template = bool(getattr(tokenizer, "chat_template", None))
     text = prompt
     if by_template:
-        try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a program of a stranger's, run in a sandbox, fails in its own ways
-            what = f"The chat template of {checkpoint.name} cannot take the prompt: {shorten(str(error), 200)}"
-            raise SlerpMergeError(what, "Give another prompt, or correct the template in its folder.") from error
+        talk = [{"role": "user", "content": prompt}]
+        text = text_within_limits(
+            lambda: tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False),
+            f"The chat template of {checkpoint.name} cannot take the prompt",
+            "Give another prompt, or correct the template in its folder.",
+        )
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not by_template, return_token_type_ids=False)
     count = inputs["input_ids"].shape[1]
     limit = context_limit(checkpoint)

@@ -19,7 +19,6 @@ from slerpkit import devices
 from slerpkit.files import existing_folder, file_size
 from slerpkit.lazy import load_modules
 from slerpkit.merge.blocks import BLOCK_ELEMENTS
-from slerpkit.merge.copied_files import check_links
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
 from slerpkit.merge.save_directory import check_save_directory, free_bytes, staged_bytes, staging_area
 from slerpkit.merge.supply import check_download_space, download_bytes, peak_parent_bytes, streamed_sizes
@@ -36,6 +35,7 @@ from slerpkit.parents.tensors import (
     natural_order,
     stands_before_layers,
 )
+from slerpkit.parity.copied_files import check_links, copied_files
 from slerpkit.parity.kinship import Kinship, measure_kinship
 from slerpkit.parity.modules import modules_source
 from slerpkit.recipe import MAX_THREADS, PARENTS, check_t
@@ -45,6 +45,7 @@ from slerpkit.schedule import Schedule
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import ShardPlan
     from slerpkit.parents.checkpoint import Checkpoint, Parents
+    from slerpkit.parity.copied_files import CopiedFiles
     from slerpkit.parity.report import ParityReport, TensorSources
     from slerpkit.recipe import MergeRecipe, RunOptions
 
@@ -109,6 +110,12 @@ class MergePlan:
     def modules_role(self) -> str | None:
         """The parent whose modules of sentence-transformers the child has, blended where they have weights."""
         return modules_source(self.parents.primary, self.parents.secondary)
+
+    @property
+    def copied_files(self) -> list[CopiedFiles]:
+        """What the child takes over of its parents as it is, beside their weights."""
+        parity = self.parity
+        return copied_files(self.parents.primary, self.parents.secondary, parity.vocabulary, parity.template)
 
     @property
     def settled_recipe(self) -> MergeRecipe:
@@ -344,7 +351,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     streamed, needed = plan.streamed_disk_bytes, plan.disk_needed_bytes
     check_download_space(download, streamed, needed, options.save_directory, options.stream_parents)
     if not options.follow_links:
-        check_links(parents, parity, plan.modules_role)
+        check_links(plan.copied_files, parents.primary)
     return plan
 
 

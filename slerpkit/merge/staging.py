@@ -184,6 +184,8 @@ class StagedChild:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
+            if not isinstance(error, (SlerpMergeError, OSError, MemoryError, KeyboardInterrupt)):
+                self.distrust()  # a fault of a library's, or of ours, which the same command would only meet again
             with interruptions_held() as held:
                 # A person who pressed Ctrl-C does not wait for the disk.
                 self._sync.stop(30 if isinstance(error, Exception) else 0.5, enough=lambda: bool(held))

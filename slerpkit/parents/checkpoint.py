@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, matching_files, nested_files, read_bytes, read_json
-from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
+from slerpkit.files import (
+    MAX_CONFIG_BYTES,
+    check_kind,
+    check_path,
+    matching_files,
+    nested_files,
+    read_bytes,
+    read_json,
+)
+from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names, shorten
 from slerpkit.parents.adapters import CONFIG_NAME, adapt, base_of, is_adapter, open_adapter
 from slerpkit.parents.half_models import folder_of_models, half_downloaded
 from slerpkit.parents.hub_cache import REMOTE_MODELS, HubName, RemoteModel, name_of_snapshot, public_name
@@ -91,6 +99,9 @@ BESIDE_WEIGHTS = (
 PARENT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", *BESIDE_WEIGHTS)
 
 
+MAX_CLASS_NAME = 200  # characters of it that are looked at and shown
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A parent as far as its headers tell: nothing here holds a weight."""
@@ -155,7 +166,9 @@ class Checkpoint:
     def architecture(self) -> str:
         """The model class that the config names first."""
         architectures = self.config.get("architectures")
-        return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
+        if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+            return "unknown architecture"
+        return shorten(architectures[0], MAX_CLASS_NAME)
 
 
 def open_if_whole(folder: Path, base: Path | None = None) -> Checkpoint | None:
@@ -275,7 +288,7 @@ def open_checkpoint(folder: Path, base: Path | None = None) -> Checkpoint:
     modules = read_modules(folder)
     nested = [name for module in modules for name in (*module.files, *module_weights(module, folder))]
     file_stats = file_stats_of(folder, [file.name for file in weights.files] + nested)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
     tensors = read_tensor_table(weights, {} if remote is None else remote.weights)
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")

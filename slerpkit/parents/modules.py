@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from slerpkit.files import check_kind, nested_files, read_json_list
+from slerpkit.files import check_kind, check_path, nested_files, read_json_list
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
@@ -48,6 +48,7 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
         if not isinstance(path, str) or not isinstance(kind, str):
             raise SlerpMergeError(f"{index} does not say the path and type of each module.", "Download it again.")
         place = safe_place(path, index)
+        check_path(folder / place, "folder")
         for other in modules:
             if place.parts and other.path and have_common_files(place, PurePosixPath(other.path)):
                 raise SlerpMergeError(f"{index} gives two modules the folder {path!r}.", "Download it again.")

@@ -20,9 +20,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slerpkit.files import file_size
-from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, is_utf8
+from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, is_utf8, shorten
 from slerpkit.parents.safetensors_header import MAX_HEADER_BYTES
-from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file, foreign_file
+from slerpkit.parents.tensors import (
+    DTYPE_BYTES,
+    MAX_DIMENSIONS,
+    MAX_NAME_LENGTH,
+    TensorInfo,
+    broken_file,
+    foreign_file,
+)
 
 
 class WholeObject(pickle.UnpicklingError):
@@ -185,8 +192,10 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
         raise foreign_file(path, "holds no state dict")
     size = file_size(path)
     for name in state:
-        if not isinstance(name, str) or not is_utf8(name) or name == "__metadata__":
-            raise foreign_file(path, f"names a tensor {name!r}, which is no name that a safetensors file can hold")
+        is_name = isinstance(name, str) and is_utf8(name) and len(name) <= MAX_NAME_LENGTH
+        if not is_name or name == "__metadata__":
+            what = f"names a tensor {shorten(repr(name))}, which is no name that a safetensors file can hold"
+            raise foreign_file(path, what)
     return {name: pickled_tensor_info(path, name, entry, extents, size) for name, entry in state.items()}
 
 

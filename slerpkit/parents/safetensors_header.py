@@ -14,7 +14,14 @@ from typing import Any
 
 from slerpkit.files import file_size, parse_json_object
 from slerpkit.messages import explain_os_error, format_bytes
-from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file, foreign_file
+from slerpkit.parents.tensors import (
+    DTYPE_BYTES,
+    MAX_DIMENSIONS,
+    MAX_NAME_LENGTH,
+    TensorInfo,
+    broken_file,
+    foreign_file,
+)
 
 MAX_HEADER_BYTES = 16_000_000  # of tensors' names and places; the largest models have a tenth of it in a file
 FORMAT_HEADER_BYTES = 100_000_000  # the format allows no longer one
@@ -61,6 +68,8 @@ def parse_header_entry(path: Path, name: str, entry: Any, data_start: int) -> Te
     are_counts = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
     if not are_counts or not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS or end < begin:
         raise broken_file(path, f"its entry for {name!r} is not understood")
+    if len(name) > MAX_NAME_LENGTH:
+        raise broken_file(path, f"it has a tensor whose name is {len(name):,} characters long")
     if dtype not in ELEMENT_BITS:
         raise foreign_file(path, f"holds {name!r} in the dtype {dtype!r}, which is not known here")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, end - begin)

@@ -24,6 +24,7 @@ from slerpkit.messages import SlerpMergeError, explain_os_error
 MAX_KEPT = 4  # tensors that a reader keeps what it reads them with: two of each parent, measured and blended by turns
 COMPARED_BYTES = 1 << 20  # of two tensors, read and held against each other at once
 MAX_DIMENSIONS = 64  # as torch has them
+MAX_NAME_LENGTH = 1000  # characters of a tensor's name, which is split, sorted and searched many times
 MAX_LAYER_INDEX = 99_999  # a number in a tensor's name above this is not a layer
 # safetensors' names; bytes per element. Sub-byte types are packed quantised weights: refused by name.
 DTYPE_BYTES = {

@@ -14,13 +14,25 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.chat_templates import CHAT_TEMPLATES, TURN_ENDS, TURN_MARK
-from slerpkit.files import read_json_if_there, read_text_if_there
+from slerpkit.files import (
+    MAX_CONFIG_BYTES,
+    read_json_if_there,
+    read_text_if_there,
+)
 from slerpkit.messages import SlerpMergeError, format_names, shorten
-from slerpkit.parents.checkpoint import CARD_NAME, GENERATION_NAME
+from slerpkit.parents.checkpoint import (
+    CARD_NAME,
+    GENERATION_NAME,
+)
 from slerpkit.parity.configs import TOKEN_ID_KEY, stated_ids
 from slerpkit.parity.report import ChildTemplate, Mismatch
 from slerpkit.parity.tokenizer_source import chat_template, code_of_tokenizer
-from slerpkit.parity.vocabulary import added_tokens, all_added_tokens, have_same_tokens, read_tokens
+from slerpkit.parity.vocabulary import (
+    added_tokens,
+    all_added_tokens,
+    have_same_tokens,
+    read_tokens,
+)
 from slerpkit.recipe import TEMPLATE_CHOICES
 
 if TYPE_CHECKING:
@@ -45,7 +57,7 @@ def compare_companions(primary: Checkpoint, secondary: Checkpoint) -> list[Misma
         (name, [parent_tokens.get(name) for parent_tokens in tokens], why)
         for name in sorted(tokens[0].keys() | tokens[1].keys())
     ]
-    settings = [read_json_if_there(parent.companion_folder / GENERATION_NAME) for parent in parents]
+    settings = [read_json_if_there(parent.companion_folder / GENERATION_NAME, MAX_CONFIG_BYTES) for parent in parents]
     for parent_settings in settings:
         parent_settings.pop("transformers_version", None)
     texts = [json.dumps(parent_settings, sort_keys=True) if parent_settings else None for parent_settings in settings]
@@ -182,7 +194,10 @@ def child_generation_config(
     has no row. Where its chat template is another's, it also stops where that does.
     """
     parents = {"primary": primary, "secondary": secondary}
-    stated = {role: read_json_if_there(parent.companion_folder / GENERATION_NAME) for role, parent in parents.items()}
+    stated = {
+        role: read_json_if_there(parent.companion_folder / GENERATION_NAME, MAX_CONFIG_BYTES)
+        for role, parent in parents.items()
+    }
     settings_source = "primary" if stated["primary"] else "secondary"
     tokenizer_source = vocabulary.tokenizer_source or settings_source
     settings = stated[settings_source]

@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING
 from slerpkit.messages import SlerpMergeError, shorten
 from slerpkit.parents.checkpoint import without_wrappers
 from slerpkit.parents.resolver import short_name
-from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_code, compare_companions
+from slerpkit.parity.chat import (
+    check_chat_template,
+    child_generation_config,
+    compare_code,
+    compare_companions,
+)
 from slerpkit.parity.configs import compare_configs
+from slerpkit.parity.copied_files import check_copied_json, copied_files
 from slerpkit.parity.embeddings import drop_tied_copies
 from slerpkit.parity.labels import align_labels
 from slerpkit.parity.modules import pair_modules
@@ -121,6 +127,7 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *of_modules,
         *check_dtypes(primary, renamed_secondary, recipe.dtype),
         *template_mismatches,
+        *check_copied_json(copied_files(primary, secondary, vocabulary, template)),
         *compare_companions(primary, secondary),
         *compare_code(primary, secondary, vocabulary),
         *compare_segmentation(primary, secondary, vocabulary),

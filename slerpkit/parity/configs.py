@@ -166,7 +166,7 @@ def have_other_classes(first: Mapping[str, Any], second: Mapping[str, Any]) -> b
 def describe_classes(*configs: Mapping[str, Any]) -> str:
     """Why models of two classes cannot be blended, and which could, from their flat configs."""
     kinds = [config.get("model_type") for config in configs]
-    heads = [HEAD_OF_CLASS.search(str(config["architectures"][0])) for config in configs]
+    heads = [HEAD_OF_CLASS.search(shorten(config["architectures"][0])) for config in configs]
     if kinds[0] == kinds[1] and all(heads) and heads[0][0] != heads[1][0]:
         return "Their heads answer different questions, or one has none: choose two models of one class."
     inner = [[config.get(f"{key}.model_type") for key in LANGUAGE_CONFIGS] for config in configs]

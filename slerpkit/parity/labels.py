@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LABELLED_CLASS = re.compile(r"Classification|Detection|Segmentation")
 # Of a head of several layers, only what comes last in the classes of transformers; a number is one of a Sequential.
 LAST_LAYER = re.compile(
-    r"((?:[^.]*[^.\d][^.]*\.)*"
+    r"((?:\d*[^.\d][^.]*\.)*"
     r"(?:score|logits_proj|classification_head|sequence_summary|(?:(?!pre_)\w+_)?classifier)\.)"
     r"(?:(?:out_proj|linear_out|linear|summary|(\d+))\.)?(?:weight|bias)"
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import matching_files, parse_json, read_bytes, read_json_if_there
+from slerpkit.files import MAX_CONFIG_BYTES, matching_files, parse_json, read_bytes, read_json_if_there
 from slerpkit.messages import format_names, shorten
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME
 from slerpkit.parity.pairing import check_base_tensor, compare_tensors
@@ -44,9 +44,8 @@ def modules_source(primary: Checkpoint, secondary: Checkpoint) -> str | None:
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """What a model says of its embeddings beside modules.json, by file, without the versions it was made with."""
-    files = {
-        path.name: read_json_if_there(path) for path in matching_files(checkpoint.companion_folder, EMBEDDING_SETTINGS)
-    }
+    paths = matching_files(checkpoint.companion_folder, EMBEDDING_SETTINGS)
+    files = {path.name: read_json_if_there(path, MAX_CONFIG_BYTES) for path in paths}
     return {name: {k: v for k, v in stated.items() if k != "__version__"} for name, stated in files.items()}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import file_size, matching_files, read_bytes, read_json, read_json_if_there
 from slerpkit.lazy import numpy, tokenizers
-from slerpkit.messages import SlerpMergeError, format_bytes
+from slerpkit.messages import SlerpMergeError, format_bytes, is_utf8, library_faults_named
 from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer
 from slerpkit.parity.embeddings import row_count, token_tensors, vocabulary_rows
 from slerpkit.parity.report import NO_ROW, AppendedToken, Mismatch, RowMap, Vocabulary
@@ -41,13 +41,9 @@ def open_tokenizer(path: Path) -> Any:
 
 def read_tokenizer(data: bytes, path: Path) -> Any:
     """The tokenizer in a tokenizer.json's content. Raises SlerpMergeError where the library cannot read it."""
-    try:
+    hint = "Update the tokenizers package, or compare the file with its source's."
+    with library_faults_named(f"{path} cannot be read by the tokenizers library", hint):
         return tokenizers.Tokenizer.from_buffer(data)
-    except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        hint = "Update the tokenizers package, or compare the file with its source's."
-        raise SlerpMergeError(f"{path} cannot be read by the tokenizers library ({error})", hint) from error
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
@@ -57,7 +53,11 @@ def added_tokens(folder: Path) -> dict[str, int]:
     for digits, token in (decoder if isinstance(decoder, dict) else {}).items():
         if isinstance(token, dict) and isinstance(token.get("content"), str) and re.fullmatch("[0-9]{1,9}", digits):
             tokens[token["content"]] = int(digits)
-    return {content: token_id for content, token_id in tokens.items() if type(token_id) is int and token_id >= 0}
+    return {
+        content: token_id
+        for content, token_id in tokens.items()
+        if type(token_id) is int and token_id >= 0 and is_utf8(content)
+    }
 
 
 def all_added_tokens(folder: Path) -> set[str]:

@@ -6,8 +6,8 @@ Decides nothing: the story does (slerpmerge.py), and afterwards.py for a child t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from slerpkit import __version__
+from slerpkit.files import json_text
 from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
 from slerpkit.screen.console import OutputConsole, displayable
 from slerpkit.screen.history import History
-from slerpkit.screen.terminal import drop_output
+from slerpkit.screen.terminal import drop_output, stdout_alone
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,6 +67,8 @@ class Session:
         # With --json the report alone goes to stdout; what people read goes beside it.
         # Bound to its stream, so that a bar goes on where a library's own prints are held back.
         self.console = OutputConsole(sys.stderr if arguments.json else sys.stdout)
+        self.output = sys.stdout  # for that report
+        self._at_the_end = contextlib.ExitStack()
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
         self.workers: WorkerTeam | None = None
@@ -74,6 +77,8 @@ class Session:
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
     def __enter__(self) -> Session:
+        if self.arguments.json:
+            self.output = self._at_the_end.enter_context(stdout_alone())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,6 +157,7 @@ class Session:
         """Ends what runs beside the session."""
         self.end_lookahead()
         self.end_workers()
+        self._at_the_end.close()
 
     def offers(self, what: str) -> bool:
         """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""
@@ -183,11 +189,11 @@ class Session:
         """With --json, the one object that is alone on stdout."""
         if self.arguments.json:
             try:
-                print(json.dumps(content), flush=True)
+                print(json_text(content), file=self.output, flush=True)
             except BrokenPipeError:  # what was to be made is there all the same
-                drop_output(sys.stdout)
+                drop_output(self.output)
             except OSError as error:
-                drop_output(sys.stdout)
+                drop_output(self.output)
                 what = f"The JSON object could not be written to stdout: {error.strerror or error}."
                 raise SlerpMergeError(what, "Send it to a place with room.") from error
 

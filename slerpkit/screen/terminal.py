@@ -67,6 +67,32 @@ def drop_output(stream: IO[str]) -> None:
         os.close(nowhere)
 
 
+@contextlib.contextmanager
+def stdout_alone() -> Iterator[IO[str]]:
+    """Yields stdout for the caller alone: what anybody else prints there meanwhile goes to stderr.
+
+    Libraries that are not Python print past sys.stdout, so the descriptor is another for them too.
+    """
+    stream = sys.stdout
+    own = stream
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or a stream without a file
+        if stream.fileno() == 1:
+            stream.flush()
+            own = os.fdopen(os.dup(1), "w", encoding=stream.encoding, errors=stream.errors)
+            os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield own
+    finally:
+        sys.stdout = stream
+        if own is not stream:
+            with contextlib.suppress(OSError, ValueError):  # its reader may be gone
+                own.flush()
+            os.dup2(own.fileno(), 1)
+            with contextlib.suppress(OSError):
+                own.close()
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process. Libraries that still load in the background are not waited for."""
     for number in STOP_SIGNALS:
