@@ -27,7 +27,7 @@ This file is the wizard's story: what is asked, shown, decided and done, in orde
 slerpkit/story.py; read that next. slerpkit/__init__.py draws the house.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # is this a SyntaxError? Then this Python is older than 3.10, which is needed.
 
 import contextlib
 import dataclasses
@@ -38,8 +38,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+if sys.version_info < (3, 10):  # noqa: UP036  before modules are loaded that it cannot read
+    sys.exit(f"slerpmerge needs Python 3.10 or newer; this is {sys.version.split()[0]}.")
+
 from slerpkit.lazy import lazy_modules
-from slerpkit.messages import SlerpMergeError, explain_refusal, format_names, printable
+from slerpkit.messages import SlerpMergeError, explain_import_error, explain_refusal, format_names
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
@@ -51,24 +54,19 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.objectives import Objective
-    from slerpkit.merge import supply
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.parents.checkpoint import Parents
-    from slerpkit.parity.report import ParityReport
-    from slerpkit.recipe import MergeRecipe, RunOptions
-    from slerpkit.screen import afterwards, console, figures, panels, terminal
+    from slerpkit.screen import afterwards, console, fetching, figures, panels, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
-    (supply,) = lazy_modules("slerpkit.merge", "supply")
-    afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
+    afterwards, console, fetching = lazy_modules("slerpkit.screen", "afterwards", "console", "fetching")
+    (figures,) = lazy_modules("slerpkit.screen", "figures")
     panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
 NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
-FETCHED_KEPT = "No child was made. What was fetched of the parents is kept; the same command carries on."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -84,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(session)
             session.raise_deferred_error()
         return EXIT_DONE
-    except ImportError as error:  # perhaps of what messages are drawn with
-        print(f"A package cannot be loaded: {error}. pip install -r requirements.txt", file=sys.stderr)
-        return EXIT_REFUSED
+    except ImportError as error:
+        fault = explain_import_error(error)
     except SlerpMergeError as error:
         fault = error
     except (KeyboardInterrupt, EOFError) as error:
@@ -100,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = EXIT_USAGE if isinstance(fault, flags.WrongUsage) else EXIT_REFUSED
     fault = session.with_closing_note(fault) if session is not None else fault
     try:
+        terminal.open_closed_streams()  # perhaps the flags already were wrong
         console.show_error(fault)
-    except ImportError:  # of what messages are drawn with, before the flags were understood
-        print(f"{fault.message} {fault.hint}", file=sys.stderr)
+    except ImportError:  # of what messages are drawn with
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"{fault.message} {fault.hint}", file=sys.stderr)
     return status
 
 
@@ -146,7 +145,7 @@ def merge(session: Session, given: Answers) -> None:
     session.print_json({**report.as_dict(), "findings": session.findings})
     session.show("Try it, convert it, share it:", style="bold")
     for command in panels.next_commands(report):
-        session.show(printable(command), soft_wrap=True, markup=False)
+        session.show(command, soft_wrap=True)
 
 
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
@@ -188,7 +187,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
-    plan = plan_within_disk(session, recipe, options, parents, parity)
+    plan = fetching.plan_within_disk(session, recipe, options, parents, parity)
     lacks = session.what_primary_lacks(PATIENCE_SECONDS)
     session.show(panels.render_plan(session.console, plan, answers.blend.objective is not None, lacks))
     if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
@@ -196,30 +195,6 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
         afterwards.check_maps(session, recipe, options.save_directory)
         afterwards.check_evaluation(session, (parents.primary, parents.secondary), answers.blend.objective)
-    return plan
-
-
-def plan_within_disk(
-    session: Session, recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport
-) -> MergePlan:
-    """The plan. Where the parents' files do not fit on the disk, and would one by one, that is offered."""
-    try:
-        return story.plan_merge(recipe, options, parents, parity)
-    except supply.DiskTooSmall as error:
-        if not error.can_stream or not session.offers(f"{error.message} Fetch and drop them file by file?"):
-            raise
-    return story.plan_merge(recipe, dataclasses.replace(options, stream_parents=True), parents, parity)
-
-
-def with_weights(session: Session, plan: MergePlan) -> MergePlan:
-    """The plan once the parents' weights are here, which knows more of them then."""
-    if not plan.download_bytes or plan.options.stream_parents:
-        return plan
-    session.leave(FETCHED_KEPT)
-    with session.view:
-        supply.fetch_parents(plan.parents, session.observe)
-    plan = story.prepare_merge(plan.recipe, plan.options)
-    session.show(f"kinship: {plan.kinship.describe()}", style="dim", markup=False)
     return plan
 
 
@@ -235,20 +210,21 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
         made = f"up to {sweep.MAX_TRIALS - 2} children are made one after the other, and the best again"
         session.show(f"t will be found on {format_names(names)}: {made}.")
     if plan.kinship.warning:
-        session.show(f"[yellow]{plan.kinship.warning}[/]")
+        session.show(plan.kinship.warning, style="yellow")
     if session.arguments.yes:
-        session.may_fetch(plan)
-        return "start", with_weights(session, plan)
+        fetching.may_fetch(session, plan)
+        return "start", fetching.with_weights(session, plan)
     is_lost = plan.leftover is not None and plan.leftover.reason != ""
     if is_lost:
-        session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
+        what = "The finished files of the merge that stands there are of another; they would go."
+        session.show(what, style="yellow")
     lacks = session.what_primary_lacks()
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
         if decision in ("start", "inspect"):
-            if not session.may_fetch(plan):
+            if not fetching.may_fetch(session, plan):
                 continue
-            plan, was_strange = with_weights(session, plan), plan.kinship.warning
+            plan, was_strange = fetching.with_weights(session, plan), plan.kinship.warning
             if plan.kinship.warning != was_strange:
                 session.show(f"[yellow]{plan.kinship.warning}[/]")
                 continue
@@ -259,7 +235,7 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
             session.show(figures.render_map(session.console, found))
         elif decision == "start" and session.what_primary_lacks() != lacks:  # known since the plan was drawn
             lacks = session.what_primary_lacks()
-            session.show(printable(lacks), style="yellow", markup=False)
+            session.show(lacks, style="yellow")
         else:
             return decision, plan
 
@@ -327,8 +303,7 @@ def inspect_parents(session: Session) -> None:
     """--inspect: how the parents differ. Two questions, no child and no save directory."""
     given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
-    recipe = story.locate_parents(answers.recipe, session.observe)
-    session.consent_to_fetch(supply.download_bytes(story.open_parents(recipe).by_role.values()))
+    recipe = fetching.with_parents_here(session, answers.recipe)
     afterwards.check_maps(session, answers.recipe)
     terminal.collect_garbage_again()
     with session.view:
@@ -345,7 +320,8 @@ def evaluate_standing_child(session: Session) -> None:
     if not path.is_file():
         what = f"{child} has no {path.name}, so its parents are not known."
         raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
-    compared = afterwards.models_to_compare(recipe_file.read_recipe(path), child, session.arguments.device or "auto")
+    recipe = fetching.with_parents_here(session, recipe_file.read_recipe(path))
+    compared = afterwards.models_to_compare(recipe, child, session.arguments.device or "auto")
     afterwards.check_evaluation(session, [compared.checkpoints[role] for role in ("primary", "secondary")], None)
     afterwards.evaluate_as_flags_ask(session, compared)
     session.print_json({"findings": session.findings})

@@ -7,6 +7,8 @@ before this.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fnmatch
 import io
 import json
 import os
@@ -20,21 +22,34 @@ from typing import Any
 
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, printable, shorten
 
+MOST_SOURCES = 3  # that one thread reads by turns: two parents and a base
 MAX_OPEN_FILES = 16  # of one thread; a model can have hundreds of shards
 MAX_JSON_BYTES = 16_000_000  # of a config or an index, which are read into memory several times their size
 
 
 def clean_path(text: str) -> Path:
-    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces."""
+    """A path as people type or paste it: quotes, `~`, `$HOME`, spaces around it, escaped spaces.
+
+    Raises SlerpMergeError for the home of somebody who is not known.
+    """
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     elif os.name != "nt":
         text = re.sub(r"\\([^\w\\])", r"\1", text)  # as a terminal pastes a dropped folder
     path = Path(os.path.expandvars(text))
-    with contextlib.suppress(RuntimeError):  # nobody is called so: a folder's name may begin with ~ too
+    try:
         return path.expanduser()
-    return path
+    except RuntimeError as error:
+        if os.path.lexists(path.parts[0]):  # a folder's name may begin with ~ too
+            return path
+        what = f"{path.parts[0]} is nobody's home here."
+        raise SlerpMergeError(what, f"Write out the path; of a folder that is called so, write ./{path}") from error
+
+
+def given_path(text: str) -> Path:
+    """A path from a flag or a program: what is there under this very name, or else as clean_path has it."""
+    return Path(text) if os.path.lexists(text) else clean_path(text)
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -48,7 +63,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     if max(size, len(data)) > limit:
         raise SlerpMergeError(
             f"{path} is larger than {format_bytes(limit)}, too large for what it should be.",
-            "Download this file again from where the model comes from.",
+            "Compare its size with that where the model comes from; it may be another file.",
         )
     return data
 
@@ -59,7 +74,9 @@ def parse_json(data: bytes, source: Path) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=dict_of_unique_names)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise SlerpMergeError(f"{source} does not hold valid JSON: {reason}.", "Download this file again.") from error
+        raise SlerpMergeError(
+            f"{source} does not hold valid JSON: {reason}.", "Correct this file, or download it again."
+        ) from error
 
 
 def parse_json_object(data: bytes, source: Path) -> dict[str, Any]:
@@ -157,11 +174,38 @@ def check_path(path: Path, what: str) -> None:
         raise SlerpMergeError(f"The {what} {name} is no usable path: {reason}.", "Check the path.") from error
 
 
+LEFT_BY_MACOS = "._*"  # beside each file, on disks that cannot keep its attributes
+
+
+def matching_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files and folders directly in a folder, where it is there, whose names match; in the order of the patterns.
+
+    Raises SlerpMergeError where the folder cannot be listed, from which no file would else be missed.
+    """
+    try:
+        paths = [path for path in sorted(folder.iterdir()) if not fnmatch.fnmatch(path.name, LEFT_BY_MACOS)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise explain_os_error(error, folder, "list") from error
+    matching = ((pattern, path) for pattern in patterns for path in paths if fnmatch.fnmatch(path.name, pattern))
+    return [path for pattern, path in matching if path.name != pattern or path.exists()]
+
+
 def nested_files(folder: Path) -> Iterator[Path]:
-    """Every file and folder below a folder; folders that are links are named and not entered."""
-    for parent, folders, files in os.walk(folder):
+    """Every file and folder below a folder; folders that are links are named and not entered.
+
+    Raises SlerpMergeError where one cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise explain_os_error(error, Path(os.fsdecode(error.filename)), "list") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         for name in (*folders, *files):
-            yield Path(parent, name)
+            if not fnmatch.fnmatch(name, LEFT_BY_MACOS):
+                yield Path(parent, name)
 
 
 class FileHandles:
@@ -179,10 +223,20 @@ class FileHandles:
         if key not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[key] = io.FileIO(path, mode)
+            self._open[key] = self._opened(path, mode)
         self._open.move_to_end(key)
         self._open[key].seek(offset)
         return self._open[key]
+
+    def _opened(self, path: Path, mode: str) -> io.FileIO:
+        """A file, opened with as few others as a tight limit on open files asks for."""
+        while True:
+            try:
+                return io.FileIO(path, mode)
+            except OSError as error:
+                if error.errno != errno.EMFILE or len(self._open) <= MOST_SOURCES:
+                    raise
+                self._open.popitem(last=False)[1].close()
 
     def close(self) -> None:
         """Closes them all; others can be opened afterwards."""
@@ -205,7 +259,7 @@ def stays_within(path: Path, folder: Path) -> bool:
 def check_kind(path: Path) -> None:
     """Raises SlerpMergeError where a file of a model is a pipe or a device, or a link to a folder, perhaps its own."""
     if path.exists() and not (path.is_file() or is_plain_folder(path)):
-        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Remove it, or download the model again.")
+        raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Put the file itself in its place.")
 
 
 def existing_folder(path: Path) -> Path:
@@ -268,12 +322,12 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
 
     Raises SlerpMergeError where one cannot be read or written.
     """
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            try:
-                if path.is_dir():
-                    shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
-                else:
-                    shutil.copyfile(path, target / path.name)
-            except OSError as error:
-                raise explain_os_error(error, path, "copy") from error
+    ignored = shutil.ignore_patterns(LEFT_BY_MACOS)
+    for path in matching_files(source, patterns):
+        try:
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, copy_function=shutil.copyfile, ignore=ignored)
+            else:
+                shutil.copyfile(path, target / path.name)
+        except OSError as error:
+            raise explain_os_error(error, path, "copy") from error

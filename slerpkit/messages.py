@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+# What to do where a limit is reached, whichever part of the tool met it.
+MEMORY_HINT = "Close other programs, raise the limit on memory (ulimit -v, or the container's), or give it --threads 1."
+PROCESS_HINT = "Raise the limit on processes (ulimit -u, a container's pids) or on memory (ulimit -v), or end some."
+FILES_HINT = "Raise the limit on open files, as in: ulimit -n 1024. Fewer --threads need fewer."
 
 
 class SlerpMergeError(Exception):
@@ -76,27 +83,48 @@ def format_names(names: Sequence[str], max_count: int = 6) -> str:
 def explain_os_error(error: OSError, path: Path, doing: str) -> SlerpMergeError:
     """The operating system's refusal, in words. `doing` completes "Could not ..."."""
     reason = error.strerror or str(error)
+    reads = doing.startswith(("read", "look", "list"))
+    permissions = "Check who owns it and its permissions"
     hints = {
         "ENOSPC": "Free some space, or choose a save directory on another disk.",
         "EDQUOT": "Your quota is used up; choose a save directory elsewhere.",
-        "EACCES": "Check who owns it and its permissions.",
-        "EPERM": "Check who owns it and its permissions.",
+        "EACCES": f"{permissions}." if reads else f"{permissions}, or choose another place.",
         "EROFS": "That disk is mounted read-only; choose another place.",
         "ENAMETOOLONG": "Check the path.",
         "ENOENT": "Check the path; it may have been moved or deleted.",
-        "EIO": "The disk reports a fault; copy or download the file again.",
+        "EIO": "The disk reports a fault; if it stays, copy what is on it to another one, or choose another one.",
+        "EFBIG": "Neither that disk, nor perhaps the limit on a file's size (ulimit -f), takes one so large: raise the "
+        "limit, or cut the child with --max-shard-size.",
+        "EMFILE": FILES_HINT,
+        "ENFILE": "The whole system has no more files to open; close other programs.",
+        "EAGAIN": PROCESS_HINT,
+        "ENOMEM": MEMORY_HINT,
     }
-    if not doing.startswith("read"):
-        hints["EIO"] = "The disk reports a fault; choose a save directory on another one."
+    hints["EPERM"] = hints["EACCES"]
     name = next((name for name in hints if error.errno == getattr(errno, name, None)), "")
-    return SlerpMergeError(f"Could not {doing} {path}: {reason}.", hints.get(name, "Check the path and the disk."))
+    told = shorten(str(path), 500)
+    return SlerpMergeError(f"Could not {doing} {told}: {reason}.", hints.get(name, "Check the path and the disk."))
 
 
 def explain_refusal(error: OSError | MemoryError) -> SlerpMergeError:
     """A refusal of the operating system where none was expected, in words; the error itself knows of which path."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return explain_os_error(error, Path(str(error.filename)), "use")
-    return SlerpMergeError(f"The system refused: {str(error) or 'out of memory'}.", "Put that right and try again.")
+    if isinstance(error, MemoryError):
+        return SlerpMergeError("The system refused: out of memory.", MEMORY_HINT)
+    if error.filename is not None:
+        return explain_os_error(error, Path(os.fsdecode(error.filename)), "use")
+    hint = explain_os_error(error, Path(), "use").hint if error.errno is not None else "Put that right and try again."
+    return SlerpMergeError(f"The system refused: {error.strerror or error}.", hint)
+
+
+def explain_import_error(error: Exception) -> SlerpMergeError:
+    """A package that cannot be loaded, in words; the fault is not always its own."""
+    cause: BaseException = error
+    while isinstance(cause.__cause__, ImportError):  # what numpy says of it fills a page
+        cause = cause.__cause__
+    reason = " ".join(str(cause).split())
+    lacks_memory = re.search(r"failed to map|cannot allocate|MemoryError", reason, re.IGNORECASE)
+    hint = MEMORY_HINT if lacks_memory else "Run: pip install -r requirements.txt"
+    return SlerpMergeError(f"A package cannot be loaded: {shorten(reason, 300)}.", hint)
 
 
 def is_utf8(text: str) -> bool:

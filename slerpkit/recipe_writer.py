@@ -72,7 +72,7 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
         own["t"] = recipe_rules(recipe.schedule)
     for role, parent in parents.items():
         fingerprints = {"headers": header_fingerprint(parent)}
-        if parent.remote is None:  # else they are not here any more; the commit in its name says which they were
+        if not parent.awaited:  # else its weights are not here any more; the commit in its name says which they were
             fingerprints["sample"] = sample_fingerprint(parent)
         own[role] = {"name": parent.public_place, **fingerprints}
     return yaml.safe_dump({**content, "slerpmerge": own}, sort_keys=False, allow_unicode=True)

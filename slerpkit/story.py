@@ -6,6 +6,7 @@ Every step of a merge stands here, in order. `observe` is told of progress; noth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.child.companions import copy_companions
 from slerpkit.child.report import MergeReport, write_report
 from slerpkit.child.verify import nothing_further, verify_child, verify_values
-from slerpkit.files import clean_path
+from slerpkit.files import given_path
 from slerpkit.merge.events import Noted, ignore
 from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
@@ -25,7 +26,7 @@ from slerpkit.parents.adapters import find_with_base
 from slerpkit.parents.checkpoint import open_parents
 from slerpkit.parents.hub import locate, locate_base, look_closer, must_be_looked_up
 from slerpkit.parents.hub_cache import REMOTE_MODELS
-from slerpkit.parents.resolver import short_name
+from slerpkit.parents.resolver import find_model, short_name
 from slerpkit.parity.check import check_parity, parity_of_headers
 from slerpkit.parity.report import ParityReport
 from slerpkit.recipe import MergeRecipe, check_options, check_recipe, recipe_and_options
@@ -136,7 +137,7 @@ def execute_merge(
 
 def supply_for(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> StreamedSupply | None:
     """What brings the parents' files as the merge comes to them; None where all are here."""
-    if not awaited_models(plan.parents):
+    if not plan.options.stream_parents or not awaited_models(plan.parents):
         return None
 
     def check(tensors: Sequence[MergedTensor]) -> tuple[int, int]:
@@ -192,13 +193,14 @@ def merge_models(
     if not isinstance(t, Schedule):
         t = parse_blend(t) if isinstance(t, str) else Schedule.constant(float(t))
     named = {"primary": primary, "secondary": secondary, "base": settings.pop("base", None)}
-    found = {role: find_with_base(str(name)) for role, name in named.items() if name is not None}
+    find = functools.partial(find_model, read=given_path)
+    found = {role: find_with_base(str(name), find) for role, name in named.items() if name is not None}
     bases = {folder: base for folder, base in found.values() if base is not None}
     recipe, options = recipe_and_options(
         {
             **{role: folder for role, (folder, _) in found.items()},
             "adapter_bases": bases,
-            "save_directory": clean_path(str(save_directory)),
+            "save_directory": given_path(str(save_directory)),
             "schedule": t,
             **settings,
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
 import os
 import pickle
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 
 import slerpmerge
 from slerpkit import __version__
+from slerpkit.lazy import load_modules
 from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen.flags import parse_size
@@ -128,6 +131,18 @@ class TestMerge:
         assert run(*folders, "--yes").status == 0
         assert (tmp_path / "below" / "child" / "model.safetensors").is_file()
 
+    @pytest.mark.parametrize("flag", ["--primary", "--save-dir", "--recipe", "--perplexity"])
+    def test_the_home_of_nobody_is_refused_and_not_made(self, run, pair, tmp_path, flag):
+        outcome = run(*MERGE, flag, "~nobody-of-that-name/there")
+        assert_refused(outcome, "~nobody-of-that-name is nobody's home here", "", status=2)
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+    @pytest.mark.skipif(os.name == "nt", reason="names end otherwise there")
+    @pytest.mark.parametrize("name", ["my$HOME", "trailing ", r"back\ slash", "~"])
+    def test_a_folder_that_is_there_is_meant_as_it_is_written(self, run, pair, tmp_path, name):
+        copy_model(pair[1], tmp_path / name)
+        assert run("--primary", "primary", "--secondary", name, "--save-dir", "child", "--yes").status == 0
+
     def test_a_comma_list_is_a_gradient_over_the_layers(self, run, pair, tmp_path):
         assert run(*MERGE, "--t", "0, 1").status == 0
         child, primary, secondary = (load_tensors(folder) for folder in (tmp_path / "child", *pair))
@@ -148,7 +163,7 @@ class TestMerge:
         assert (outcome.report["slerped"], outcome.report["lerped"]) == (0, 21)
         assert {tensor.dtype for tensor in load_tensors(tmp_path / "child").values()} == {torch.float32}
 
-    @pytest.mark.parametrize("place", ["[red]primary", "a[/red]", "[bold]b[/bold", "[link=x]"])
+    @pytest.mark.parametrize("place", ["[red]primary", "a[/red]", "[bold]b[/bold", "[link=x]", "a:warning:b"])
     def test_markup_in_a_folder_name_is_shown_as_it_is(self, run, pair, tmp_path, place):
         copy_model(pair[0], tmp_path / place)
         outcome = run("--primary", place, "--secondary", "secondary", "--save-dir", f"{place}-child", "--yes")
@@ -410,6 +425,60 @@ def test_a_merge_whose_output_nobody_reads_goes_on_to_its_child(pair, tmp_path, 
     assert "roken pipe" not in done.stderr
 
 
+CLOSED_AND_FULL = [
+    pytest.param("<&-", 0, id="no-stdin"),
+    pytest.param(">&-", 0, id="no-stdout"),
+    pytest.param("2>&-", 0, id="no-stderr"),
+    pytest.param("<&- >&- 2>&-", 0, id="none"),
+    pytest.param(">&- --json", 0, id="no-stdout-json"),
+    pytest.param(">/dev/full", 0, id="full"),
+    pytest.param("2>/dev/full", 0, id="full-stderr"),
+    pytest.param(">/dev/full --json", 1, id="full-json"),
+]
+
+
+def run_in_shell(arguments: str, folder: Path, **environment: str) -> Outcome:
+    """The tool as a shell starts it, with redirections."""
+    done = subprocess.run(
+        f"'{sys.executable}' '{slerpmerge.__file__}' {arguments}",
+        shell=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+class TestStreamsThatAreClosedOrFull:
+    @pytest.mark.parametrize(("redirection", "status"), CLOSED_AND_FULL)
+    @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}], ids=["lines", "live"])
+    def test_the_merge_goes_on_to_its_child(self, pair, tmp_path, redirection, status, variables):
+        outcome = run_in_shell(f"{' '.join(MERGE)} {redirection}", tmp_path, **variables)
+        assert outcome.status == status
+        assert (tmp_path / "child" / "model.safetensors").exists()
+        assert "Traceback" not in outcome.err
+
+    def test_a_report_that_found_no_room_is_said_to_be_lost_and_the_child_to_stand(self, pair, tmp_path):
+        outcome = run_in_shell(f"{' '.join(MERGE)} --json >/dev/full", tmp_path)
+        words = " ".join(outcome.err.split())
+        assert "The JSON object could not be written to stdout: No space left" in words
+        assert f"The child stands in {tmp_path / 'child'}" in words
+
+    @pytest.mark.parametrize("redirection", ["2>/dev/full", "<&- >&- 2>&-"])
+    @pytest.mark.parametrize(("arguments", "status"), [("--frobnicate", 2), ("--primary no --yes --inspect", 2)])
+    def test_a_refusal_that_nobody_can_read_keeps_its_status(self, tmp_path, arguments, status, redirection):
+        outcome = run_in_shell(f"{arguments} {redirection}", tmp_path)
+        assert (outcome.status, outcome.err) == (status, "")
+
+    def test_without_stdin_each_missing_flag_is_named(self, tmp_path):
+        outcome = run_in_shell("<&-", tmp_path)
+        assert outcome.status == 2
+        assert "There is no terminal to ask at; give --primary" in outcome.err
+
+
 class TestWithoutTorch:
     """What needs no arithmetic answers before torch could be loaded."""
 
@@ -478,21 +547,36 @@ class TestStarting:
             path.chmod(0o755)  # so that the test's own folder can be removed
         assert (done.returncode, done.stderr) == (0, b"")
 
-    @pytest.mark.parametrize("package", ["rich", "safetensors"])
-    def test_without_a_package_it_says_what_to_install(self, pair, tmp_path, package):
-        code = (
-            f"import sys; sys.modules[{package!r}] = None; import slerpmerge; sys.exit(slerpmerge.main(sys.argv[1:]))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, *MERGE],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(slerpmerge.__file__).parent)},
-            capture_output=True,
-            timeout=120,
-        )
+    @pytest.mark.parametrize("fault", ["raise ImportError('it is not there')", "1 / 0", "def broken("])
+    @pytest.mark.parametrize("package", ["rich", "colorama", "numpy", "yaml", "tokenizers", "filelock"])
+    def test_without_a_package_it_says_what_to_install_before_anything_is_made(self, pair, tmp_path, package, fault):
+        (tmp_path / "broken" / package).mkdir(parents=True)
+        (tmp_path / "broken" / package / "__init__.py").write_text(fault)
+        outcome = run_program(*MERGE, folder=tmp_path, PYTHONPATH=str(tmp_path / "broken"))
+        assert outcome.status == 1
+        assert "A package cannot be loaded: " in outcome.err
+        assert "Run: pip install -r requirements.txt" in outcome.err
+        assert len(outcome.err.splitlines()) <= 2
+        assert not outcome.out.count("Merging")
+        assert not (tmp_path / "child").exists()
+        assert run_program("--version", folder=tmp_path, PYTHONPATH=str(tmp_path / "broken")).status == 0
+
+    def test_half_a_package_is_none(self, tmp_path, monkeypatch):
+        """As an uninstallation leaves it that could not remove a file."""
+        (tmp_path / "left_over" / "data").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ImportError, match="left_over: its folder holds no package"):
+            load_modules("left_over")
+
+    def test_an_older_python_is_told_which_it_should_be(self, tmp_path):
+        source = Path(slerpmerge.__file__)
+        compile(source.read_text("utf-8"), source, "exec", ast.PyCF_ONLY_AST, _feature_version=7)  # it gets that far
+        code = f"import runpy, sys; sys.version_info = (3, 9, 6); runpy.run_path({str(source)!r}, run_name='__main__')"
+        command = [sys.executable, "-c", code, "--version"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
-        assert b"pip install -r requirements.txt" in done.stderr
-        assert b"Traceback" not in done.stderr
+        assert done.stderr.startswith("slerpmerge needs Python 3.10 or newer; this is ")
+        assert len(done.stderr.splitlines()) == 1
 
 
 class TestWrongUsage:
@@ -606,10 +690,6 @@ def parent_named_at_length(folder: Path) -> list[str]:
     if os.name == "nt":
         pytest.skip("the system has other words for it there")
     return ["--secondary", "x" * 300]
-
-
-def nobodys_home(folder: Path) -> list[str]:
-    return ["--secondary", "~models/sailor"]
 
 
 def parent_links_in_a_ring(folder: Path) -> list[str]:
@@ -760,14 +840,13 @@ BAD_INPUTS = [
     (missing_folder, "nowhere does not exist", "config.json"),
     (file_as_parent, "is a file, not a folder", "config.json"),
     (parent_named_at_length, "File name too long", "Check the path"),
-    (nobodys_home, "The folder ~models/sailor does not exist", "config.json"),
     (parent_links_in_a_ring, "Too many levels of symbolic links", "Check the path"),
     (no_weights, "holds no weights", "Choose the folder"),
     (no_config, "has no config.json", "Download it from"),
-    (broken_config, "config.json does not hold valid JSON", "Download this file again"),
+    (broken_config, "config.json does not hold valid JSON", "Correct this file, or download it again"),
     (truncated_weights, "model.safetensors is damaged or incomplete", "download it again"),
     (empty_weights, "model.safetensors is damaged or incomplete", "download it again"),
-    (lying_header, "model.safetensors is damaged or incomplete: the safetensors library says", "download it again"),
+    (lying_header, "model.safetensors is damaged or incomplete: 'a' has 4096 bytes", "download it again"),
     (endless_header, "its header should be 1152921504606846976 bytes", "download it again"),
     (index_names_missing_file, "names model-00001-of-00002.safetensors, which is not there", "Download the missing"),
     (index_names_outside_file, "outside its own folder", "Do not trust"),
@@ -851,6 +930,13 @@ class TestBadInput:
         assert_refused(run(*MERGE), f"{tmp_path} is not writable", "permissions")
         assert not (tmp_path / "child").exists()
 
+    def test_a_place_beside_which_nothing_can_be_made(self, run, pair, tmp_path, monkeypatch):
+        (tmp_path / "child").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        assert_refused(
+            run(*MERGE), f"{tmp_path} is not writable", f"Give a folder in it, such as {Path('child/child')}"
+        )
+
     def test_a_disk_that_is_too_full(self, run, pair, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -858,22 +944,26 @@ class TestBadInput:
         assert not (tmp_path / "child").exists()
 
     def test_a_place_that_cannot_be_looked_at(self, run, pair, tmp_path, monkeypatch):
-        def refuse(path: Path) -> None:
-            raise PermissionError(13, "Permission denied", str(path))
+        iterdir = Path.iterdir
+
+        def refuse(path: Path) -> Iterator[Path]:
+            if path.name == "child":
+                raise PermissionError(13, "Permission denied", str(path))
+            return iterdir(path)
 
         (tmp_path / "child").mkdir()
         monkeypatch.setattr(Path, "iterdir", refuse)  # as for anyone but root
         assert_refused(run(*MERGE), f"Could not use {tmp_path / 'child'}: Permission denied.", "permissions")
 
     @pytest.mark.parametrize(
-        ("fault", "cause"),
+        ("fault", "cause", "hint"),
         [
-            (MemoryError(), "out of memory"),
-            (OSError(28, "No space left on device"), "No space left"),
+            (MemoryError(), "out of memory", "--threads 1"),
+            (OSError(28, "No space left on device"), "No space left", "Free some space"),
         ],
         ids=["memory", "disk"],
     )
-    def test_a_fault_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, fault, cause):
+    def test_a_fault_in_the_middle_leaves_no_child(self, run, pair, tmp_path, monkeypatch, fault, cause, hint):
         def fail(*_: object) -> None:
             raise fault
 
@@ -883,7 +973,7 @@ class TestBadInput:
         monkeypatch.setattr("slerpkit.child.companions.write_index", fail)
         assert_refused(run(*MERGE, "--restart"), cause, "1 of 1")
         monkeypatch.setattr("slerpkit.merge.stream.create_file", fail)
-        assert_refused(run(*MERGE, "--restart"), cause, "Put that right")
+        assert_refused(run(*MERGE, "--restart"), cause, hint)
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     def test_what_the_hint_says_of_kept_files_is_said_once(self, run, pair, monkeypatch):
@@ -894,6 +984,25 @@ class TestBadInput:
         outcome = run(*MERGE)
         assert_refused(outcome, "A worker ended.", "1 of 1 weight files is finished and kept.")
         assert outcome.err.lower().count("the same command carries on") == 1
+
+    @pytest.mark.parametrize(
+        ("fault", "hint"),
+        [
+            (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+            (OSError("who knows"), "Put that right"),
+            (MemoryError(), "--threads 1"),
+            (ImportError("no such library"), "pip install"),
+        ],
+        ids=repr,
+    )
+    def test_a_refusal_that_nobody_expected_tells_of_kept_files_too(self, run, pair, monkeypatch, fault, hint):
+        def fail(*_: object) -> None:
+            raise fault
+
+        monkeypatch.setattr("slerpkit.story.copy_companions", fail)
+        outcome = run(*MERGE)
+        assert_refused(outcome, "", hint)
+        assert "1 of 1 weight files is finished and kept; the same command carries on." in outcome.err
 
     @pytest.mark.parametrize(
         ("place", "words"),
@@ -1038,7 +1147,7 @@ def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypa
         return plan
 
     monkeypatch.setattr(slerpmerge.story, "plan_merge", plan_then_cut)
-    assert_refused(run(*MERGE), "it changed since it was opened", "download it again")
+    assert_refused(run(*MERGE), "became shorter while it was read", "Let nothing write to it")
     assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -326,6 +329,50 @@ def test_a_link_that_nothing_uses_is_not_refused(tmp_path):
     assert not (tmp_path / "child" / "modeling_custom.py").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin", "notes.txt"])
+def test_a_link_that_no_merge_uses_is_let_pass(tmp_path, name):
+    primary, secondary = make_pair(tmp_path)
+    (tmp_path / "elsewhere").write_text("large")
+    (primary / name).symlink_to(tmp_path / "elsewhere")
+    child = merge(primary, secondary, tmp_path / "child").child
+    assert not (child / name).exists()
+
+
+def test_what_macos_leaves_beside_files_is_no_part_of_a_model(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    add_tokenizer(primary)
+    (primary / "additional_chat_templates").mkdir()
+    (primary / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    (primary / "modeling_own.py").write_text("")
+    for path in [*primary.rglob("*")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\xff")
+    child = merge(primary, secondary, tmp_path / "child").child
+    assert (child / "modeling_own.py").is_file()
+    assert [path.name for path in (child / "additional_chat_templates").iterdir()] == ["short.jinja"]
+    assert [path.name for path in child.rglob("._*")] == []
+
+
+@pytest.mark.parametrize("folder", ["primary", "primary/additional_chat_templates"])
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch, folder):
+    """Its code would else be missing from the child."""
+    primary, secondary = make_pair(tmp_path)
+    (primary / "additional_chat_templates").mkdir()
+
+    def forbidding(call: Callable[..., Any]) -> Callable[..., Any]:
+        def listed(path: Any = ".") -> Any:
+            if Path(path) == tmp_path / folder:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path)
+
+        return listed
+
+    monkeypatch.setattr(os, "listdir", forbidding(os.listdir))
+    monkeypatch.setattr(os, "scandir", forbidding(os.scandir))
+    with pytest.raises(SlerpMergeError, match=f"Could not list .*{folder}: Permission denied"):
+        merge(primary, secondary, tmp_path / "child")
+
+
 def test_a_companion_that_cannot_be_read_is_named(tmp_path):
     primary, secondary = make_pair(tmp_path)
     try:
@@ -478,6 +525,7 @@ def test_no_file_of_the_child_tells_where_its_parents_lie(tmp_path):
     [
         ("models--org--name/snapshots/abc", None, "org/name"),
         ("models--name/snapshots/abc", None, "name"),
+        (f"models--org--name/snapshots/{'a' * 40}", None, f"org/name@{'a' * 40}"),
         ("plain", None, "plain"),
         ("plain", "org/plain", "org/plain"),
         ("plain", "org/another", "plain"),
@@ -490,6 +538,6 @@ def test_a_card_calls_parents_what_people_call_them(tmp_path, place, claimed, na
     primary = make_checkpoint(tmp_path / place, llama_tensors(1), {**LLAMA_CONFIG, "_name_or_path": claimed})
     secondary = make_checkpoint(tmp_path / "secondary", llama_tensors(2))
     fields, body = read_card(merge(primary, secondary, tmp_path / "child").child)
-    assert fields["base_model"] == [name, "secondary"]
+    assert fields["base_model"] == [name.partition("@a")[0], "secondary"]
     assert dict(table_rows(body, "Recipe"))["primary (t = 0)"] == name.replace("|", "\\|")
     assert str(tmp_path) not in body

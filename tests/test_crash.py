@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import pkgutil
@@ -33,6 +34,7 @@ from slerpkit.merge.save_directory import WorkFolder, staging_area
 from slerpkit.merge.staging import StagedChild
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
+from slerpkit.story import execute_merge
 from tests.builders import (
     DEVICE,
     PLAIN_CHILD,
@@ -501,7 +503,7 @@ def test_a_parent_that_breaks_halfway_is_named(tmp_path, monkeypatch):
     set_block_elements(monkeypatch, 64)
     primary, secondary = make_pair(tmp_path)
     cut = at(MergedTensor, 2, lambda: os.truncate(secondary / "model.safetensors", 2000))
-    with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors is damaged or incomplete: it ends inside"):
+    with pytest.raises(SlerpMergeError, match=r"secondary.model\.safetensors became shorter while it was read"):
         merge(primary, secondary, tmp_path / "child", observe=cut, threads=1)
     assert names(tmp_path) == ["primary", "secondary"]
 
@@ -527,6 +529,59 @@ def test_a_disk_that_fills_up_gives_one_message_and_leaves_nothing(tmp_path, par
         merge(primary, secondary, tmp_path / "new" / "child", threads=threads)
     assert "Free some space" in caught.value.hint
     assert names(tmp_path) == ["primary", "secondary"]
+
+
+class DyingDisk(io.FileIO):
+    """A file whose disk is gone after some reads and writes, of all such files together."""
+
+    calls = itertools.count()
+    last = 0
+
+    def _live(self) -> None:
+        if next(self.calls) >= self.last:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def readinto(self, data: memoryview) -> int:
+        self._live()
+        return super().readinto(data)
+
+    def write(self, data: memoryview) -> int:
+        self._live()
+        return super().write(data)
+
+    def seek(self, *place: int) -> int:
+        self._live()
+        return super().seek(*place)
+
+    def close(self) -> None:
+        super().close()
+        self._live()
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 5, 20, 60])
+def test_a_disk_that_dies_under_the_workers_gives_one_message(tmp_path, parents, monkeypatch, capfd, last):
+    primary, secondary = make_pair(tmp_path)
+    parents.watch(primary, secondary)
+    plan = plan_of(primary, secondary, tmp_path / "child", threads=3)
+    monkeypatch.setattr(DyingDisk, "calls", itertools.count())
+    monkeypatch.setattr(DyingDisk, "last", last)
+    monkeypatch.setattr(io, "FileIO", DyingDisk)
+    with pytest.raises(SlerpMergeError, match=r"Could not .*: Input/output error"):
+        execute_merge(plan)
+    assert capfd.readouterr().err == ""  # no thread tells of it by itself
+    assert names(tmp_path) == ["primary", "secondary"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_fault_that_nobody_expects_in_a_worker_is_raised_once(tmp_path, monkeypatch, capfd, threads):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    plan = plan_of(*make_pair(tmp_path), tmp_path / "child", threads=threads)
+    monkeypatch.setattr("slerpkit.merge.worker.Worker.blend", fail)
+    with pytest.raises(MemoryError):
+        execute_merge(plan)
+    assert capfd.readouterr().err == ""
 
 
 def test_writes_that_take_less_than_asked_are_continued(tmp_path, monkeypatch):
@@ -600,6 +655,7 @@ def test_a_file_size_limit_gives_one_message(tmp_path, parents):
     assert done.returncode == 1
     assert done.stderr.count("model.safetensors") == 1
     assert "File too large" in done.stderr
+    assert "--max-shard-size" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert names(tmp_path) == ["primary", "secondary"]
 
@@ -932,7 +988,7 @@ def test_whatever_stands_in_the_staging_folder_is_no_dead_end(tmp_path, area, na
     try:
         merge(primary, secondary, tmp_path / "child")
     except SlerpMergeError as error:
-        assert (name, "Remove it" in error.hint) == (".lock", True)
+        assert (name, "Move it away" in error.hint) == (".lock", True)
     else:
         assert names(tmp_path) == ["child", "primary", "secondary"]
 

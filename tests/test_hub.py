@@ -320,6 +320,12 @@ def test_without_a_network_and_when_told_to_stay_offline(bench: Bench) -> None:
     assert bench.hub.requests == []
 
 
+def test_a_path_mistyped_is_answered_with_what_stands_beside_it(bench: Bench) -> None:
+    (bench.here / "models" / "sailor").mkdir(parents=True)
+    status, _, err = bench.merge("ada/finch", "models/sialor", "--yes")
+    assert (status, "Did you mean models/sailor?" in err) == (1, True)
+
+
 def test_a_hub_that_is_out_of_order_is_named(bench: Bench) -> None:
     bench.hub.status = 503
     status, _, err = bench.merge("ada/finch", "ada/wren", "--yes")

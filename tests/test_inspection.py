@@ -307,6 +307,14 @@ def test_a_merge_saves_its_map_too(run, pair, tmp_path):  # noqa: F811
     ElementTree.parse(tmp_path / "m.svg")
 
 
+@pytest.mark.parametrize("name", ["[red].svg", "[bold]b.json", ":warning:.svg"])
+def test_the_name_of_a_map_is_shown_as_it_is(run, pair, tmp_path, name):  # noqa: F811
+    outcome = run("--inspect", "--primary", "primary", "--secondary", "secondary", "--map", name)
+    assert outcome.status == 0
+    assert f"The map stands in {name}." in outcome.out
+    assert (tmp_path / name).is_file()
+
+
 def test_a_map_of_no_known_format_is_wrong_usage(run, pair):  # noqa: F811
     outcome = run("--inspect", "--primary", "primary", "--secondary", "secondary", "--map", "map.png")
     assert outcome.status == 2

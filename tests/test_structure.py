@@ -25,7 +25,7 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 # From the ground up. A module imports from its own floor, above itself in this list, or from a lower one.
 FLOORS = (
     "slerpkit",
-    "slerpkit.messages slerpkit.files slerpkit.lazy slerpkit.devices slerpkit.maths slerpkit.schedule"
+    "slerpkit.messages slerpkit.threads slerpkit.files slerpkit.lazy slerpkit.devices slerpkit.maths slerpkit.schedule"
     " slerpkit.chat_templates slerpkit.recipe",
     "slerpkit.parents.tensors slerpkit.parents.dtypes slerpkit.parents.adapted_tensor"
     " slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
@@ -52,7 +52,7 @@ FLOORS = (
     "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
     " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.lookahead"
-    " slerpkit.screen.session slerpkit.screen.afterwards",
+    " slerpkit.screen.session slerpkit.screen.fetching slerpkit.screen.afterwards",
     "slerpmerge",
 )
 # The package's door hands out merge_models, which it imports when it is asked for.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,9 +122,9 @@ def test_a_fault_in_a_process_is_told_with_its_remedy_and_nobody_writes_after_it
     plan = plan_of(*pair, tmp_path / "child", device="cpu")
     with open(pair[1] / "model.safetensors", "r+b") as stream:
         stream.truncate(30_000_000)  # after its header was believed
-    with pytest.raises(SlerpMergeError, match="is damaged or incomplete: it ends inside") as caught:
+    with pytest.raises(SlerpMergeError, match="became shorter while it was read: it ends inside") as caught:
         execute_merge(plan)
-    assert "download it again" in caught.value.hint
+    assert "Let nothing write to it" in caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["primary", "secondary"]
 
 
@@ -174,15 +176,135 @@ def broken(folder: Path, library: str) -> str:
 
 def test_a_library_that_cannot_be_loaded_is_one_message(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", broken(tmp_path, "numpy"))
-    with pytest.raises(SlerpMergeError, match="a library cannot be loaded .no such library."):
+    with pytest.raises(SlerpMergeError, match="a package cannot be loaded: no such library.") as caught:
         merge(*pair, tmp_path / "child", device="cpu")
+    assert caught.value.hint == "Run: pip install -r requirements.txt"
 
 
 def test_workers_load_torch_for_float16_alone(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", broken(tmp_path, "torch"))
     merge(*pair, tmp_path / "child", device="cpu")
-    with pytest.raises(SlerpMergeError, match="a library cannot be loaded .no such library."):
+    with pytest.raises(SlerpMergeError, match="a package cannot be loaded: no such library."):
         merge(*pair, tmp_path / "another", device="cpu", dtype="float16")
+
+
+def starts(count: int) -> Callable[..., int]:
+    """A stand-in for the system's start of a thread, which lets so many begin."""
+    begin = _thread.start_new_thread
+    places = iter(range(count))
+
+    def start(*arguments: object) -> int:
+        if next(places, None) is None:
+            raise RuntimeError("can't start new thread")
+        return begin(*arguments)
+
+    return start
+
+
+def system_without_forks(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Lets a new interpreter fork so many times."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(
+        "import errno, os\n"
+        f"fork, places = os.fork, iter(range({count}))\n"
+        "def limited():\n"
+        "    if next(places, None) is None:\n"
+        "        raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')\n"
+        "    return fork()\n"
+        "os.fork = limited\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder / "site"))
+
+
+class TestLimits:
+    """Where the system lets fewer workers be started than were asked for, fewer make the child."""
+
+    def merged(self, pair: tuple[Path, Path], folder: Path) -> list[str]:
+        """What is noted of a merge by three workers, whose bits must be right."""
+        notes: list[str] = []
+        child = merge(*pair, folder / "child", 0.3, observe=lambda event: notes.append(getattr(event, "text", "")),
+                      device="cpu", threads=3).child  # fmt: skip
+        assert weights_of(child) == weights_of(merge(*pair, folder / "whole", 0.3, device="cpu", threads=1).child)
+        return [note for note in notes if "The system lets" in note]
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_threads(self, pair, tmp_path, monkeypatch, count):
+        monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 1 << 60)
+        with monkeypatch.context() as limited:
+            limited.setattr("_thread.start_new_thread", starts(count))
+            merge(*pair, tmp_path / "child", 0.3, device="cpu", threads=3)
+        whole = merge(*pair, tmp_path / "whole", 0.3, device="cpu", threads=3).child
+        assert weights_of(tmp_path / "child") == weights_of(whole)
+
+    def test_no_thread_at_all(self, pair, tmp_path, monkeypatch):
+        monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 1 << 60)
+        monkeypatch.setattr("_thread.start_new_thread", starts(0))
+        with pytest.raises(SlerpMergeError, match="The system does not let a thread be started") as caught:
+            merge(*pair, tmp_path / "child", device="cpu")
+        assert "ulimit -u" in caught.value.hint
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["primary", "secondary"]
+
+    def test_a_thread_that_never_begins_keeps_nobody_waiting(self, pair, tmp_path, monkeypatch):
+        """As where there is no memory for it to begin with."""
+        monkeypatch.setattr("slerpkit.merge.plan.SMALL_MERGE_BYTES", 1 << 60)
+        monkeypatch.setattr("slerpkit.threads.SECONDS_TO_BEGIN", 0.1)
+        monkeypatch.setattr("_thread.start_new_thread", lambda *_: 0)
+        with pytest.raises(SlerpMergeError, match="The system does not let a thread be started"):
+            merge(*pair, tmp_path / "child", device="cpu")
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_processes(self, pair, tmp_path, monkeypatch, count):
+        system_without_forks(tmp_path, monkeypatch, count)
+        assert self.merged(pair, tmp_path) == [f"The system lets only {count} of 3 workers be started."]
+
+    def test_no_process_at_all(self, pair, tmp_path, monkeypatch):
+        system_without_forks(tmp_path, monkeypatch, 0)
+        with pytest.raises(SlerpMergeError, match="could not be started .Resource temporarily unavailable.") as caught:
+            merge(*pair, tmp_path / "child", device="cpu")
+        assert "ulimit -u" in caught.value.hint
+
+    @pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
+    @pytest.mark.parametrize(("limit", "is_enough"), [(8, False), (40, True)])
+    def test_open_files(self, pair, tmp_path, in_processes, limit, is_enough):
+        code = (
+            "import resource, sys; import slerpkit.merge.plan as plan;"
+            f"plan.SMALL_MERGE_BYTES = {0 if in_processes else 1 << 60};"
+            f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}));"
+            "import slerpmerge; sys.exit(slerpmerge.main(sys.argv[1:]))"
+        )
+        flags = ["--primary", pair[0], "--secondary", pair[1], "--save-dir", tmp_path / "child", "--yes"]
+        command = [sys.executable, "-c", code, *flags, "--threads", "8", "--device", "cpu"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert (done.returncode == 0) == is_enough, done.stderr
+        assert is_enough or "ulimit -n" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
+def test_workers_that_have_no_memory_to_begin_with_are_no_wait_without_end(monkeypatch, capfd, in_processes):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("slerpkit.merge.worker.Worker.__init__", fail)
+    if in_processes:
+        monkeypatch.setattr("slerpkit.merge.team.SERVER", "raise MemoryError")
+    refused = pytest.raises(SlerpMergeError, match="A worker process ended before its time")
+    with WorkerTeam(2, in_processes=in_processes) as team, refused as caught:
+        team.wait()
+    assert "--threads 1" in caught.value.hint
+    assert capfd.readouterr().err == ""
+
+
+def test_a_library_that_threads_cannot_load_is_raised_and_no_thread_tells_of_it(monkeypatch, capfd):
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise ImportError("no such library")
+
+    monkeypatch.setattr("slerpkit.merge.worker.numpy", Broken())
+    with WorkerTeam(2) as team, pytest.raises(ImportError, match="no such library"):
+        team.wait()
+    assert capfd.readouterr().err == ""
 
 
 MERGE_AND_TELL = """

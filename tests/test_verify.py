@@ -170,11 +170,22 @@ def test_a_file_cut_short_or_lengthened_is_caught(tmp_path, count):
         (staged / "model.safetensors").write_bytes(data + bytes(count))
 
     for tamper in (cut, lengthen):
-        with pytest.raises(
-            SlerpMergeError, match=r"model\.safetensors is damaged or incomplete: the safetensors library says"
-        ):
+        with pytest.raises(SlerpMergeError, match=r"model\.safetensors is damaged or incomplete: its tensors end at"):
             merge_tampered(tmp_path, tamper)
         assert not (tmp_path / "child").exists()
+
+
+def test_a_parent_that_changed_is_told_before_the_disk_is_blamed(tmp_path):
+    make_pair(tmp_path)
+
+    def change(_: Path) -> None:
+        data = (tmp_path / "secondary" / "model.safetensors").read_bytes()
+        (tmp_path / "secondary" / "model.safetensors").write_bytes(data[:-200] + bytes(200))
+
+    with pytest.raises(SlerpMergeError, match=r"secondary changed during the merge: model\.safetensors") as caught:
+        merge_tampered(tmp_path, change)
+    assert "the disk or memory" not in caught.value.hint
+    assert not (tmp_path / "child").exists()
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from slerpkit.schedule import parse_blend
 from slerpkit.screen.console import render_error
 from slerpkit.screen.panels import draw_curve, next_commands, render_curves, render_parity, render_plan, render_report
 from slerpkit.screen.progress import MergeView
+from slerpkit.threads import BackgroundThread
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
 from tests.terminal import words
 
@@ -322,19 +322,19 @@ class TestLiveDisplay:
     def live_events(self, scene: Scene) -> list[object]:
         return [merge_began(scene), *scene.events[2:5]]
 
-    def end_of(self, threads: set[threading.Thread]) -> bool:
+    def end_of(self, threads: set[BackgroundThread]) -> bool:
         """Whether these threads end by themselves; one that was told to may need a moment."""
         for thread in threads:
-            thread.join(timeout=2)
-        return not any(thread.is_alive() for thread in threads)
+            thread.join(2)
+        return not threads & BackgroundThread.running
 
     def test_it_stops_when_an_exception_passes(self, scene):
         console = plain_console(force_terminal=True)
-        threads = set(threading.enumerate())
+        threads = set(BackgroundThread.running)
         with pytest.raises(KeyboardInterrupt), MergeView(console) as view:
             for event in self.live_events(scene):
                 view.observe(event)
-            refreshing = set(threading.enumerate()) - threads
+            refreshing = BackgroundThread.running - threads
             assert refreshing, "the display is live"
             raise KeyboardInterrupt
         assert self.end_of(refreshing)
@@ -342,11 +342,11 @@ class TestLiveDisplay:
 
     def test_it_stops_before_the_summary(self, scene):
         console = plain_console(force_terminal=True)
-        threads = set(threading.enumerate())
+        threads = set(BackgroundThread.running)
         view = MergeView(console)
         for event in scene.events:
             view.observe(event)
-        assert self.end_of(set(threading.enumerate()) - threads)
+        assert self.end_of(BackgroundThread.running - threads)
         assert written(console).count("\x1b[?25h") == 1, "the cursor is shown again"
 
     def test_the_bar_leaves_nothing_behind(self, scene):

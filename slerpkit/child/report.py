@@ -8,6 +8,7 @@ here. Read findings.py before this.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,11 +175,15 @@ CARD_MARKS = ("<!-- made by slerpmerge from merge_report.json -->", "<!-- until 
 FINDINGS_MARK = "<!-- what was found of the child -->"  # stands between those two, where there are findings
 
 
+AT_COMMIT = re.compile(r"@[0-9a-f]{40}$")
+
+
 def card_front(report: Mapping[str, Any]) -> str:
     """What hubs read of a card, and its title: the part that is the person's to change."""
     recipe = report["recipe"]
     names = [recipe["primary"], recipe["secondary"]]
-    front = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)]
+    linked = [AT_COMMIT.sub("", name) for name in names]  # a hub links to a model, not to a commit of it
+    front = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in linked)]
     front += ["library_name: transformers", "tags:", "- merge", "- slerp", "---", "", f"# {report['child']}", ""]
     front += [
         f"A merge of **{names[0]}** and **{names[1]}** by spherical linear interpolation,",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.files import read_json
+from slerpkit.merge.staging import check_parents_unchanged
 from slerpkit.merge.team import WorkerDied
 from slerpkit.merge.worker import RecomputeTask
 from slerpkit.messages import SlerpMergeError, format_names, shorten
@@ -47,11 +48,16 @@ def nothing_further(folder: Path) -> Verification:
     return Verification((), ())
 
 
-def wrong_child(reason: str) -> SlerpMergeError:
+class WrongChild(SlerpMergeError):
+    """A child is not what was planned."""
+
+
+def wrong_child(reason: str) -> WrongChild:
     """The error for a child that is not what was planned."""
-    return SlerpMergeError(
+    return WrongChild(
         f"The child did not pass its own check: {reason}.",
-        "Nothing was saved. Run the merge again; if it fails the same way, the disk or memory may be faulty.",
+        "Nothing was saved. The parents' files are those that were there when it began. Run the merge again; if it "
+        "fails the same way, the disk or memory may be faulty.",
     )
 
 
@@ -75,8 +81,10 @@ def verify_child(
         more = checked_further(child.folder, further)
     except WorkerDied:  # that says nothing of the child
         raise
-    except SlerpMergeError:
+    except SlerpMergeError as error:
         child.distrust()
+        if isinstance(error, WrongChild):
+            check_parents_unchanged(plan, child)  # before the disk or the memory is blamed
         raise
     checks = [
         f"{len(result.tensors)} tensors stand under the primary's names and shapes",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.child.findings import make_finding, with_stderr
-from slerpkit.evaluation.models import check_generates_text, choose_device_and_dtype, out_of_memory_named
+from slerpkit.evaluation.models import NO_NUMBERS, check_generates_text, choose_device_and_dtype, out_of_memory_named
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parents.checkpoint import has_tokenizer
@@ -133,7 +133,7 @@ def harness_results(
         raise SlerpMergeError(what, hint) from error
     answers = (sample.get("filtered_resps") for samples in result["samples"].values() for sample in samples)
     if "nan" in re.findall(r"\bnan\b", str(list(answers))):
-        raise SlerpMergeError(f"{name} gives a probability that is no number.", "Something is wrong with its weights.")
+        raise SlerpMergeError(f"{name} gives a probability that is no number.", NO_NUMBERS)
     return result
 
 

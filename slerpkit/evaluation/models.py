@@ -47,6 +47,8 @@ READER_NAME = re.compile(
 )
 PROBE = "Once upon a time"
 SAME_FAULT = "Load the primary the same way: if it shows the same, the fault is its own."
+OWN_FAULT = "Load it with transformers: if it shows the same, the fault is its own."
+NO_NUMBERS = "Its weights may overflow, or not be finite: see its report's warnings, or merge with --dtype float32."
 SMALL_MODEL_PARAMETERS = 5_000_000  # below this torch's threads only wait for each other
 
 
@@ -180,10 +182,10 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
                 model = model.to(device).eval()
             except (OSError, ValueError, KeyError, ImportError) as error:
                 what = f"transformers cannot load {checkpoint.name} ({role}): {shorten(str(error), 300)}"
-                raise SlerpMergeError(what, "The merge is not touched by this.") from error
+                raise SlerpMergeError(what, f"{OWN_FAULT} The merge is not touched by this.") from error
             if report["missing_keys"]:
                 what = f"{checkpoint.name} ({role}) lacks weights: {format_names(sorted(report['missing_keys']))}."
-                raise SlerpMergeError(what, "What transformers puts in their place is chance; nothing was asked of it.")
+                raise SlerpMergeError(what, "Complete them: what transformers puts in their place is chance.")
             with torch.inference_mode(), torch_threads_kept():
                 if checkpoint.parameter_count < SMALL_MODEL_PARAMETERS:
                     torch.set_num_threads(1)
@@ -193,7 +195,7 @@ def loaded_model(models: ComparedModels, role: str, device: str, dtype: str) -> 
     except Exception as error:  # configs and tokenizers of strangers fail inside other libraries, each in its own way
         reason = shorten(f"{type(error).__name__}: {error}", 300)
         what = f"{checkpoint.name} ({role}) could not be asked: {reason}"
-        raise SlerpMergeError(what, "Load it with transformers: if it shows the same, the fault is its own.") from error
+        raise SlerpMergeError(what, OWN_FAULT) from error
     finally:
         del model
         gc.collect()

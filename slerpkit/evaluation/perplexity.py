@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.child.findings import make_finding, with_stderr
-from slerpkit.evaluation.models import check_generates_text, loaded_model, with_fallback_to_cpu
+from slerpkit.evaluation.models import NO_NUMBERS, check_generates_text, loaded_model, with_fallback_to_cpu
 from slerpkit.files import file_size, read_bytes
 from slerpkit.lazy import torch
 from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
@@ -152,7 +152,7 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
         advance(done - before)
     if not math.fsum(nats) < MAX_NATS * sum(steps):
         what = "A model gives a probability that is no number, or next to none."
-        raise SlerpMergeError(what, "Something is wrong with its weights.")
+        raise SlerpMergeError(what, NO_NUMBERS)
     first = "" if ids[0] in tokenizer.all_special_ids else tokenizer.decode(ids[:1])
     return TextLoss(tuple(steps), max(1, size - len(first.encode())), tuple(nats))
 

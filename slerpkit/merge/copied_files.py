@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slerpkit.files import nested_files, stays_within
+from slerpkit.files import matching_files, nested_files, stays_within
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import (
     COMPANION_FILES,
@@ -17,7 +17,6 @@ from slerpkit.parents.checkpoint import (
     MODULE_FILES,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
-    matching_files,
 )
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit import devices
 from slerpkit.files import existing_folder
+from slerpkit.lazy import load_modules
 from slerpkit.merge.blocks import BLOCK_ELEMENTS
 from slerpkit.merge.copied_files import check_links
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
@@ -288,8 +289,10 @@ def estimate_memory(
 def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport) -> MergePlan:
     """An operation for each tensor, the child's files, and what it will cost. Writes nothing.
 
-    Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it.
+    Raises SlerpMergeError where the recipe, the save directory or the free disk space do not allow it, ImportError
+    where a library is missing that the merge will need.
     """
+    load_modules("filelock", "numpy", "tokenizers", "yaml")  # nobody merges for hours to learn that one is missing
     models = list(parents.by_role.values())
     check_save_directory(
         options.save_directory, [model.folder for model in parents.by_folder.values()], options.overwrite

@@ -62,10 +62,11 @@ def check_save_directory(save_directory: Path, parents: Sequence[Path], overwrit
         check_replaceable(save_directory, overwrite)
     existing = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
     if not existing.is_dir() or not shutil.disk_usage(existing).total or not os.access(existing, os.W_OK | os.X_OK):
-        raise SlerpMergeError(
-            f"The save directory {save_directory} cannot be made: {existing} is not writable.",
-            "Choose a place you may write to, or change the permissions.",
-        )
+        hint = "Choose a place you may write to, or change the permissions."
+        if target.is_dir() and not any(target.iterdir()) and os.access(target, os.W_OK | os.X_OK):
+            hint = f"The child grows beside it at first. Give a folder in it, such as {save_directory / 'child'}."
+        what = f"The save directory {save_directory} cannot be made: {existing} is not writable."
+        raise SlerpMergeError(what, hint)
     WorkFolder(staging_area(target)).check_free()
 
 
@@ -111,13 +112,15 @@ class WorkFolder:
         """
         try:
             if os.path.lexists(self.path) and not is_plain_folder(self.path):
-                raise SlerpMergeError(f"{self.path} is in the way; it is no folder of this tool's.", "Remove it.")
+                raise SlerpMergeError(f"{self.path} is in the way; it is no folder of this tool's.", "Move it away.")
             for folder in reversed([self.path, *self.path.parents]):
                 if not folder.exists():
                     folder.mkdir()
                     self._made.append(folder)
             if os.path.lexists(self._lock_path) and not is_plain_file(self._lock_path):
-                raise SlerpMergeError(f"{self._lock_path} is in the way; it is no file of this tool's.", "Remove it.")
+                raise SlerpMergeError(
+                    f"{self._lock_path} is in the way; it is no file of this tool's.", "Move it away."
+                )
             self._lock = filelock.FileLock(self._lock_path, timeout=0)
             self._acquire()
         except BaseException as error:

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from slerpkit.merge.save_directory import (
 )
 from slerpkit.messages import SlerpMergeError, explain_os_error, format_names
 from slerpkit.parents.checkpoint import file_stats_of, stat_items
+from slerpkit.threads import TaskThread
 
 if TYPE_CHECKING:
     from slerpkit.merge.events import Observer
@@ -42,7 +43,7 @@ class BackgroundSync:
     """One thread that asks the disk for what is written while the merge goes on."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, "sync")
+        self._executor = TaskThread()
         self._tasks: list[Future[None]] = []
         self._given_up = False
 

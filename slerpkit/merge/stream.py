@@ -279,6 +279,13 @@ def could_overflow(tensor: TensorPlan, weights: TensorWeights, primary_norm: flo
     return not largest < MAX_FINITE[tensor.dtype]
 
 
+def await_workers(team: WorkerTeam, observe: Observer) -> None:
+    """Waits until the workers are ready, and tells where they are fewer than there should be."""
+    team.wait()
+    if team.size < team.count:
+        observe(Noted(f"The system lets only {team.size} of {team.count} workers be started."))
+
+
 def stream_merge(
     plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer, supply: StreamedSupply | None = None
 ) -> MergeResult:
@@ -292,8 +299,11 @@ def stream_merge(
     child.journal.device = team.device
     observe(Noted(f"Merging on {team.device} with {team.count} worker{'s' * (team.count > 1)}."))
     names = tuple(tensor.name for tensor in plan.tensors)
-    observe(WorkBegan("Merging", plan.child_bytes, in_bytes=True, tensors=names))
-    team.wait()
+    unfinished = (shard for shard in plan.shards if shard.file_name not in child.journal.finished)
+    fetched = supply.bytes_to_fetch(tensor for shard in unfinished for tensor in shard.tensors) if supply else 0
+    what = "Fetching and merging" if fetched else "Merging"
+    observe(WorkBegan(what, plan.child_bytes + fetched, in_bytes=True, tensors=names))
+    await_workers(team, observe)
     started = time.perf_counter()
     try:
         tensors = tuple(MergeStream(plan, child, team, observe, supply).merge(plan))
@@ -316,7 +326,7 @@ def measure_differences(
     tensors = [inputs_of(pair) for pair in pairs if pair.secondary and pair.primary.is_float]
     tensors = sorted((t for t in tensors if t.element_count), key=lambda t: natural_order(t.name))
     observe(WorkBegan("Measuring how the parents differ", sum(t.source_bytes for t in tensors)))
-    team.wait()
+    await_workers(team, observe)
     waiting = (TensorProgress(tensor, number, cut_tasks(tensor)) for number, tensor in enumerate(tensors))
     try:
         done = TensorStream(team, recipe.cast_dtype, observe).run(waiting)

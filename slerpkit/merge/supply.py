@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from slerpkit.files import existing_folder, nested_files
 from slerpkit.lazy import huggingface_hub
-from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.events import WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.hub_download import fetch_files
 
@@ -129,6 +129,11 @@ class StreamedSupply:
         self.checked = (0, 0)  # tensors recomputed whole, and stretches of others
         self.shard_name: str | None = None
 
+    def bytes_to_fetch(self, tensors: Iterable[TensorPlan]) -> int:
+        """Bytes that must come from the Hub for some tensors."""
+        files = {source.file for tensor in tensors for source in tensor.sources} & self.remotes.keys()
+        return sum(self.remotes[file].sizes[file.name] for file in files if not file.is_file())
+
     def is_ready(self, tensor: TensorPlan, number: int, shard_name: str, is_idle: bool) -> bool:
         """Whether a tensor can begin: its files are here. Where nothing is under way, they are brought.
 
@@ -143,8 +148,7 @@ class StreamedSupply:
             self.check_done()
             self.drop(number)
             for file in missing:
-                self.observe(Noted(f"Fetching {self.remotes[file].named.name}: {file.name} ..."))
-                fetch_files(self.remotes[file], [file.name], lambda amount: None)
+                fetch_files(self.remotes[file], [file.name], lambda amount: self.observe(WorkAdvanced(amount)))
         return is_idle
 
     def check_done(self) -> None:

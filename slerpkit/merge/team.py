@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import heapq
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -27,14 +27,17 @@ from slerpkit import devices
 from slerpkit.lazy import numpy, torch
 from slerpkit.merge.plan import choose_workers
 from slerpkit.merge.worker import ReleaseTask, serve
-from slerpkit.messages import SlerpMergeError
+from slerpkit.messages import MEMORY_HINT, SlerpMergeError, explain_import_error, explain_refusal
 from slerpkit.parents.dtypes import convert_float16_by_torch
+from slerpkit.threads import BackgroundThread
 
 if TYPE_CHECKING:
     from slerpkit.merge.worker import Task
 
 TASKS_AHEAD = 2  # that a worker has at most: one at hand, and one so that it need not wait for the next
 SECONDS_TO_END = 20.0  # that workers have to finish what they are at; a slow disk takes some for two tasks of each
+# Files that the main process opens for each worker: those that a thread reads and writes, or what little else.
+FILES_OF_THREAD, FILES_BESIDE_PROCESSES = 8, 3
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # For a process of its own, whose first argument that is: `python -c` looks for libraries in the current folder first,
 # and that may be a stranger's.
@@ -48,7 +51,8 @@ class WorkerDied(SlerpMergeError):
 class Member:
     """One worker, as the main process sees it."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, number: int, connection: Connection) -> None:
+        self.number = number  # among all that were to be started
         self.connection = connection
         self.tasks: deque[tuple[Any, Task]] = deque()  # under way: what the caller calls it, and the task
         self.row_maps: set[int] = set()  # that it has been given
@@ -63,16 +67,17 @@ class WorkerTeam:
     """
 
     def __init__(self, count: int, device: str = "cpu", in_processes: bool = False, with_torch: bool = False) -> None:
-        """Starts them; they load meanwhile what they need.
+        """Starts them, or as many as the system lets be started; they load meanwhile what they need.
 
-        in_processes: where the system can; else threads. with_torch: load it, to convert float16.
+        in_processes: where the system can; else threads. with_torch: load it, to convert float16. Raises
+        SlerpMergeError where not one can be started.
         """
         self.count = count
         self.device = device
         self.with_torch = with_torch
         self.in_processes = in_processes and device == "cpu" and hasattr(os, "fork")
         self._members: list[Member] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: list[BackgroundThread] = []
         self._torch_threads = 0  # that torch used before the workers became the parallelism; 0: untouched
         self._server: subprocess.Popen[bytes] | None = None
         self._fates: Connection | None = None
@@ -85,8 +90,8 @@ class WorkerTeam:
             self._start_threads()
 
     def _start_processes(self) -> None:
-        pairs = [Pipe() for _ in range(self.count)]
-        self._fates, fates_of_server = Pipe()
+        pairs = open_pipes(self.count + 1, FILES_BESIDE_PROCESSES)
+        self._fates, fates_of_server = pairs.pop()
         theirs = [fates_of_server, *(theirs for _, theirs in pairs)]
         numbers = [connection.fileno() for connection in theirs]
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -102,23 +107,26 @@ class WorkerTeam:
             )
         except OSError as error:
             what = f"The system does not let worker processes be started: {error.strerror or error}."
-            raise SlerpMergeError(what, "Close other programs, or merge with --threads 1.") from error
+            raise SlerpMergeError(what, explain_refusal(error).hint) from error
         finally:
             for connection in theirs:
                 connection.close()
-        self._members = [Member(ours) for ours, _ in pairs]
+        self._members = [Member(number, ours) for number, (ours, _) in enumerate(pairs)]
 
     def _start_threads(self) -> None:
         if self.with_torch or self.device != "cpu":
             self._torch_threads = torch.get_num_threads()
             torch.set_num_threads(1)  # its own would fight the workers
             convert_float16_by_torch(self.with_torch)
-        for number in range(self.count):
-            ours, theirs = Pipe()
-            self._members.append(Member(ours))
-            thread = threading.Thread(target=serve, args=(theirs, self.device), name=f"worker-{number}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        for number, (ours, theirs) in enumerate(open_pipes(self.count, FILES_OF_THREAD)):
+            try:
+                self._threads.append(BackgroundThread(functools.partial(serve, theirs, self.device)))
+            except SlerpMergeError:
+                if not self._members:
+                    self.close()
+                    raise
+                break
+            self._members.append(Member(number, ours))
 
     def __enter__(self) -> WorkerTeam:
         return self
@@ -127,13 +135,29 @@ class WorkerTeam:
         self.close()
 
     def wait(self) -> None:
-        """Until every worker has loaded what it needs. Raises SlerpMergeError where one cannot."""
-        for member in self._members:
-            while member.process is None:
-                try:
-                    member.process = member.connection.recv() if member.connection.poll(0.2) else None
-                except (EOFError, OSError) as error:
-                    raise self._death_of(member) from error
+        """Until every worker has loaded what it needs; those that cannot are done without.
+
+        Raises SlerpMergeError, or what a library raised, where none can.
+        """
+        fault: BaseException | None = None
+        for member in list(self._members):
+            try:
+                while member.process is None:  # a wait without end would be deaf to Ctrl-C on Windows
+                    first = member.connection.recv() if member.connection.poll(0.2) else None
+                    if isinstance(first, BaseException):
+                        raise first
+                    member.process = first
+            except (EOFError, OSError, ImportError) as error:
+                fault = fault or (error if isinstance(error, ImportError) else self._death_of(member))
+                member.connection.close()
+                self._members.remove(member)
+        if fault is not None and not self._members:
+            raise fault
+
+    @property
+    def size(self) -> int:
+        """How many workers there are; less than `count` where the system let no more be started."""
+        return len(self._members)
 
     @property
     def processes(self) -> list[int | None]:
@@ -187,7 +211,7 @@ class WorkerTeam:
     def serves(self, threads: int, device: str, byte_count: int, dtypes: Collection[str]) -> bool:
         """Whether these are still there, and are what team_for would start."""
         in_processes, with_torch = choose_workers(device, byte_count, dtypes)
-        is_there = len(self._members) == self.count == threads and self.device == device
+        is_there = bool(self._members) and self.count == threads and self.device == device
         return is_there and self.in_processes == in_processes and self.with_torch >= with_torch
 
     def close(self) -> None:
@@ -247,17 +271,39 @@ class WorkerTeam:
 
     def _death_of(self, member: Member) -> WorkerDied:
         """Why a worker is not there any more, in words."""
-        number, reason = self._members.index(member), ""
+        reason, hint = "", f"The same command carries on. If the memory ran out: {MEMORY_HINT}"
         while self._fates is not None and self._fates.poll(1.0):
             try:
-                who, what = self._fates.recv()
+                who, what, remedy = self._fates.recv()
             except (EOFError, OSError):
                 break
-            if who in (None, number):
-                reason = what
+            if who in (None, member.number):
+                reason, hint = what, remedy or hint
                 break
-        hint = "The same command carries on. If the memory ran out, close other programs or give it --threads 1."
         return WorkerDied(f"A worker process ended before its time{': ' if reason else ''}{reason}.", hint)
+
+
+def open_pipes(count: int, files_each: int) -> list[tuple[Connection, Connection]]:
+    """So many pipes, or those for which a limit on open files leaves room beside so many files for each.
+
+    Raises OSError where there is room for less than two: a worker's, and one to hear of its end.
+    """
+    pairs: list[tuple[Connection, Connection]] = []
+    probes: list[int] = []
+    try:
+        while len(pairs) < count:
+            pairs.append(Pipe())
+            for _ in range(files_each):
+                probes.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        for connection in pairs.pop() if pairs else ():
+            connection.close()
+        if len(pairs) < min(count, 2):
+            raise OSError(error.errno, error.strerror) from error
+    finally:
+        for probe in probes:
+            os.close(probe)
+    return pairs
 
 
 def fork_workers(with_torch: int, fates_number: int, *numbers: int) -> None:
@@ -269,12 +315,18 @@ def fork_workers(with_torch: int, fates_number: int, *numbers: int) -> None:
             torch.set_num_threads(1)
             convert_float16_by_torch(True)
     except Exception as error:  # whatever a library does when it loads; the main process says it
-        fates.send((None, f"a library cannot be loaded ({error})"))
+        fault = explain_import_error(error)
+        fates.send((None, fault.message[:1].lower() + fault.message[1:].rstrip("."), fault.hint))
         return
     gc.freeze()
     workers: dict[int, int] = {}
     for place, number in enumerate(numbers):
-        if (process := os.fork()) == 0:
+        try:
+            process = os.fork()
+        except OSError as error:  # the others do without it
+            fates.send((place, f"it could not be started ({error.strerror})", explain_refusal(error).hint))
+            continue
+        if process == 0:
             for other in (fates_number, *numbers):
                 if other != number:
                     os.close(other)
@@ -288,7 +340,7 @@ def fork_workers(with_torch: int, fates_number: int, *numbers: int) -> None:
             process, status = os.wait()
             code = os.waitstatus_to_exitcode(status)
             killed = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
-            fates.send((workers.pop(process), killed))
+            fates.send((workers.pop(process), killed, ""))
 
 
 # Run by a process of its own; its arguments are where the package is, and the numbers of the connections.

@@ -232,13 +232,19 @@ def write_whole(handle: io.FileIO, file: Path, view: memoryview) -> None:
 def serve(connection: Connection, device: str) -> None:
     """Carries out tasks until the other end of the connection is closed, or gone with its process.
 
-    The first message, the number of its process, says that it is ready.
+    The first message, the number of its process, says that it is ready; or it is what it could not be loaded for.
     A message is (task, number, rows): rows, a RowMap, comes with the first task that needs it and is None after that;
     number names it. The answer is (True, result) or (False, what was raised).
     """
     row_maps = {}
-    # What is not finite is told apart where it matters, and counted where it is written.
-    with numpy.errstate(all="ignore"), contextlib.suppress(OSError), Worker(device) as worker:
+    try:
+        numpy.errstate  # noqa: B018  loaded here
+    except ImportError as error:
+        connection.send(error)
+        return
+    # What is not finite is told apart where it matters, and counted where it is written. Who asks for a task learns
+    # of a worker's end from the connection.
+    with numpy.errstate(all="ignore"), contextlib.suppress(OSError, MemoryError), Worker(device) as worker:
         connection.send(os.getpid())
         while True:
             try:

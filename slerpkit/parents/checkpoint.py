@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, nested_files, read_bytes, read_json
+from slerpkit.files import check_kind, check_path, matching_files, nested_files, read_bytes, read_json
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
 from slerpkit.parents.adapters import CONFIG_NAME, adapt, base_of, is_adapter, open_adapter
 from slerpkit.parents.half_models import folder_of_models, half_downloaded
@@ -21,7 +21,7 @@ from slerpkit.parents.hub_cache import REMOTE_MODELS, HubName, RemoteModel, name
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
-from slerpkit.parents.tensors import TORCH_NAMES, broken_file
+from slerpkit.parents.tensors import TORCH_NAMES
 from slerpkit.parents.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -79,18 +79,16 @@ MODULE_FILES = (MODULES_NAME, *EMBEDDING_SETTINGS)
 POINTER, MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 SHOWN_DIGITS = 10  # of a commit
 MAX_CARD_BYTES = 65_536  # a child's card, report, map and recipe, which no parent has
-# All that a merge reads of a parent.
-PARENT_FILES = (
+BESIDE_WEIGHTS = (
     "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*",
     GENERATION_NAME,
     *TOKENIZER_FILES,
     *TEMPLATE_FILES,
     *COMPANION_FILES,
     *MODULE_FILES,
 )
+# All that a merge reads of a parent.
+PARENT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", *BESIDE_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -223,18 +221,18 @@ def find_weight_files(folder: Path, awaited: Container[str] = ()) -> WeightFiles
         if (folder / index).is_file():
             return read_index(storage, folder / index, awaited)
     for pattern, maker, family in CONSOLIDATED:
-        if (file := min(folder.glob(pattern), default=None)) is not None:
+        if (file := min(matching_files(folder, [pattern]), default=None)) is not None:
             raise SlerpMergeError(
                 f"{folder} holds its weights as {file.name} alone, in {maker}'s own layout.",
                 f"Download {WEIGHTS_SINGLE}, or its shards and their index, where the model's repository has them; "
                 f"otherwise convert it with convert_{family}_weights_to_hf.py from the source of transformers.",
             )
-    if any(folder.glob("*.gguf")):
+    if matching_files(folder, ["*.gguf"]):
         raise SlerpMergeError(
             f"{folder} holds a GGUF model, which is quantised.",
             "Merge the original safetensors models, then convert the child to GGUF.",
         )
-    if any(folder.glob("*-of-*.safetensors")) or any(folder.glob("*-of-*.bin")):
+    if matching_files(folder, ["*-of-*.safetensors", "*-of-*.bin"]):
         raise SlerpMergeError(
             f"{folder} holds shards of weights, but not their index ({WEIGHTS_INDEX} or {PICKLE_INDEX}).",
             "Download the index into that folder too; it says which shard holds what.",
@@ -271,8 +269,9 @@ def open_checkpoint(folder: Path, base: Path | None = None) -> Checkpoint:
     except SlerpMergeError as error:
         raise half_downloaded(folder, error) or folder_of_models(folder) or error from None
     check_files(folder)
-    for file in weights.files:
+    for file in (*weights.files, *filter(None, [weights.index])):
         check_kind(file)
+        check_no_pointer(file)
     modules = read_modules(folder)
     nested = [name for module in modules for name in (*module.files, *module_weights(module, folder))]
     file_stats = file_stats_of(folder, [file.name for file in weights.files] + nested)
@@ -323,7 +322,8 @@ def read_tensor_table(
         table = (remote or {}).get(file.name) if not file.is_file() else None
         for name, info in (read(file) if table is None else table).items():
             if name in tensors:
-                raise broken_file(file, f"the tensor {name!r} also stands in {tensors[name].file.name}")
+                what = f"The tensor {name!r} stands in {file} and in {tensors[name].file.name}."
+                raise SlerpMergeError(what, "These shards are hardly of one model. Download it into a new folder.")
             tensors[name] = info
     broken_promises = [
         name
@@ -333,14 +333,14 @@ def read_tensor_table(
     if broken_promises:
         raise SlerpMergeError(
             f"{weights.index} promises tensors that its files do not hold: {format_names(broken_promises)}.",
-            "The shards and the index are from different downloads. Download the model again.",
+            "The shards and the index are hardly of one model. Download it into a new folder.",
         )
     return tensors
 
 
 def check_files(folder: Path) -> None:
-    """Raises SlerpMergeError where what a merge may read or copy is no file, or only a pointer to one."""
-    for path in matching_files(folder, PARENT_FILES):
+    """Raises SlerpMergeError where what a merge may read or copy beside weights is no file, or a pointer to one."""
+    for path in matching_files(folder, BESIDE_WEIGHTS):
         for file in nested_files(path) if path.is_dir() else (path,):
             check_kind(file)
             check_no_pointer(file)
@@ -356,14 +356,9 @@ def check_no_pointer(path: Path) -> None:
             )
 
 
-def matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
-    """The files and folders directly in a folder whose names match."""
-    return (path for pattern in patterns for path in folder.glob(pattern))
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer of any kind."""
-    return any(matching_files(folder, TOKENIZER_CORE_FILES))
+    return bool(matching_files(folder, TOKENIZER_CORE_FILES))
 
 
 def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -373,7 +368,7 @@ def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, in
     """
     stats = {}
     for path in sorted({*matching_files(folder, PARENT_FILES), *(folder / name for name in names)}):
-        with contextlib.suppress(OSError):  # gone meanwhile; whoever needs it will say so
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # whoever needs it will say so
             status = path.stat()
             stats[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
     return stats
@@ -381,9 +376,8 @@ def file_stats_of(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, in
 
 def companion_bytes(parents: Sequence[Checkpoint]) -> int:
     """An upper bound, in bytes, for the tokenizer, config and card beside the weights."""
-    patterns = ("config.json", GENERATION_NAME, *TOKENIZER_FILES, *TEMPLATE_FILES, *COMPANION_FILES, *MODULE_FILES)
     folders = {folder for parent in parents for folder in (parent.companion_folder, parent.tokenizer_folder)}
-    paths = [path for folder in folders for path in matching_files(folder, patterns)]
+    paths = [path for folder in folders for path in matching_files(folder, BESIDE_WEIGHTS)]
     paths += [
         parent.companion_folder / name for parent in parents for module in parent.modules for name in module.files
     ]

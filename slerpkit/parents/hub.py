@@ -214,7 +214,7 @@ def explain_hub_error(error: Exception, named: HubName) -> SlerpMergeError:
     """What the library raised, in words."""
     errors = huggingface_hub.utils
     status = getattr(getattr(error, "response", None), "status_code", None)
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    is_lost = is_connection_error(error)
     page = f"{huggingface_hub.constants.ENDPOINT}/{named.name}"
     if isinstance(error, errors.GatedRepoError):
         hint = f"Open {page}, accept them, then {LOG_IN}, with the account that accepted."
@@ -234,12 +234,12 @@ def explain_hub_error(error: Exception, named: HubName) -> SlerpMergeError:
         return SlerpMergeError("The Hub has had too many requests from here.", "Wait a few minutes.")
     if status is not None and status >= 500:
         return SlerpMergeError(f"The Hub is out of order (status {status}).", "Try again later.")
-    if isinstance(error, OSError) and error.errno is not None and not kinds & CONNECTION_ERRORS:
+    if isinstance(error, OSError) and error.errno is not None and not is_lost:
         cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
         fault = explain_os_error(error, Path(str(error.filename or cache)), "write to")
         hint = "Free some space there, or set HF_HOME to a folder on another disk."
         return SlerpMergeError(fault.message, hint)
-    if kinds & CONNECTION_ERRORS or isinstance(error, errors.LocalEntryNotFoundError):
+    if is_lost:
         what = f"{named} is no folder here, and the Hub cannot be reached ({huggingface_hub.constants.ENDPOINT})."
         hint = f"{suggestion(named.name, ask=False)}Check the network, or give the folder of a download."
         return SlerpMergeError(what, hint)
@@ -250,7 +250,12 @@ def explain_hub_error(error: Exception, named: HubName) -> SlerpMergeError:
 
 # By name, for which HTTP client the library has is the library's business.
 CONNECTION_ERRORS = {"ConnectionError", "ConnectError", "NetworkError", "TimeoutException", "Timeout", "ProtocolError",
-                     "TransportError", "IncompleteRead", "ChunkedEncodingError"}  # fmt: skip
+                     "TransportError", "IncompleteRead", "ChunkedEncodingError", "LocalEntryNotFoundError"}  # fmt: skip
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Whether the network was lost, or is not there."""
+    return bool({kind.__name__ for kind in type(error).__mro__} & CONNECTION_ERRORS)
 
 
 def suggestion(name: str, ask: bool = True) -> str:

@@ -77,9 +77,14 @@ def parse_hub_name(text: str, revision: str | None = None) -> HubName | None:
 def name_of_snapshot(folder: Path) -> HubName | None:
     """The name and the commit of a folder inside the cache, models--org--name/snapshots/commit; None elsewhere."""
     for inner, outer in zip((folder, *folder.parents), folder.parents):
-        if outer.name == "snapshots" and outer.parent.name.startswith("models--"):
-            return HubName(outer.parent.name[len("models--") :].replace("--", "/"), inner.name)
+        if outer.name == "snapshots" and COMMIT.fullmatch(inner.name) and outer.parent.name.startswith("models--"):
+            return HubName(name_of_cached(outer.parent), inner.name)
     return None
+
+
+def name_of_cached(folder: Path) -> str:
+    """The name of the model that a folder models--org--name of the cache is for."""
+    return folder.name[len("models--") :].replace("--", "/")
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def cached_names() -> Iterator[HubName]:
     """Every model that the cache has, by its bare name where its main branch is there, else at each commit."""
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     for folder in sorted(cache.glob("models--*--*")) if cache.is_dir() else ():
-        named = HubName(folder.name[len("models--") :].replace("--", "/"))
+        named = HubName(name_of_cached(folder))
         if named.snapshot is not None:
             yield named
         else:
@@ -118,8 +123,9 @@ def cached_names() -> Iterator[HubName]:
 
 def public_name(folder: Path, config: Mapping[str, Any]) -> str:
     """What people call the model of a folder: org/name where the place or the config tells, else its name."""
-    if (named := name_of_snapshot(folder)) is not None:
-        return named.name
+    for ancestor in (folder, *folder.parents):
+        if ancestor.name.startswith("models--"):
+            return name_of_cached(ancestor)
     claimed = config.get("_name_or_path")
     if isinstance(claimed, str) and NAME.fullmatch(claimed) and claimed.endswith("/" + folder.name):
         return claimed

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from slerpkit.lazy import huggingface_hub
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.hub import errors_explained
+from slerpkit.parents.hub import errors_explained, is_connection_error
 from slerpkit.parents.hub_cache import HubName, RemoteModel
 
 FILES_AT_ONCE = 4  # what is cut off begins anew with its file, so no more than keeps a line busy
 LOOK_SECONDS = 0.1  # between two looks at what has arrived
 FAREWELL_SECONDS = 2.0  # for the library to put away what is under way
-CARRIES_ON = "What was fetched is kept; the same command carries on."
+PAUSES = (1.0, 5.0, 20.0)  # seconds before a file is tried again
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Parts that the library never takes up again: each download has a name of its own.
 USELESS_PART = re.compile(r"\.[0-9a-f]{8}\.incomplete")
@@ -65,7 +65,7 @@ def fetch_files(remote: RemoteModel, names: Sequence[str], advanced: Callable[[i
         raise SlerpMergeError(*json.loads(answer.splitlines()[-1]))
     if missing := [name for name in names if not (remote.folder / name).is_file()]:
         what = f"The download of {remote.named.name} ended before {missing[0]} was here (status {process.returncode})."
-        raise SlerpMergeError(what, CARRIES_ON)
+        raise SlerpMergeError(what, "Try again; what is whole is kept.")
     advanced(sum(remote.sizes[name] for name in names) - told)
 
 
@@ -107,13 +107,23 @@ def fetch_in_this_process(message: str) -> str:
     name, commit, *files = json.loads(message)
 
     def fetch(file: str) -> None:
-        huggingface_hub.hf_hub_download(name, file, revision=commit)
+        for wait in (*PAUSES, None):  # some versions of the library give up at the first broken connection
+            try:
+                huggingface_hub.hf_hub_download(name, file, revision=commit)
+                return
+            except Exception as error:
+                if not is_connection_error(error):
+                    raise
+                if wait is None:
+                    what = f"The connection to the Hub broke off while {name} was fetched."
+                    raise SlerpMergeError(what, "Check the network.") from error
+                time.sleep(wait)
 
     try:
         with errors_explained(HubName(name, commit)), ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             list(pool.map(fetch, files))
     except SlerpMergeError as error:
-        return json.dumps([error.message, f"{error.hint} {CARRIES_ON}"])
+        return json.dumps([error.message, error.hint])
     return ""
 
 

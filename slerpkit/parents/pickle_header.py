@@ -20,9 +20,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from slerpkit.files import file_size
-from slerpkit.messages import SlerpMergeError, explain_os_error, is_utf8
+from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, is_utf8
 from slerpkit.parents.safetensors_header import MAX_HEADER_BYTES
-from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file
+from slerpkit.parents.tensors import DTYPE_BYTES, MAX_DIMENSIONS, TensorInfo, broken_file, foreign_file
+
+
+class WholeObject(pickle.UnpicklingError):
+    """A pickle makes an object of some class, as torch.save makes it of a model that is not asked for its weights."""
 
 
 class Description:
@@ -126,6 +130,8 @@ class DescriptionUnpickler(pickle.Unpickler):
         Refuses opcodes and memo numbers that could exhaust memory before find_class is ever asked.
         """
         for opcode, argument, position in pickletools.genops(data):
+            if opcode.name in ("NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"):
+                raise WholeObject
             if opcode.name not in cls.allowed_opcodes:
                 raise pickle.UnpicklingError(f"the opcode {opcode.name} has no place in a state dict")
             if "PUT" in opcode.name and int(argument) > len(data):
@@ -170,15 +176,17 @@ def read_pickle_header(path: Path) -> dict[str, TensorInfo]:
         raise
     except OSError as error:
         raise explain_os_error(error, path, "read") from error
+    except WholeObject as error:
+        raise foreign_file(path, "holds a whole object, as torch.save(model) writes it, and no state dict") from error
     except Exception as error:
         # Damaged pickles fail in as many ways as there are opcodes; every one of them means the same.
         raise broken_file(path, f"its table of tensors cannot be read ({error})") from error
     if not isinstance(state, dict):
-        raise broken_file(path, "it holds no state dict")
+        raise foreign_file(path, "holds no state dict")
     size = file_size(path)
     for name in state:
         if not isinstance(name, str) or not is_utf8(name) or name == "__metadata__":
-            raise broken_file(path, f"{name!r} is no name that a safetensors file can hold")
+            raise foreign_file(path, f"names a tensor {name!r}, which is no name that a safetensors file can hold")
     return {name: pickled_tensor_info(path, name, entry, extents, size) for name, entry in state.items()}
 
 
@@ -187,14 +195,16 @@ def read_zip_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, range]
     with zipfile.ZipFile(stream) as archive:
         members = {member.filename: member for member in archive.infolist()}
         table = next((name for name in members if name.split("/", 1)[-1] == "data.pkl"), None)
-        if table is None or members[table].file_size > MAX_HEADER_BYTES:
-            raise broken_file(path, "it has no table of tensors, or one of absurd size")
+        if table is None:
+            raise broken_file(path, "it has no table of tensors")
+        if members[table].file_size > MAX_HEADER_BYTES:
+            raise foreign_file(path, f"has a table of tensors of more than {format_bytes(MAX_HEADER_BYTES)}")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
-            raise broken_file(path, "a part of it is compressed, which torch never does")
+            raise foreign_file(path, "is an archive of which a part is compressed, which torch never does")
         root = table[: -len("data.pkl")]
         byte_order = members.get(root + "byteorder")
         if byte_order is not None and (byte_order.file_size > 16 or archive.read(byte_order) != b"little"):
-            raise broken_file(path, "it was written on a big-endian machine")
+            raise foreign_file(path, "was written on a big-endian machine")
         state, _ = DescriptionUnpickler.load_next(io.BytesIO(archive.read(table)), path)
         header_offsets = sorted([*(member.header_offset for member in members.values()), archive.start_dir])
         extents = {
@@ -230,7 +240,7 @@ def read_legacy_pickle(stream: BinaryIO, path: Path) -> tuple[Any, dict[str, ran
     DescriptionUnpickler.load_next(stream, path)  # protocol version
     system, _ = DescriptionUnpickler.load_next(stream, path)
     if not system.get("little_endian", True):
-        raise broken_file(path, "it was written on a big-endian machine")
+        raise foreign_file(path, "was written on a big-endian machine")
     state, storages = DescriptionUnpickler.load_next(stream, path)
     keys, _ = DescriptionUnpickler.load_next(stream, path)
     extents = {}

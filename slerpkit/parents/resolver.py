@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 from slerpkit.files import clean_path
@@ -22,12 +23,12 @@ PLACES_IN_A_REPOSITORY = ("tree", "blob", "resolve", "commit", "raw")  # what st
 FILES_OF_A_MODEL = (".safetensors", ".bin", ".json")
 
 
-def find_model(text: str, revision: str | None = None) -> Path:
+def find_model(text: str, revision: str | None = None, read: Callable[[str], Path] = clean_path) -> Path:
     """A model's folder as people type it: a path, an address, or a name whose model is in the Hugging Face cache.
 
     A file of a model means its folder. A name that the cache does not have comes back as `org/name@revision`; what is
-    neither a name nor there, as the path that it would be. revision: of a name, where it is said apart. Raises
-    SlerpMergeError for an address that leads to no model.
+    neither a name nor there, as the path that it would be. revision: of a name, where it is said apart. read: what
+    makes a path of a text. Raises SlerpMergeError for an address that leads to no model.
     """
     text = text.strip().strip("'\"") if "://" in text else text
     if (address := ADDRESS.fullmatch(text)) is not None:
@@ -35,7 +36,7 @@ def find_model(text: str, revision: str | None = None) -> Path:
             named = name_in_address(*address.groups())
             return named.snapshot or Path(str(named))
         text = path_in_address(address[3])
-    path = clean_path(text)
+    path = read(text)
     # As it stands; as Windows writes it; as it is completed behind a quote that was opened and not closed.
     for place in (path, Path(str(path).replace("\\", "/")), Path(str(path).lstrip("'\""))):
         with contextlib.suppress(OSError, ValueError):  # no usable path; whoever opens it says why

@@ -148,10 +148,18 @@ class TensorInfo:
 
 
 def broken_file(path: Path, reason: str) -> SlerpMergeError:
-    """The error for a file whose content cannot be believed."""
+    """The error for a file whose bytes are wrong: they contradict each other, or the file's size."""
     return SlerpMergeError(
         f"{path} is damaged or incomplete: {reason}.",
-        "Its download was probably cut short. Delete this file and download it again.",
+        "Its download was probably cut short; download it again, and compare its size with its source's.",
+    )
+
+
+def foreign_file(path: Path, reason: str) -> SlerpMergeError:
+    """The error for a file that may be as whole as it is of no use here."""
+    return SlerpMergeError(
+        f"{path} {reason}; it was not read.",
+        "Its bytes may be right. Load the model with what made it, save it with save_pretrained, and merge that copy.",
     )
 
 
@@ -230,7 +238,8 @@ class TensorReader:
             while filled < len(view):  # a signal or a network disk may cut a read short
                 count = handle.readinto(view[filled:])
                 if not count:
-                    raise broken_file(info.file, f"it ends inside {info.name!r}; it changed since it was opened")
+                    what = f"{info.file} became shorter while it was read: it ends inside {info.name!r}."
+                    raise SlerpMergeError(what, "Let nothing write to it, see that it is whole, and run it again.")
                 filled += count
         except OSError as error:
             raise explain_os_error(error, info.file, f"read the tensor {info.name} from") from error

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import parse_json, read_bytes, read_json_if_there
+from slerpkit.files import matching_files, parse_json, read_bytes, read_json_if_there
 from slerpkit.messages import format_names, shorten
-from slerpkit.parents.checkpoint import matching_files
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME
 from slerpkit.parity.pairing import check_base_tensor, compare_tensors
 from slerpkit.parity.report import Mismatch, TensorSources

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slerpkit.files import read_json_if_there, read_text_if_there
+from slerpkit.files import matching_files, read_json_if_there, read_text_if_there
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import has_tokenizer
 
@@ -52,7 +52,7 @@ def chat_template(folder: Path) -> str | None:
 
     Several, by their names, come as one JSON object.
     """
-    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    more = matching_files(folder / "additional_chat_templates", ["*.jinja"])
     texts = {path.stem: read_text_if_there(path) for path in more}
     texts = {"default": read_text_if_there(folder / "chat_template.jinja"), **texts}
     templates = {name: text for name, text in texts.items() if text is not None}

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import file_size, read_bytes, read_json, read_json_if_there
+from slerpkit.files import file_size, matching_files, read_bytes, read_json, read_json_if_there
 from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes
-from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer, matching_files
+from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer
 from slerpkit.parity.embeddings import row_count, token_tensors, vocabulary_rows
 from slerpkit.parity.report import NO_ROW, AppendedToken, Mismatch, RowMap, Vocabulary
 from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_pieces
@@ -35,7 +35,7 @@ MIN_SHARE_IN_COMMON = 0.5
 def open_tokenizer(path: Path) -> Any:
     """A tokenizer.json as the tokenizers library has it. Raises SlerpMergeError where that cannot read it."""
     if file_size(path) > MAX_TOKENIZER_BYTES:
-        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "Download it again.")
+        raise SlerpMergeError(f"{path} is larger than {format_bytes(MAX_TOKENIZER_BYTES)}.", "It may be another file.")
     return read_tokenizer(read_bytes(path, MAX_TOKENIZER_BYTES), path)
 
 
@@ -46,7 +46,7 @@ def read_tokenizer(data: bytes, path: Path) -> Any:
     except BaseException as error:  # the library raises bare Exception for a fault of the file, or panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        hint = "Download it again, or update the tokenizers package."
+        hint = "Update the tokenizers package, or compare the file with its source's."
         raise SlerpMergeError(f"{path} cannot be read by the tokenizers library ({error})", hint) from error
 
 

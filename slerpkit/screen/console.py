@@ -5,9 +5,9 @@ Knows nothing of models; every function takes the console that it draws for.
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -25,13 +25,36 @@ NARROW_COLUMNS = 80  # below this, tables become stacked lines
 MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
 
 
-class OutputConsole(Console):
-    """A console whose reader may go away, as `head` does: the run goes on, and what nobody reads is dropped."""
+class OutputStream:
+    """A stream whose reader may go away, as `head` does, or whose disk may be full: what it cannot take is dropped."""
 
-    def on_broken_pipe(self) -> None:
-        """Says no more; rich itself would end the process."""
-        self.quiet = True
-        drop_output(self.file)
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text, or drops it."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            drop_output(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Writes what the stream still holds, or drops it."""
+        try:
+            self.stream.flush()
+        except OSError:
+            drop_output(self.stream)
+
+
+class OutputConsole(Console):
+    """A console on which words mean themselves: no markup, no emoji. The run goes on where nobody can read them."""
+
+    def __init__(self, file: IO[str]) -> None:
+        super().__init__(file=OutputStream(file), highlight=False, markup=False, emoji=False)
 
 
 def is_unicode(console: Console) -> bool:
@@ -57,7 +80,7 @@ def mark_of(console: Console, severity: str) -> Text:
 def panel(console: Console, content: RenderableType, title: str) -> RenderableType:
     """A titled frame; plain ASCII where the terminal cannot show more."""
     width = min(console.width, WIDEST_PANEL)
-    return Panel(content, title=title, title_align="left", border_style="cyan", padding=(0, 1), width=width)
+    return Panel(content, title=Text(title), title_align="left", border_style="cyan", padding=(0, 1), width=width)
 
 
 def fact_table(console: Console, facts: Iterable[tuple[str, str]]) -> Table:
@@ -79,6 +102,5 @@ def render_error(console: Console, error: SlerpMergeError) -> RenderableType:
 
 def show_error(error: SlerpMergeError) -> None:
     """The one message that a run ends in when something goes wrong, on stderr."""
-    console = OutputConsole(stderr=True, highlight=False)
-    with contextlib.suppress(OSError):  # the terminal may be what was lost
-        console.print(render_error(console, error), soft_wrap=not console.is_terminal)
+    console = OutputConsole(sys.stderr)
+    console.print(render_error(console, error), soft_wrap=not console.is_terminal)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -84,7 +83,7 @@ def render_finding(console: Console, finding: Finding) -> RenderableType:
     notes = [Text(displayable(console, note)) for note in finding["notes"]]
     measured = Text(displayable(console, finding["measured"]), style="dim")
     title = displayable(console, shorten(finding["title"], TITLE_COLUMNS))
-    return panel(console, Group(content, *notes, measured), escape(title))
+    return panel(console, Group(content, *notes, measured), title)
 
 
 def draw_table(console: Console, finding: Finding) -> RenderableType:

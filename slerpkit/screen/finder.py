@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from questionary.prompts.path import GreatUXPathCompleter
 
 from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, printable
+from slerpkit.threads import BackgroundThread
 
 if TYPE_CHECKING:
     from slerpkit.parents import adapters, checkpoint, hub_cache, resolver
@@ -41,11 +41,16 @@ class ModelFinder:
         self.primary: Path | None = None  # once it is answered, what fits it comes first
         self.adapter_bases: dict[Path, Path] = {}  # as MergeRecipe.adapter_bases; the wizard's
         self._reasons: dict[tuple[Path, Path], str | None] = {}  # by primary and other
-        self._thread = threading.Thread(target=self._look, name="finder", daemon=True)
 
     def start(self) -> None:
         """Begins to look; the person reads and types meanwhile."""
-        self._thread.start()
+
+        def look() -> None:
+            with contextlib.suppress(OSError, ImportError):  # what cannot be looked for can still be typed
+                self._look()
+
+        with contextlib.suppress(SlerpMergeError):
+            BackgroundThread(look)
 
     def _look(self) -> None:
         seen = set()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slerpkit import __version__
-from slerpkit.files import clean_path
+from slerpkit.files import given_path
 from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
 from slerpkit.messages import SlerpMergeError, is_utf8, shortest_number
@@ -135,10 +135,15 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 def parse_map_path(text: str) -> Path:
     """A file for a map. Raises SlerpMergeError where its ending names no format."""
-    path = clean_path(text)
+    path = given_path(text)
     if path.suffix.lower() not in (".svg", ".json"):
         raise SlerpMergeError(f"{text!r} ends neither in .svg nor in .json.", "The ending says what is saved.")
     return path
+
+
+def find_given(text: str) -> tuple[Path, Path | None]:
+    """(a model's folder, an adapter's base where it is named too), what is there being meant as it is written."""
+    return adapters.find_with_base(text, lambda part: resolver.find_model(part, read=given_path))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,8 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
     )
     add = parser.add_argument
-    folder = usage_type(clean_path)
-    model = {"type": usage_type(lambda text: adapters.find_with_base(text)), "action": KeepModel, "metavar": "MODEL"}
+    folder = usage_type(given_path)
+    model = {"type": usage_type(find_given), "action": KeepModel, "metavar": "MODEL"}
     add("--primary", **model, help="the primary (t = 0): a folder, or org/name[@revision]; BASE+ADAPTER for an adapter")
     add("--secondary", **model, help="the secondary (t = 1)")
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")

@@ -6,6 +6,7 @@ Knows the file that it is kept in, and nothing of prompts; a torn file is no los
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from slerpkit.recipe import MergeRecipe, RunOptions
 else:  # only where something is remembered
     resolver = LazyModule("slerpkit.parents.resolver")
+
+NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def home_folder() -> Path:
@@ -100,8 +103,10 @@ class History:
         """Removes what was remembered; whether there was anything."""
         try:
             self.path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        except OSError as error:
+            if error.errno in NOTHING_THERE:
+                return False
+            raise
         with contextlib.suppress(OSError):  # something else may stand there
             self.path.parent.rmdir()
         return True

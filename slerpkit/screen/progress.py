@@ -6,6 +6,8 @@ Knows events and a console; what is being done, and when it is over, is told to 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -27,9 +29,10 @@ from rich.text import Text
 from slerpkit.merge.difference_map import angle_scale
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
 from slerpkit.merge.tensor_plan import MergedTensor
-from slerpkit.messages import format_bytes
+from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.tensors import find_layer
 from slerpkit.screen.console import displayable, is_unicode
+from slerpkit.threads import BackgroundThread
 
 if TYPE_CHECKING:
     from slerpkit.merge.events import Event
@@ -135,13 +138,11 @@ class MergeView:
         self.bar, self.strip, self.line = self.bar_of(work), LayerStrip(work.tensors), ""
         if self.console.is_terminal:
             self.drawn = []
-            self.live = Live(
-                console=self.console,
-                get_renderable=self.draw,
-                refresh_per_second=REFRESHES_PER_SECOND,
-                transient=True,
-            )
-            self.live.start()
+            self.live = Live(console=self.console, get_renderable=self.draw, auto_refresh=False, transient=True)
+            self.live.start(refresh=True)
+            self.ending = threading.Event()
+            with contextlib.suppress(SlerpMergeError):  # a picture that stands still is no reason to stop
+                BackgroundThread(functools.partial(self.refresh_until, self.live, self.ending))
         elif work.what:
             self.console.print(f"{work.what} ...", highlight=False, markup=False)
 
@@ -179,9 +180,16 @@ class MergeView:
     def stop(self) -> None:
         """Takes the live picture away."""
         if self.live is not None:
+            self.ending.set()
             with contextlib.suppress(OSError):  # a terminal that is gone needs no tidying
                 self.live.stop()
             self.live = None
+
+    @staticmethod
+    def refresh_until(live: Live, ending: threading.Event) -> None:
+        """Draws the live picture again and again."""
+        while not ending.wait(1 / REFRESHES_PER_SECOND):
+            live.refresh()
 
 
 def describe_tensor(merged: MergedTensor) -> str:

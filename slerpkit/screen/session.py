@@ -9,19 +9,19 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from slerpkit import __version__
-from slerpkit.files import existing_folder
-from slerpkit.lazy import huggingface_hub, lazy_modules
-from slerpkit.messages import SlerpMergeError, format_bytes, printable
+from slerpkit.lazy import lazy_modules
+from slerpkit.messages import SlerpMergeError
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
-from slerpkit.screen.console import OutputConsole
+from slerpkit.screen.console import OutputConsole, displayable
 from slerpkit.screen.history import History
 from slerpkit.screen.terminal import drop_output
 
@@ -65,7 +65,7 @@ class Session:
             os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = "DEPTH_1_BIT"
         # With --json the report alone goes to stdout; what people read goes beside it.
         # Bound to its stream, so that a bar goes on where a library's own prints are held back.
-        self.console = OutputConsole(file=sys.stderr if arguments.json else sys.stdout, highlight=False)
+        self.console = OutputConsole(sys.stderr if arguments.json else sys.stdout)
         self.interactive = sys.stdin.isatty() and self.console.is_terminal and not arguments.json
         self.history = History()
         self.workers: WorkerTeam | None = None
@@ -105,7 +105,8 @@ class Session:
         if not unanswered:
             return given
         if unanswered != {"blend"}:
-            self.show(f"[bold]slerpmerge {__version__}[/]  two parents, one child. Tab completes, Ctrl-C leaves.")
+            name = (f"slerpmerge {__version__}", "bold")
+            self.show(Text.assemble(name, "  two parents, one child. Tab completes, Ctrl-C leaves."))
         return self.wizard.complete(given, self.history.answers(), questions)
 
     def prepare_for(self, primary: Checkpoint, options: RunOptions) -> None:
@@ -156,37 +157,18 @@ class Session:
         """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""
         return self.asks and self.wizard.prompt.confirm(what, default=True)
 
-    def may_fetch(self, plan: MergePlan) -> bool:
-        """Whether the parents' weights may be fetched, where they are not here. Raises as consent_to_fetch."""
-        is_streamed = plan.options.stream_parents
-        return is_streamed or not plan.download_bytes or self.consent_to_fetch(plan.download_bytes)
-
-    def consent_to_fetch(self, byte_count: int) -> bool:
-        """Whether so many bytes may be fetched from the Hub: by --download, or by the person's word.
-
-        Raises SlerpMergeError where neither can be had.
-        """
-        if not byte_count or self.arguments.download:
-            return True
-        cache = existing_folder(Path(huggingface_hub.constants.HF_HUB_CACHE))
-        size, free = format_bytes(byte_count), format_bytes(shutil.disk_usage(cache).free)
-        if not self.asks:
-            what = f"{size} of the parents' weights are still on the Hub."
-            raise SlerpMergeError(what, f"Add --download to fetch them; {free} are free at {cache}.")
-        return self.wizard.prompt.confirm(f"Fetch {size} from the Hub? {free} are free.", default=True)
-
     def accepts(self, parity: ParityReport) -> bool:
         """Whether the person lets pass the settings that alone forbid the merge; Enter alone does not."""
         if not self.asks or self.arguments.dry_run:
             return False
         for mismatch in parity.of_severity("blocking"):
-            self.show(printable(f"  {mismatch}"), markup=False)
+            self.show(f"  {mismatch}")
         return self.wizard.prompt.confirm("The parents use their weights in different ways. Merge all the same?", False)
 
     def show(self, picture: RenderableType, **how: Any) -> None:
         """Prints for people; nothing with --quiet or --json."""
         if not (self.arguments.quiet or self.arguments.json):
-            self.console.print(picture, **how)
+            self.console.print(displayable(self.console, picture) if isinstance(picture, str) else picture, **how)
 
     def show_command(self, plan: MergePlan, objective: Objective | None, recipe: Path | None = None) -> None:
         """Shows the command for scripts that does what was answered; recipe: the file that says it, where one does."""
@@ -195,7 +177,7 @@ class Session:
             more.append("--download")
         self.show("The same without questions:", style="dim")
         command = flags.equivalent_command(plan.recipe, plan.options, more, recipe)
-        self.show(printable(command), soft_wrap=True, markup=False)
+        self.show(command, soft_wrap=True)
 
     def print_json(self, content: Mapping[str, Any]) -> None:
         """With --json, the one object that is alone on stdout."""
@@ -204,6 +186,10 @@ class Session:
                 print(json.dumps(content), flush=True)
             except BrokenPipeError:  # what was to be made is there all the same
                 drop_output(sys.stdout)
+            except OSError as error:
+                drop_output(sys.stdout)
+                what = f"The JSON object could not be written to stdout: {error.strerror or error}."
+                raise SlerpMergeError(what, "Send it to a place with room.") from error
 
     def leave(self, note: str) -> None:
         """Something stands now; the note tells of it however the run ends."""

@@ -12,11 +12,16 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import IO, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
-import colorama
-
+from slerpkit.lazy import LazyModule
 from slerpkit.merge.save_directory import STOP_SIGNALS
+from slerpkit.threads import BackgroundThread
+
+if TYPE_CHECKING:
+    import colorama
+else:  # so that a process without it can still end as it should
+    colorama = LazyModule("colorama")
 
 
 def collect_garbage_again() -> None:
@@ -71,13 +76,21 @@ def leave(status: int) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             drop_output(stream)  # else Python would complain of it, and change the status
-    if threading.active_count() > 1:
+    if threading.active_count() > 1 or BackgroundThread.were_started:
         os._exit(status)
     sys.exit(status)
 
 
+def open_closed_streams() -> None:
+    """Lets a stream that whoever started this has closed lead nowhere; else a model's file would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  as long as the process
+
+
 def prepare_terminal() -> None:
     """Makes old consoles understand colours, and names that a terminal cannot show stop nothing."""
+    open_closed_streams()
     colorama.just_fix_windows_console()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
