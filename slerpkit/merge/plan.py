@@ -256,12 +256,10 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
     count, seconds = 0, 0.0
     with TensorReader() as reader:
         for info in infos[:: max(1, len(infos) // PROBE_SAMPLES)][:PROBE_SAMPLES]:
-            stretch = min(PROBE_BYTES, info.read_bytes)
+            stretch, width = min(PROBE_BYTES, info.read_bytes), DTYPE_BYTES[info.read_dtype]
+            middle = (info.read_bytes - stretch) // (2 * width) * width
             started = time.perf_counter()
-            start = (
-                (info.read_bytes - stretch) // 2 // max(DTYPE_BYTES.values()) * max(DTYPE_BYTES.values())
-            )  # of a whole number
-            reader.read_into(info, start, memoryview(buffer)[:stretch])
+            reader.read_into(info, middle, memoryview(buffer)[:stretch])
             seconds += time.perf_counter() - started
             count += stretch * info.byte_count // max(info.read_bytes, 1)
     return count / seconds if count else USUAL_READ_BYTES_PER_SECOND
