@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,8 @@ import slerpmerge
 from slerpkit import __version__
 from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
-from slerpkit.screen.flags import parse_size
+from slerpkit.schedule import BLENDS, parse_blend
+from slerpkit.screen.flags import answers_given, build_parser, equivalent_command, format_size, parse_size
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -135,6 +137,32 @@ class TestMerge:
         assert torch.equal(child[first], primary[first])
         assert torch.equal(child[last], secondary[last])
         assert torch.equal(child["lm_head.weight"], primary["lm_head.weight"])
+
+    @pytest.mark.parametrize("text", [*(name for name, _, _ in BLENDS), "att", "R", " Primary  at", "lean to s"])
+    def test_t_takes_every_blend_that_the_prompt_names(self, text):
+        given = answers_given(build_parser().parse_args([*MERGE, "--t", text]))
+        assert given.blend.schedule == parse_blend(text)
+        shown = shlex.split(equivalent_command(given.recipe, given.options))
+        (name,) = (name for name, _, _ in BLENDS if name.startswith(" ".join(text.lower().split())))
+        assert shown[shown.index("--t") + 1] == name
+        assert answers_given(build_parser().parse_args(shown[2:])).blend == given.blend
+
+    def test_t_takes_filters_as_the_prompt_does(self):
+        arguments = build_parser().parse_args([*MERGE, "--t", "self_attn=0,1 mlp = 1, 0 0.5"])
+        assert answers_given(arguments).blend.schedule == parse_blend("self_attn=0,1 mlp=1,0 0.5")
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("lean", "could be lean to primary or lean to secondary"),
+            ("task vectors", "--base MODEL"),
+            ("find", "--sweep --perplexity FILE"),
+            ("mine.yaml", "--recipe FILE"),
+            ("even so", "attention and mlp"),
+        ],
+    )
+    def test_a_t_that_is_none_says_what_would_be(self, run, pair, text, words):
+        assert_refused(run(*MERGE, "--t", text), words, "--help", status=2)
 
     def test_max_shard_size_cuts_the_child(self, run, pair, tmp_path):
         assert run(*MERGE, "--max-shard-size", "4KB").status == 0
@@ -578,7 +606,8 @@ class TestWrongUsage:
             ("1.5 kb", 1500),
             ("1T", 10**12),
             ("300k", 300_000),
-            (" 12345 ", 12345),
+            (" 12345678 ", 12_345_678),
+            ("1000000", 1_000_000),
             ("64B", 64),
         ],
     )
@@ -589,6 +618,15 @@ class TestWrongUsage:
     def test_what_is_no_size(self, text):
         with pytest.raises(SlerpMergeError, match="is not a size"):
             parse_size(text)
+
+    @pytest.mark.parametrize("number", ["3", "1.5", "999999", " 5000 "])
+    def test_a_bare_number_that_can_hardly_mean_bytes_is_refused_with_what_may_be_meant(self, run, pair, number):
+        outcome = run(*MERGE, "--max-shard-size", number)
+        assert_refused(outcome, f"Did you mean {number.strip()}GB?", "--help", status=2)
+
+    @pytest.mark.parametrize("size", [1, 64, 999, 5000, 12_345, 1_500_000, 2_000_000, 5_000_000_000, 2 * 1024**3])
+    def test_a_size_in_the_shown_command_is_read_as_it_was(self, size):
+        assert parse_size(format_size(size)) == size
 
 
 # ── Bad input: each function spoils what make_pair has made below a folder, and returns flags that differ ──

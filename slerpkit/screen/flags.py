@@ -38,7 +38,7 @@ from slerpkit.recipe import (
     check_recipe,
     granularity_of,
 )
-from slerpkit.schedule import order_rules, parse_rule
+from slerpkit.schedule import BLEND_NAMES, ScheduleRule, name_of_blend, order_rules, parse_rules
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 
 if TYPE_CHECKING:
@@ -80,7 +80,16 @@ def parse_size(text: str) -> int:
     size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
     if size < 1:
         raise SlerpMergeError(f"{text!r} is not a size.", "It is less than a byte.")
+    number = text.strip()
+    if size < 1_000_000 and number.replace(".", "").isdigit():
+        raise SlerpMergeError(f"{number} would be {size} bytes.", f"Did you mean {number}GB? Bytes are {size}B.")
     return size
+
+
+def format_size(size: int) -> str:
+    """A size in the fewest characters that parse_size reads it from."""
+    unit = next((unit for unit in "TGMK" if size % 1000 ** " KMGT".index(unit) == 0), "")
+    return f"{size // 1000 ** ' KMGT'.index(unit or ' ')}{unit}B"
 
 
 def parse_within(kind: Callable[[str], Any], lowest: float, highest: float, what: str) -> Callable[[str], Any]:
@@ -108,6 +117,20 @@ def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{error.message} {error.hint}") from error
 
     return convert
+
+
+# What the prompt `Blend` takes beside a blend, and the flags that say it.
+BLENDS_OF_FLAGS = {"task vectors": "--base MODEL", "find a good blend": "--sweep --perplexity FILE"}
+
+
+def parse_t(text: str) -> list[ScheduleRule]:
+    """What is typed for `--t`: what the prompt `Blend` takes. Raises SlerpMergeError where another flag says that."""
+    typed = " ".join(text.lower().split())
+    flags = [flag for name, flag in BLENDS_OF_FLAGS.items() if len(typed) > 1 and name.startswith(typed)]
+    flags += ["--recipe FILE"] if typed.endswith((".yaml", ".yml")) else []
+    if flags:
+        raise SlerpMergeError(f"{text!r} is no t.", f"That is {flags[0]}.")
+    return parse_rules(text)
 
 
 def parse_prompt(text: str) -> str:
@@ -145,9 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
     add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear or passthrough")
     add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
-    add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
-        help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
-        "holds it (default 0.5)")  # fmt: skip
+    add("--t", dest="rules", type=usage_type(parse_t), action="extend", metavar="[FILTER=]T",
+        help=f"{BLEND_NAMES}; or 0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors "
+        "whose name holds it (default even)")  # fmt: skip
     add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
     add("--granularity", dest="vectors", choices=VECTORS, help="what nuslerp takes as one vector (default tensor)")
@@ -332,7 +355,8 @@ def equivalent_command(
         value = chosen[name]
         if value != usual[name]:
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
-            words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
+            said = shortest_number(value) if isinstance(value, float) else str(value)
+            words += [f"--{flag}", format_size(value) if name == "max_shard_bytes" else said]
     words += [word for key in recipe.accept if recipe.accept != defaults.accept for word in ("--accept", key)]
     words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
@@ -344,7 +368,10 @@ def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Ite
     yield from ("--primary", checkpoint.short_name(recipe.primary))
     yield from ("--secondary", checkpoint.short_name(recipe.secondary))
     yield from ("--save-dir", str(options.save_directory))
-    for rule in () if is_swept else recipe.schedule.rules:
+    name = name_of_blend(recipe.schedule)
+    if name is not None and not is_swept:
+        yield from ("--t", name)
+    for rule in () if is_swept or name is not None else recipe.schedule.rules:
         values = ",".join(map(shortest_number, rule.gradient))
         yield f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}"
     if recipe.base is not None:
