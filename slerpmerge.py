@@ -204,12 +204,12 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
         session.show(f"[yellow]{plan.kinship.warning}[/]")
     if session.arguments.yes:
         return "start"
-    is_lost = plan.leftover is not None and plan.leftover.reason != ""
-    if is_lost:
-        session.show("[yellow]The finished files of the merge that stands there are of another; they would go.[/]")
+    lost = what_would_go(plan, objective)
+    for loss in lost:
+        session.show(loss, style="yellow", markup=False)
     lacks = session.what_primary_lacks()
     while True:
-        decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
+        decision = session.wizard.decide(plan.kinship.warning is None and not lost and lacks is None)
         if decision == "inspect":
             with session.view:
                 team = session.workers_for(plan)
@@ -220,6 +220,13 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
             session.show(printable(lacks), style="yellow", markup=False)
         else:
             return decision
+
+
+def what_would_go(plan: MergePlan, objective: Objective | None) -> list[str]:
+    """What a start would discard of earlier runs into the same place."""
+    files = "The finished files of the merge that stands there are of another; they would go."
+    loss = sweep.lost_by(plan, objective) if objective is not None else None
+    return [files] * (plan.leftover is not None and plan.leftover.reason != "") + [loss] * (loss is not None)
 
 
 def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers) -> None:

@@ -250,10 +250,10 @@ def test_what_changes_no_bit_does_not_start_anew(tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"t": 0.3}, "its schedule was another"),
-        ({"method": "lerp"}, "its method was another"),
-        ({"dtype": "float16"}, "its dtype was another"),
-        ({"max_shard_bytes": 5001}, "its max shard bytes was another"),
+        ({"t": 0.3}, "t was different"),
+        ({"method": "lerp"}, "the method was different"),
+        ({"dtype": "float16"}, "the dtype was different"),
+        ({"max_shard_bytes": 5001}, "the largest size of a file was different"),
         ({"restart": True}, "as asked"),
     ],
 )

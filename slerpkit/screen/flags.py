@@ -386,7 +386,7 @@ def evaluation_words(arguments: argparse.Namespace, objective: objectives.Object
         yield "--sweep"
     for prompt in arguments.prompts:
         yield from ("--taste", prompt)
-    for path in sorted({*arguments.texts, *(objective.texts if objective is not None else ())}):
+    for path in dict.fromkeys((*arguments.texts, *(objective.texts if objective is not None else ()))):
         yield from ("--perplexity", str(path))
     if arguments.tasks:
         yield from ("--score", ",".join(arguments.tasks))
