@@ -282,3 +282,9 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
                     shutil.copyfile(path, target / path.name)
             except OSError as error:
                 raise explain_os_error(error, path, "copy") from error
+
+
+def free_path(stem: str, suffix: str = "") -> Path:
+    """A path below the current folder where nothing stands: the stem itself, or the first number behind it."""
+    numbered = (Path(f"{stem}-{number}{suffix}") for number in range(2, 1000))
+    return next(path for path in (Path(f"{stem}{suffix}"), *numbered) if not os.path.lexists(path))

@@ -24,7 +24,15 @@ from slerpkit.parents.tensors import layer_positions
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.schedule import parse_blend
 from slerpkit.screen.console import render_error
-from slerpkit.screen.panels import draw_curve, next_commands, render_curves, render_parity, render_plan, render_report
+from slerpkit.screen.panels import (
+    draw_curve,
+    next_commands,
+    render_curves,
+    render_parity,
+    render_plan,
+    render_report,
+    repository_name,
+)
 from slerpkit.screen.progress import MergeView
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
 from tests.terminal import words
@@ -268,6 +276,23 @@ class TestReportPanel:
         commands = ["\n".join(next_commands(report)) for report in (scene.report, without)]
         assert ["convert_hf_to_gguf" in lines for lines in commands] == [True, False]
         assert all("hf upload" in lines for lines in commands)
+
+    @pytest.mark.parametrize(
+        ("folder", "name"),
+        [
+            ("primary-secondary-slerp-0.5", "primary-secondary-slerp-0.5"),
+            ("Ünï child", "Uni-child"),
+            ("a--b..c (2)", "a-b-c-2"),
+            (".hidden.git", "hidden"),
+            ("x" * 200, "x" * 96),
+            ("语", "child"),
+        ],
+    )
+    def test_the_proposed_name_is_one_that_the_hub_takes(self, folder, name):
+        from huggingface_hub.utils import validate_repo_id
+
+        assert repository_name(folder) == name
+        validate_repo_id(name)
 
     @pytest.mark.parametrize("width", WIDTHS)
     def test_warnings_are_shown(self, scene, width):

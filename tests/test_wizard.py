@@ -455,6 +455,21 @@ class TestSession:
         for name, tensor in child.items():
             assert torch.equal(tensor, (secondary if "mlp" in name else primary)[name]), name
 
+    def test_of_a_recipe_for_other_models_its_t_alone_is_offered(self, tmp_path):
+        make_pair(tmp_path)
+        (tmp_path / "mine.yaml").write_text(
+            "merge_method: slerp\nbase_model: finch\nmodels:\n- model: finch\n- model: wren\n"
+            "parameters:\n  t: [0, 0.25]\n"
+        )
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "mine.yaml")
+            terminal.answer("finch at t = 0 and wren at t = 1. Use only its t?", "n")
+            terminal.answer("? Blend  (even)", "mine.yaml")
+            terminal.answer("Use only its t?", "")
+            terminal.answer("Start the merge?", "n")
+            terminal.wait_for("Nothing was written.")
+            assert "t = 0, 0.25" in terminal.text
+
     def test_a_flag_goes_before_a_recipe_file_that_answers_blend(self, tmp_path):
         make_pair(tmp_path)
         (tmp_path / "mine.yaml").write_text(
@@ -761,6 +776,12 @@ class TestFinding:
         assert reasons["deeper"].startswith("num_hidden_layers: 3, not 2")
         assert reasons["primary"] == "the primary itself"
 
+    def test_the_demos_models_are_not_offered(self, tmp_path, hub, monkeypatch):
+        primary, secondary = make_pair(tmp_path)
+        primary.rename(tmp_path / "demo-sailor")
+        monkeypatch.chdir(tmp_path)
+        assert [name for name, _ in self.finder(tmp_path, tmp_path / "demo-sailor").offers("")] == ["secondary"]
+
     def test_a_name_of_the_hub_that_is_not_there_says_how_to_get_it(self, hub):
         with pytest.raises(SlerpMergeError) as caught:
             open_checkpoint(find_model("ada/finch"))
@@ -973,13 +994,15 @@ class TestWhatAStrangerTried:
 
     def test_a_recipe_that_cannot_be_written_is_asked_for_again(self, tmp_path):
         make_pair(tmp_path)
+        (tmp_path / "merge_recipe.yaml").touch()
         with Terminal.start((*FOLDERS, "--t", "0.5"), folder=tmp_path) as terminal:
             terminal.answer("Start the merge?", "s")
-            terminal.answer("Recipe file", "x" * 250 + ".yaml")  # too long to be written beside its place
+            too_long = "x" * 250 + ".yaml"  # to be written beside its place
+            terminal.answer("Recipe file  (merge_recipe-2.yaml)", too_long)
             terminal.wait_for("Could not write")
-            terminal.answer("File name too long. Check the path. ? Recipe file", "my.yaml")
+            terminal.answer("File name too long. Check the path. ? Recipe file", "")
             assert terminal.exit_status() == 0
-        assert names_below(tmp_path) == {"primary", "secondary", "my.yaml"}
+        assert names_below(tmp_path) == {"primary", "secondary", "merge_recipe.yaml", "merge_recipe-2.yaml"}
 
     def test_a_changed_answer_that_does_not_fit_can_be_changed_again(self, tmp_path):
         make_pair(tmp_path)
@@ -1156,6 +1179,12 @@ class TestMemory:
         history.remember(MergeRecipe(tmp_path, tmp_path), RunOptions(tmp_path), "even")
         assert not history.path.exists()
         assert not history.forget()
+
+    def test_nothing_is_remembered_of_the_demo(self, tmp_path):
+        with Terminal.start(["--demo", "--save-dir", "demo"], folder=tmp_path) as terminal:
+            terminal.wait_for("Try it, convert it, share it:")
+            assert terminal.exit_status() == 0
+        assert list(Path(os.environ["XDG_CONFIG_HOME"]).rglob("*.json")) == []
 
     def test_nothing_is_remembered_of_a_merge_without_a_person(self, tmp_path):
         make_pair(tmp_path)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from slerpkit.files import check_path, is_inside, is_plain_file, is_plain_folder
+from slerpkit.files import check_path, free_path, is_inside, is_plain_file, is_plain_folder
 from slerpkit.lazy import filelock
 from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.parents.checkpoint import public_name
@@ -188,6 +188,4 @@ def proposed_save_directory(primary: Path, secondary: Path, blend: Sequence[str]
     """A readable name under the current folder that is not taken yet: of both parents, and of the blend."""
     whole = [public_name(folder.resolve(), {}).rpartition("/")[2] for folder in (primary, secondary)]
     names = [re.sub(r"[^\w.-]+", "-", name) or "model" for name in whole]
-    first = "-".join([*names, *blend])
-    numbered = (Path(f"{first}-{number}") for number in range(2, 1000))
-    return next(path for path in (Path(first), *numbered) if not path.exists())
+    return free_path("-".join([*names, *blend]))

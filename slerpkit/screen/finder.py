@@ -20,11 +20,13 @@ from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, printable
 
 if TYPE_CHECKING:
+    from slerpkit import demo
     from slerpkit.parents import checkpoint
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
 else:  # not before the first prompt stands
     checkpoint, check = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parity.check")
+    demo = LazyModule("slerpkit.demo")
 
 FOUND_LEVELS = 2  # folders below the current one that are looked into for models
 FOUND_ENTRIES = 2000  # entries of folders that are looked at, at most
@@ -56,6 +58,9 @@ class ModelFinder:
                         self.incompatibility_of(model)
 
     def _folders(self) -> Iterator[Path]:
+        return (folder for folder in self._all_folders() if folder.name not in demo.DEMO_MODELS)
+
+    def _all_folders(self) -> Iterator[Path]:
         yield from self.recent
         yield from folders_below(Path(), FOUND_LEVELS)
         yield from folders_below(Path("models"), FOUND_LEVELS)

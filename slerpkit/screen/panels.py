@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from slerpkit.schedule import Schedule
 
 MAX_NOTICES = 12
+MAX_REPOSITORY_NAME = 96  # characters, as the hub has it
 
 
 def render_parity(console: Console, report: ParityReport) -> RenderableType:
@@ -236,5 +239,12 @@ def next_commands(report: MergeReport) -> list[str]:
     return [
         speak,
         *([f"python llama.cpp/convert_hf_to_gguf.py {folder}"] if report.plan.tokenizer_role else []),
-        f"hf upload {shlex.quote(report.child.name)} {folder}",
+        f"hf upload {repository_name(report.child.name)} {folder}",
     ]
+
+
+def repository_name(name: str) -> str:
+    """A name that the hub takes for a repository, as near to a folder's as can be."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    plain = re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w.-]+", "-", plain))
+    return re.sub(r"(\.git)+$", "", plain[:MAX_REPOSITORY_NAME].strip("-.")).rstrip("-.") or "child"

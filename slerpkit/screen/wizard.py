@@ -18,7 +18,7 @@ from questionary.prompts.path import GreatUXPathCompleter
 from rich.padding import Padding
 from rich.text import Text
 
-from slerpkit.files import clean_path, existing_folder, is_plain_file, replace_files
+from slerpkit.files import clean_path, existing_folder, free_path, is_plain_file, replace_files
 from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, format_bytes, printable
 from slerpkit.schedule import BLENDS, Schedule, order_rules, parse_blend, parse_rule
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from slerpkit.parents import checkpoint
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
+    from slerpkit.recipe import MergeRecipe
     from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
     objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
@@ -158,7 +159,13 @@ class Wizard:
             parse = functools.partial(self.parse_blend, default, answers)
             blend = self.prompt.text("Blend", parse, "blend", f"({default})", completer)
             before = dataclasses.replace(before, blend=blend)
-            if blend.text == TASK_VECTORS:
+            if blend.recipe is not None and not is_of_models(blend.recipe, answers):
+                names = [printable(folder.name) for folder in (blend.recipe.primary, blend.recipe.secondary)]
+                what = f"The recipe has {names[0]} at t = 0 and {names[1]} at t = 1. Use only its t?"
+                if not self.prompt.confirm(what, True):
+                    continue
+                blend = Blend(blend.schedule, text=blend.text)
+            elif blend.text == TASK_VECTORS:
                 blend = dataclasses.replace(blend, base=self.ask_base(answers))
             elif blend.text == FIND_BLEND:
                 blend = dataclasses.replace(blend, objective=objectives.Objective(self.ask_texts()))
@@ -182,10 +189,9 @@ class Wizard:
                 "Answer with another blend, or start again without.",
             )
         recipe = recipe_file.read_recipe(path)
-        named, given = (recipe.primary, recipe.secondary), (answers.primary, answers.secondary)
-        if [folder.resolve() for folder in named] != [folder.resolve() for folder in given]:
+        if (recipe.slices or recipe.weights) and not is_of_models(recipe, answers):
             raise SlerpMergeError(
-                f"The recipe has {named[0]} at t = 0 and {named[1]} at t = 1, not the models you gave.",
+                f"The recipe has {recipe.primary} and {recipe.secondary}, not the models you gave; and more than a t.",
                 "Run it as it is with --recipe, or answer with another blend.",
             )
         return Blend(recipe.schedule, recipe=recipe, recipe_file=path, text=text)
@@ -273,20 +279,28 @@ class Wizard:
 
     def save_recipe(self, text_in: Callable[[Path], str]) -> Path:
         """Asks for a new file until one takes the recipe. text_in: the recipe's text for a folder that it stands in."""
+        usual = Path(recipe_file.RECIPE_NAME)
+        proposed = free_path(usual.stem, usual.suffix)
 
         def parse(text: str) -> Path:
-            path = clean_path(text) if text.strip() else Path(recipe_file.RECIPE_NAME)
+            path = clean_path(text) if text.strip() else proposed
             if path.suffix not in (".yaml", ".yml") or os.path.lexists(path) or not path.parent.is_dir():
                 raise SlerpMergeError(f"{path} is no new .yaml file in a folder that is there.", "Give another name.")
             return path
 
         while True:
-            path = self.prompt.text("Recipe file", parse, "recipe", f"({recipe_file.RECIPE_NAME})").resolve()
+            path = self.prompt.text("Recipe file", parse, "recipe", f"({proposed})").resolve()
             try:
                 replace_files({path: text_in(path.parent).encode("utf-8", "backslashreplace")})
                 return path
             except SlerpMergeError as error:
                 self.prompt.say(printable(f"  {error.message} {error.hint}"))
+
+
+def is_of_models(recipe: MergeRecipe, answers: Answers) -> bool:
+    """Whether a recipe has the models that were answered, at the same ends of t."""
+    named, given = (recipe.primary, recipe.secondary), (answers.primary, answers.secondary)
+    return [folder.resolve() for folder in named] == [folder.resolve() for folder in given]
 
 
 def words_of_blend(answers: Answers) -> list[str]:
