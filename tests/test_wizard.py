@@ -1013,7 +1013,7 @@ class TestWhatAStrangerTried:
             terminal.answer("Start the merge?", "c")
             terminal.answer("Change which answer?", "primary")
             terminal.answer("? Primary model  (primary)", "odd")
-            terminal.wait_for("cannot make a right child")
+            terminal.wait_for("These two cannot be merged")
             terminal.answer("Change which answer?", "p")
             terminal.answer("? Primary model  (odd)", "primary")
             start_and_leave(terminal)

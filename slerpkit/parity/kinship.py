@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_KINSHIP_MATRICES = 96  # sampled, spread over the layers
 KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
+TWIN_BYTES = 4096  # of each tensor, to see whether two models are one
 SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
 STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
 
@@ -87,6 +88,24 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
                 sums[component] = totals
     angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
     return Kinship(angle_of(*map(sum, zip(*sums.values()))) if sums else None, tuple(angles))
+
+
+def have_same_bytes_in_the_middle(pairs: Sequence[TensorSources]) -> bool:
+    """Whether the parents hold the same weights, as far as some bytes of each pair tell. Stops at the first others.
+
+    Raises SlerpMergeError where a file cannot be read.
+    """
+    with TensorReader() as reader:
+        for first, second in ((pair.primary, pair.secondary) for pair in pairs if pair.secondary is not None):
+            count = min(TWIN_BYTES, first.byte_count)
+            samples = [bytearray(count), bytearray(count)]
+            if (first.dtype, first.shape) != (second.dtype, second.shape):
+                return False
+            for info, sample in zip((first, second), samples):
+                reader.read_into(info, (info.byte_count - count) // 2, memoryview(sample))
+            if samples[0] != samples[1]:
+                return False
+    return bool(pairs)
 
 
 def is_matrix(info: TensorInfo) -> bool:
