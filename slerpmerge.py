@@ -29,11 +29,28 @@ slerpkit/story.py; read that next. slerpkit/__init__.py draws the house.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+NOTHING_WRITTEN = "Nothing was written."
+EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def stop_at_once(number: int, frame: object) -> None:
+    """Ctrl-C while the program loads: there is nothing to tidy, and an import that is torn could say anything."""
+    try:
+        os.write(2, f"\nStopped. {NOTHING_WRITTEN}\n".encode())
+    finally:
+        os._exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop_at_once)
+
 import contextlib
 import dataclasses
 import gc
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -61,11 +78,9 @@ else:  # each is loaded when the story comes to it: --help needs none, the first
     afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
     panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
-NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
-EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = flags.parse_arguments(argv)
         terminal.prepare_terminal()
         with terminal.signals_end_it(), sessions.Session(arguments, NOTHING_WRITTEN) as session:
+            if signal.getsignal(signal.SIGINT) is stop_at_once:  # from here on there may be something to tidy
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             run(session)
             session.raise_deferred_error()
+            if session.console.is_unread:
+                console.tell_errors(session.closing_note)
         return EXIT_DONE
     except ImportError as error:  # perhaps of what messages are drawn with
         print(f"A package cannot be loaded: {error}. pip install -r requirements.txt", file=sys.stderr)

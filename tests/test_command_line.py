@@ -434,8 +434,33 @@ def test_a_merge_whose_output_nobody_reads_goes_on_to_its_child(pair, tmp_path, 
     os.close(writing)
     assert done.returncode == 0
     assert (tmp_path / "child" / "model.safetensors").exists()
-    assert flag or done.stderr == ""
+    unread = "Nobody reads the output any more; the run goes on without it."
+    assert unread in done.stderr.splitlines()
+    assert flag or done.stderr.splitlines() == [unread, f"The child stands in {tmp_path / 'child'}."]
     assert "roken pipe" not in done.stderr
+
+
+# Runs a script, and sends it Ctrl-C while it imports a module.
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+del sys.argv[0]
+name = sys.argv.pop(0)
+class Interruption:
+    def find_spec(self, module, path, target=None):
+        if module == name:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interruption())
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a process cannot send itself Ctrl-C")
+@pytest.mark.parametrize("module", ["slerpkit.lazy", "argparse", "slerpkit.screen.terminal", "rich.console"])
+def test_ctrl_c_while_the_program_loads_is_one_line(pair, tmp_path, module):
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, module, slerpmerge.__file__, *MERGE]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nStopped. Nothing was written.\n")
 
 
 class TestWithoutTorch:

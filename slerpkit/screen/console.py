@@ -6,6 +6,7 @@ Knows nothing of models; every function takes the console that it draws for.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from slerpkit.screen.terminal import drop_output
 if TYPE_CHECKING:
     from slerpkit.messages import SlerpMergeError
 
+UNREAD = "Nobody reads the output any more; the run goes on without it."
 WIDEST_PANEL = 110  # longer lines are hard to read
 NARROW_COLUMNS = 80  # below this, tables become stacked lines
 MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
@@ -28,10 +30,20 @@ MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "no
 class OutputConsole(Console):
     """A console whose reader may go away, as `head` does: the run goes on, and what nobody reads is dropped."""
 
+    is_unread = False  # whether it went
+
     def on_broken_pipe(self) -> None:
-        """Says no more; rich itself would end the process."""
-        self.quiet = True
+        """Says no more here, and says so where errors go; rich itself would end the process."""
+        self.quiet = self.is_unread = True
         drop_output(self.file)
+        if self.file is not sys.stderr:
+            tell_errors(UNREAD)
+
+
+def tell_errors(line: str) -> None:
+    """A line where errors go, for who looks there; where nobody can, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def is_unicode(console: Console) -> bool:

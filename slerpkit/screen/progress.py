@@ -26,6 +26,7 @@ from rich.text import Text
 
 from slerpkit.merge.difference_map import angle_scale
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
+from slerpkit.merge.save_directory import interruptions_held
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import format_bytes
 from slerpkit.parents.tensors import find_layer
@@ -141,7 +142,8 @@ class MergeView:
                 refresh_per_second=REFRESHES_PER_SECOND,
                 transient=True,
             )
-            self.live.start()
+            with interruptions_held():  # half started, it could not be stopped
+                self.live.start()
         elif work.what:
             self.console.print(f"{work.what} ...", highlight=False, markup=False)
 
@@ -179,9 +181,9 @@ class MergeView:
     def stop(self) -> None:
         """Takes the live picture away."""
         if self.live is not None:
-            with contextlib.suppress(OSError):  # a terminal that is gone needs no tidying
-                self.live.stop()
-            self.live = None
+            live, self.live = self.live, None
+            with contextlib.suppress(OSError), interruptions_held():  # a terminal that is gone needs no tidying
+                live.stop()
 
 
 def describe_tensor(merged: MergedTensor) -> str:

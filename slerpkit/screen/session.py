@@ -19,7 +19,7 @@ from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
-from slerpkit.screen.console import OutputConsole
+from slerpkit.screen.console import UNREAD, OutputConsole, tell_errors
 from slerpkit.screen.history import History
 from slerpkit.screen.terminal import drop_output
 
@@ -181,6 +181,7 @@ class Session:
                 print(json.dumps(content), flush=True)
             except BrokenPipeError:  # what was to be made is there all the same
                 drop_output(sys.stdout)
+                tell_errors(UNREAD)
 
     def leave(self, note: str) -> None:
         """Something stands now; the note tells of it however the run ends."""
