@@ -99,35 +99,30 @@ ROPE = Mismatch("blocking", "rope_theta", "10000", "500000", "Equal shapes hide 
 
 
 class TestPlainLines:
-    def percents(self, scene: Scene, console: Console) -> list[int]:
+    def lines_of(self, scene: Scene, seconds: float, steps: int = 1000) -> list[str]:
+        """What is printed of a merge that takes so long, and tells of its work in so many steps."""
+        console = plain_console(get_time=(clock := Clock()))
         with MergeView(console) as view:
-            for event in scene.events:
-                view.observe(event)
-        return [int(percent) for percent in re.findall(r"^ *(\d+) %", written(console), re.MULTILINE)]
+            view.observe(merge_began(scene))
+            for _ in range(steps):
+                clock.now += seconds / steps
+                view.observe(WorkAdvanced(scene.plan.child_bytes // steps + 1))
+        return written(console).splitlines()
 
-    def test_percents_rise_by_about_five_and_end_at_100(self, scene):
-        percents = self.percents(scene, plain_console())
-        assert percents == sorted(set(percents))
-        assert len(percents) == 20
-        assert percents[-1] == 100
+    @pytest.mark.parametrize(("seconds", "lines"), [(1.9, 0), (9, 1), (24, 3), (110, 10), (10_000, 10)])
+    def test_a_line_comes_every_ten_percent_and_ten_seconds_at_most(self, scene, seconds, lines):
+        assert len(self.lines_of(scene, seconds)) == lines
 
     def test_each_line_says_how_much_of_how_much(self, scene):
-        console = plain_console()
-        self.percents(scene, console)
-        assert written(console).splitlines()[-1] == "100 %  14.5 GB of 14.5 GB"
+        lines = self.lines_of(scene, 1000)
+        percents = [int(re.fullmatch(r"Merging: +(\d+) %, [\d.]+ GB of 14.5 GB", line)[1]) for line in lines]
+        assert percents == list(range(10, 101, 10))
 
     def test_one_large_tensor_gives_one_line(self, scene):
-        console = plain_console()
-        view = MergeView(console)
-        view.observe(merge_began(scene))
-        view.observe(WorkAdvanced(scene.plan.child_bytes))
-        assert written(console).splitlines()[-1] == "100 %  14.5 GB of 14.5 GB"
-        assert written(console).count("%") == 1
+        assert self.lines_of(scene, 60, steps=1) == ["Merging: 100 %, 14.5 GB of 14.5 GB"]
 
     def test_a_stream_that_is_no_terminal_gets_no_escape_code(self, scene):
-        console = plain_console()
-        self.percents(scene, console)
-        assert "\x1b" not in written(console) + "".join(screens(console, scene))
+        assert "\x1b" not in "".join((*self.lines_of(scene, 100), *screens(plain_console(), scene)))
 
     def test_a_quiet_view_says_nothing(self, scene):
         console = plain_console()

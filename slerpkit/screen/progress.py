@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from slerpkit.merge.events import Event
 
 REFRESHES_PER_SECOND = 8
-PLAIN_STEP_PERCENT = 5  # how often a line is printed where there is no terminal
+# How often a line is printed at most where there is no terminal, and how long work must take to get one.
+PLAIN_STEP_PERCENT, PLAIN_STEP_SECONDS, PLAIN_PATIENCE_SECONDS = 10, 10.0, 2.0
 
 
 class LayerStrip:
@@ -87,7 +88,7 @@ class MergeView:
         self.quiet = quiet
         self.work = WorkBegan("", 0)
         self.done = 0  # of work.total
-        self.next_percent = PLAIN_STEP_PERCENT
+        self.next_percent, self.next_time = PLAIN_STEP_PERCENT, 0.0
         self.bar = self.bar_of(self.work)
         self.live: Live | None = None
         self.drawn: list[int] = []  # columns that each line of the live picture takes
@@ -133,6 +134,7 @@ class MergeView:
         """A picture for new work; a line where there is no terminal."""
         self.stop()
         self.work, self.done, self.next_percent = work, 0, PLAIN_STEP_PERCENT
+        self.next_time = self.console.get_time() + PLAIN_PATIENCE_SECONDS
         self.bar, self.strip, self.line = self.bar_of(work), LayerStrip(work.tensors), ""
         if self.console.is_terminal:
             self.drawn = []
@@ -144,7 +146,7 @@ class MergeView:
             )
             with interruptions_held():  # half started, it could not be stopped
                 self.live.start()
-        elif work.what:
+        elif work.what and not work.in_bytes:
             self.console.print(f"{work.what} ...", highlight=False, markup=False)
 
     def advance(self, amount: int) -> None:
@@ -154,9 +156,10 @@ class MergeView:
         if self.console.is_terminal or not self.work.in_bytes:
             return
         percent = 100 * self.done // max(self.work.total, 1)
-        if percent >= self.next_percent:
+        if percent >= self.next_percent and self.console.get_time() >= self.next_time:
             self.next_percent = percent - percent % PLAIN_STEP_PERCENT + PLAIN_STEP_PERCENT
-            text = f"{percent:3d} %  {format_bytes(self.done)} of {format_bytes(self.work.total)}"
+            self.next_time = self.console.get_time() + PLAIN_STEP_SECONDS
+            text = f"{self.work.what}: {percent:3d} %, {format_bytes(self.done)} of {format_bytes(self.work.total)}"
             self.console.print(text, highlight=False, markup=False)
 
     def draw(self) -> RenderableType:
