@@ -60,7 +60,7 @@ from slerpkit.messages import SlerpMergeError, explain_refusal, format_names, pr
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
-from slerpkit.screen.answers import QUESTIONS, Answers, Blend
+from slerpkit.screen.answers import QUESTIONS, Answers, Blend, words_of_blend
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file, recipe_writer, story
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.objectives import Objective
+    from slerpkit.merge import save_directory
     from slerpkit.merge.plan import MergePlan
     from slerpkit.screen import afterwards, console, figures, panels, terminal
     from slerpkit.screen import session as sessions
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
+    (save_directory,) = lazy_modules("slerpkit.merge", "save_directory")
     afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
     panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
 
@@ -164,7 +166,7 @@ def merge(session: Session, given: Answers) -> None:
 
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
     """(answers, the plan that they make, what to do with it), once the person has no second thoughts."""
-    answers, changeable = session.ask(given), given.unanswered()
+    answers, changeable = complete(session, given), given.unanswered()
     while True:
         try:
             plan = prepare_plan(session, answers)
@@ -177,6 +179,17 @@ def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan,
         if decision != "change":
             return answers, plan, decision
         answers = session.wizard.change(answers, changeable or list(QUESTIONS))
+
+
+def complete(session: Session, given: Answers) -> Answers:
+    """The person's answers for what is not given; and the proposed save directory, where nobody wants to be asked."""
+    if given.save_directory is not None or not flags.proposes_save_directory(session.arguments):
+        return session.ask(given)
+    answers = session.ask(given, tuple(question for question in QUESTIONS if question != "save_directory"))
+    blend = words_of_blend(answers)
+    proposed = save_directory.proposed_save_directory(answers.primary, answers.secondary, blend)
+    session.show(f"The child goes to {printable(str(proposed))}.", markup=False)
+    return dataclasses.replace(answers, save_directory=proposed)
 
 
 def prepare_plan(session: Session, answers: Answers) -> MergePlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import struct
@@ -24,7 +25,7 @@ from slerpkit import __version__
 from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
 from slerpkit.schedule import BLENDS, parse_blend
-from slerpkit.screen.flags import answers_given, build_parser, equivalent_command, format_size, parse_size
+from slerpkit.screen.flags import FLAG_GROUPS, answers_given, build_parser, equivalent_command, format_size, parse_size
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -163,6 +164,21 @@ class TestMerge:
     )
     def test_a_t_that_is_none_says_what_would_be(self, run, pair, text, words):
         assert_refused(run(*MERGE, "--t", text), words, "--help", status=2)
+
+    @pytest.mark.parametrize("t", [(), ("--t", "0.25"), ("--t", "ramp")], ids=str)
+    def test_yes_takes_the_proposed_save_directory_and_says_which(self, run, pair, tmp_path, t):
+        name = {"0.25": "primary-secondary-slerp-0.25", "ramp": "primary-secondary-slerp"}.get(
+            t[-1] if t else "", "primary-secondary-slerp-0.5"
+        )
+        for expected in (name, f"{name}-2"):
+            outcome = run(*MERGE[:4], "--yes", *t)
+            assert outcome.status == 0, outcome.err
+            assert outcome.out.startswith(f"The child goes to {expected}.\n")
+            assert (tmp_path / expected / "model.safetensors").is_file()
+
+    def test_a_dry_run_takes_the_proposed_save_directory(self, run, pair, tmp_path):
+        assert run(*MERGE[:4], "--dry-run", "--json").report["child"] == "primary-secondary-slerp-0.5"
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     def test_max_shard_size_cuts_the_child(self, run, pair, tmp_path):
         assert run(*MERGE, "--max-shard-size", "4KB").status == 0
@@ -487,6 +503,14 @@ class TestWithoutTorch:
         assert fingerprint(tmp_path) == before
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
+    def test_help_is_in_groups_with_three_examples(self, run):
+        outcome = run("--help")
+        places = [outcome.out.index(f"\n{title}:\n") for title in FLAG_GROUPS]
+        assert places == sorted(places)
+        assert outcome.out.count("  python slerpmerge.py --") == 3
+        for line in re.findall(r"^  python slerpmerge.py (.*)$", outcome.out, re.MULTILINE):
+            build_parser().parse_args(shlex.split(line))
+
     def test_the_version_is_printed(self, run):
         assert run("--version") == Outcome(0, f"slerpmerge {__version__}\n", "")
 
@@ -553,13 +577,14 @@ class TestWrongUsage:
         ("given", "missing"),
         [
             ((), ["--primary", "--secondary", "--save-dir", "--t", "--yes"]),
-            (("--yes",), ["--primary", "--secondary", "--save-dir"]),
-            (("--dry-run", "--primary", "primary"), ["--secondary", "--save-dir"]),
+            (("--yes",), ["--primary", "--secondary"]),
+            (("--dry-run", "--primary", "primary"), ["--secondary"]),
+            ((*MERGE[:4], "--sweep", "--perplexity", "x"), ["--yes"]),
             (MERGE[:-1], ["--t", "--yes"]),
             ((*MERGE[:-1], "--t", "0.5"), ["--yes"]),
-            ((*MERGE[:4], "--json", "--yes"), ["--save-dir"]),
+            ((*MERGE[:2], "--json", "--yes"), ["--secondary"]),
         ],
-        ids=["nothing", "yes", "dry-run", "folders", "all-but-yes", "json"],
+        ids=["nothing", "yes", "dry-run", "sweep", "folders", "all-but-yes", "json"],
     )
     def test_without_a_terminal_each_missing_flag_is_named(self, run, pair, given, missing):
         outcome = run(*given)

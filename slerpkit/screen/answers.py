@@ -75,3 +75,12 @@ class Answers:
         return RunOptions(
             self.save_directory or Path(), overwrite=bool(self.overwrite), restart=bool(self.restart), **chosen
         )
+
+
+def words_of_blend(answers: Answers) -> list[str]:
+    """What a proposed save directory is called after, beside the parents: the method, and t where it is one."""
+    words = [answers.recipe.method]
+    if answers.blend is not None and answers.blend.objective is None:
+        values = list(answers.blend.schedule.values())
+        words += [f"{values[0]:g}"] if len(values) == 1 else []
+    return words

@@ -153,65 +153,109 @@ def parse_map_path(text: str) -> Path:
     return path
 
 
+EXAMPLES = """examples:
+  python slerpmerge.py --primary sailor --secondary gardener --yes
+  python slerpmerge.py --primary sailor --secondary gardener --t ramp --taste "The sea" --yes
+  python slerpmerge.py --primary sailor --secondary gardener --sweep --perplexity text.txt --yes
+
+Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted."""
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag, with its help."""
+    """Every flag, with its help, in groups."""
     parser = FlagParser(
         prog="slerpmerge.py",
-        description="Merge two language-model checkpoints by spherical linear interpolation (SLERP). "
-        "What no flag gives is asked for.",
-        epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
+        usage="python slerpmerge.py [flags]",
+        description="Merge two language models by spherical linear interpolation (SLERP). What no flag gives is asked "
+        "for.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    add = parser.add_argument
-    folder, model = usage_type(clean_path), usage_type(lambda text: checkpoint.find_model(text))
+    for title, add_flags in FLAG_GROUPS.items():
+        add_flags(parser.add_argument_group(title).add_argument)
+    return parser
+
+
+def add_what_to_merge(add: Callable[..., object]) -> None:
+    """Flags for the models."""
+    model = usage_type(lambda text: checkpoint.find_model(text))
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
-    add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
-    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear or passthrough")
     add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
+    add("--recipe", type=usage_type(clean_path), metavar="FILE",
+        help="a mergekit recipe: slerp, nuslerp, linear or passthrough")  # fmt: skip
+
+
+def add_how_to_blend(add: Callable[..., object]) -> None:
+    """Flags for t, and for what is done with it."""
     add("--t", dest="rules", type=usage_type(parse_t), action="extend", metavar="[FILTER=]T",
         help=f"{BLEND_NAMES}; or 0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors "
         "whose name holds it (default even)")  # fmt: skip
-    add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
+    add("--sweep", action="store_true", help="find t by the --perplexity texts, or else the --score tasks, and make it")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
     add("--granularity", dest="vectors", choices=VECTORS, help="what nuslerp takes as one vector (default tensor)")
+    add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     cosine = parse_within(float, sys.float_info.min, 1, "a cosine above 0, up to 1")
     norm = parse_within(float, 0, sys.float_info.max, "a norm from 0 on")
     add("--dot-threshold", type=cosine, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
     add("--epsilon", type=norm, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
-    add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
+
+
+def add_the_child(add: Callable[..., object]) -> None:
+    """Flags for where the child goes, and what it is like."""
+    add("--save-dir", dest="save_directory", type=usage_type(clean_path), metavar="FOLDER",
+        help="where the child goes (default with --yes, --dry-run or --sweep: a new folder here)")  # fmt: skip
+    add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
+    add("--dtype", choices=CHILD_DTYPES, help="default auto: the primary's")
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
     add("--tokenizer", choices=TOKENIZER_CHOICES, help="whose tokenizer the child gets; union: with the other's tokens")
     add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose, or which, it gets (default: the tokenizer's)")
     add("--accept", action="append", metavar="KEY", help="let a setting differ; refusals name it; may be given again")
-    add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
-    count = parse_within(int, 1, 1024, "a number of threads from 1 on")
-    add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
+
+
+def add_before_and_after(add: Callable[..., object]) -> None:
+    """Flags for what is known before a merge, and of a child."""
+    add("--dry-run", action="store_true", help="check and plan, write nothing")
     add("--inspect", action="store_true", help="measure how the parents differ, layer by component; write no child")
     add("--map", dest="maps", type=usage_type(parse_map_path), action="append", default=[], metavar="FILE",
         help="save that map as FILE, .svg or .json")  # fmt: skip
+    add("--verify", choices=("quick", "full"), help="full: transformers must load the child, or it is not kept")
     add("--taste", dest="prompts", type=usage_type(parse_prompt), action="append", default=[], metavar="PROMPT",
         help="let parents and child answer it side by side; may be given again")  # fmt: skip
-    add("--perplexity", dest="texts", type=folder, action="append", default=[], metavar="FILE",
+    add("--perplexity", dest="texts", type=usage_type(clean_path), action="append", default=[], metavar="FILE",
         help="compare how well parents and child predict a text; may be given again")  # fmt: skip
     add("--score", dest="tasks", type=parse_tasks, default=(), metavar="TASKS",
         help="evaluate all three on tasks of lm-eval, separated by commas")  # fmt: skip
-    add("--include-path", type=folder, metavar="FOLDER", help="where YAML tasks of your own for --score are")
-    add("--sweep", action="store_true", help="find t by the --perplexity texts, or else the --score tasks, and make it")
-    add("--child", type=folder, metavar="FOLDER", help="taste, measure or score a child that stands already")
-    add("--dry-run", action="store_true", help="check and plan, write nothing")
+    add("--include-path", type=usage_type(clean_path), metavar="FOLDER",
+        help="where YAML tasks of your own for --score are")  # fmt: skip
+    add("--child", type=usage_type(clean_path), metavar="FOLDER",
+        help="taste, measure or score a child that stands already")  # fmt: skip
+
+
+def add_how_it_runs(add: Callable[..., object]) -> None:
+    """Flags that make no difference to the child, or need none."""
     add("--yes", action="store_true", help="take every default and start without asking")
-    add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
     add("--restart", action="store_true", default=None, help="discard what an earlier run left unfinished")
-    add("--verify", choices=("quick", "full"), help="full: transformers must load the child, or it is not kept")
+    add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
+    count = parse_within(int, 1, 1024, "a number of threads from 1 on")
+    add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
     add("--json", action="store_true", help="print the report as one JSON object, alone on stdout")
     add("--quiet", action="store_true", help="say nothing but errors")
     add("--no-color", action="store_true", help="no colours; the environment's NO_COLOR does the same")
     add("--forget", action="store_true", help="forget the folders and answers of earlier runs")
     add("--demo", action="store_true", help="make two tiny models, merge them and let the child speak")
-    add("--version", action="version", version=f"slerpmerge {__version__}")
-    return parser
+    add("--version", action="version", version=f"slerpmerge {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this")
 
 
+FLAG_GROUPS = {
+    "what to merge": add_what_to_merge,
+    "how to blend": add_how_to_blend,
+    "the child": add_the_child,
+    "before and after": add_before_and_after,
+    "how it runs": add_how_it_runs,
+}
 EVALUATION_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
 CLASHING_FLAGS = {
     "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
@@ -311,8 +355,13 @@ def answers_of_recipe(path: Path, given: Answers) -> Answers:
     return dataclasses.replace(given, primary=recipe.primary, secondary=recipe.secondary, blend=blend)
 
 
+def proposes_save_directory(arguments: argparse.Namespace) -> bool:
+    """Whether the proposed save directory is taken without asking, where no flag gives one."""
+    return arguments.yes or arguments.dry_run or arguments.sweep
+
+
 def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
-    """What flags answer, with what --yes and --dry-run take without asking.
+    """What flags answer, with what --yes and --dry-run take without asking, but for the save directory.
 
     Raises WrongUsage where more must be known and nobody can be asked, and as answers_given does.
     """
@@ -325,9 +374,9 @@ def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
 
 def check_nothing_is_missing(arguments: argparse.Namespace, given: Answers) -> None:
     """Raises WrongUsage where flags leave a question open, or whether to start."""
-    unneeded = {"save_directory"} if arguments.inspect else set()
     takes_defaults = arguments.yes or arguments.dry_run or arguments.inspect
-    unneeded |= {"blend"} if takes_defaults else set()
+    unneeded = {"blend"} if takes_defaults else set()
+    unneeded |= {"save_directory"} if arguments.inspect or proposes_save_directory(arguments) else set()
     missing = [ANSWER_FLAGS[name] for name in given.unanswered() if name not in unneeded]
     missing += [] if takes_defaults else ["--yes"]
     if missing:

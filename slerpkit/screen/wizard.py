@@ -22,7 +22,7 @@ from slerpkit.files import clean_path, existing_folder, free_path, is_plain_file
 from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, format_bytes, printable
 from slerpkit.schedule import BLENDS, Schedule, order_rules, parse_blend, parse_rule
-from slerpkit.screen.answers import QUESTIONS, Answers, Blend
+from slerpkit.screen.answers import QUESTIONS, Answers, Blend, words_of_blend
 from slerpkit.screen.console import WIDEST_PANEL
 from slerpkit.screen.finder import ModelCompleter, ModelFinder
 from slerpkit.screen.prompts import Prompter, answer_check
@@ -301,15 +301,6 @@ def is_of_models(recipe: MergeRecipe, answers: Answers) -> bool:
     """Whether a recipe has the models that were answered, at the same ends of t."""
     named, given = (recipe.primary, recipe.secondary), (answers.primary, answers.secondary)
     return [folder.resolve() for folder in named] == [folder.resolve() for folder in given]
-
-
-def words_of_blend(answers: Answers) -> list[str]:
-    """What a proposed save directory is called after, beside the parents: the method, and t where it is one."""
-    words = [answers.recipe.method]
-    if answers.blend is not None and answers.blend.objective is None:
-        values = list(answers.blend.schedule.values())
-        words += [f"{values[0]:g}"] if len(values) == 1 else []
-    return words
 
 
 def usable_blend(last: Blend | None) -> str:
