@@ -154,11 +154,12 @@ def parse_map_path(text: str) -> Path:
 
 
 EXAMPLES = """examples:
-  python slerpmerge.py --primary sailor --secondary gardener --yes
-  python slerpmerge.py --primary sailor --secondary gardener --t ramp --taste "The sea" --yes
-  python slerpmerge.py --primary sailor --secondary gardener --sweep --perplexity text.txt --yes
+  python slerpmerge.py --primary A --secondary B --yes
+  python slerpmerge.py --primary A --secondary B --t ramp --taste "The sea"
+  python slerpmerge.py --primary A --secondary B --sweep --perplexity text.txt
 
-Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted."""
+Exit status: 0 done, 1 refused or failed, 2 wrong usage,
+130 interrupted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -166,8 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="slerpmerge.py",
         usage="python slerpmerge.py [flags]",
-        description="Merge two language models by spherical linear interpolation (SLERP). What no flag gives is asked "
-        "for.",
+        description="Merge two language models by SLERP.\nWhat no flag gives is asked for.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
