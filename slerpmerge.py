@@ -166,7 +166,8 @@ def merge(session: Session, given: Answers) -> None:
 
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
     """(answers, the plan that they make, what to do with it), once the person has no second thoughts."""
-    answers, changeable = complete(session, given), given.unanswered()
+    changeable = questions_to_ask(session, given)
+    answers = complete(session, given, changeable)
     while True:
         try:
             plan = prepare_plan(session, answers)
@@ -181,11 +182,17 @@ def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan,
         answers = session.wizard.change(answers, changeable or list(QUESTIONS))
 
 
-def complete(session: Session, given: Answers) -> Answers:
-    """The person's answers for what is not given; and the proposed save directory, where nobody wants to be asked."""
-    if given.save_directory is not None or not flags.proposes_save_directory(session.arguments):
-        return session.ask(given)
-    answers = session.ask(given, tuple(question for question in QUESTIONS if question != "save_directory"))
+def questions_to_ask(session: Session, given: Answers) -> list[str]:
+    """What the person is asked: not where the child goes, if nobody wants to be asked that."""
+    proposes = flags.proposes_save_directory(session.arguments)
+    return [question for question in given.unanswered() if not (proposes and question == "save_directory")]
+
+
+def complete(session: Session, given: Answers, questions: Sequence[str]) -> Answers:
+    """The person's answers to these questions; and the proposed save directory, where that is still open."""
+    answers = session.ask(given, tuple(questions))
+    if answers.save_directory is not None:
+        return answers
     blend = words_of_blend(answers)
     proposed = save_directory.proposed_save_directory(answers.primary, answers.secondary, blend)
     session.show(f"The child goes to {printable(str(proposed))}.", markup=False)

@@ -1004,6 +1004,27 @@ class TestWhatAStrangerTried:
             assert terminal.exit_status() == 0
         assert names_below(tmp_path) == {"primary", "secondary", "merge_recipe.yaml", "merge_recipe-2.yaml"}
 
+    def test_yes_asks_nothing_of_parents_that_do_not_fit(self, tmp_path):
+        make_pair(tmp_path)
+        edit_json(tmp_path / "secondary" / "config.json", model_type="mistral")
+        with Terminal.start((*FOLDERS[:4], "--yes"), folder=tmp_path) as terminal:
+            assert terminal.exit_status() == 1
+            assert "The child goes to primary-secondary-slerp-0.5." in terminal.text
+            assert "These two cannot be merged" in terminal.text
+            assert "?" not in terminal.text
+
+    def test_a_search_takes_the_proposed_save_directory_and_may_be_given_another(self, tmp_path):
+        make_real_pair(tmp_path)
+        (tmp_path / "text.txt").write_text("a b c d e f g h " * 50)
+        with Terminal.start((*FOLDERS[:4], "--sweep", "--perplexity", "text.txt"), folder=tmp_path) as terminal:
+            terminal.wait_for("The child goes to primary-secondary-slerp.")
+            terminal.answer("Start the merge?", "c")
+            terminal.answer("Change which answer?", "save")
+            terminal.answer("? Save directory  (primary-secondary-slerp)", "mine")
+            terminal.wait_for("child mine")
+            terminal.answer("Start the merge?", "n")
+            assert terminal.exit_status() == 0
+
     def test_a_changed_answer_that_does_not_fit_can_be_changed_again(self, tmp_path):
         make_pair(tmp_path)
         make_checkpoint(tmp_path / "odd", llama_tensors(3), {**LLAMA_CONFIG, "model_type": "mistral"})
