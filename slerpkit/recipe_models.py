@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import check_path, clean_path
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.checkpoint import find_model
+from slerpkit.parents.resolver import find_model, hub_name_of
 
 if TYPE_CHECKING:
     from slerpkit.recipe_yaml import RecipeFile
@@ -81,16 +81,13 @@ class RecipeModels:
         """The folder that a text means. Raises SlerpMergeError where it asks for more than a model."""
         try:
             folder = self.look_for(text, revision)
-            if revision is None and "@" in text and not folder.exists():
-                text, _, revision = text.partition("@")
-                folder = self.look_for(text, revision)
+            if not folder.exists() and "@" in text:  # of a folder, which has no revisions
+                beside = self.look_for(text.partition("@")[0], None)
+                folder = beside if hub_name_of(beside) is None else folder
         except SlerpMergeError as error:
             raise self.file.fault(node, error.message.rstrip("."), error.hint) from error
         if not folder.exists() and "+" in text:
             raise self.file.fault(node, f"{text!r} {UNMERGED['lora'][0]}", UNMERGED["lora"][1])
-        if not folder.exists() and revision is not None:
-            what = f"{text} is not in the Hugging Face cache as it was at {revision}"
-            raise self.file.fault(node, what, f"Download it first: hf download {text} --revision {revision}")
         return folder
 
     def look_for(self, text: str, revision: str | None) -> Path:

@@ -18,7 +18,8 @@ from slerpkit.merge.plan import choose_threads, plan_merge
 from slerpkit.merge.staging import StagedChild, check_parents_unchanged
 from slerpkit.merge.stream import measure_differences, stream_merge
 from slerpkit.merge.team import team_for
-from slerpkit.parents.checkpoint import find_model, open_parents
+from slerpkit.parents.checkpoint import open_parents
+from slerpkit.parents.resolver import find_model
 from slerpkit.parity.check import check_parity
 from slerpkit.recipe import check_options, check_recipe, recipe_and_options
 from slerpkit.schedule import Schedule, parse_blend

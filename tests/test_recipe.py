@@ -742,8 +742,7 @@ WRONG: dict[str, tuple[str, str, str, int, str, str]] = {
     "typed-as-number": (GOOD, "0.5", "!!int ''", 7, "number", "0.5"),
     "nothing-typed": (GOOD, "./secondary", "''", 5, "no model", "org/name"),
     "null-byte": (GOOD, "./secondary", '"a\\0b"', 5, "no usable path", "path"),
-    "address": (GOOD, "./secondary", "https://huggingface.co/org/name", 5, "an address", "hf download org/name"),
-    "revision": (GOOD, "./secondary", "org/name@v2", 5, "as it was at v2", "--revision v2"),
+    "address": (GOOD, "./secondary", "https://example.org/org/name", 5, "an address", "org/name"),
     "lora-key": (GOOD, "./secondary", "{model: ./secondary, lora: ./adapter}", 5, "LoRA", "adapter"),
     "architecture": (GOOD, "./secondary", "{model: ./b, override_architecture: X}", 5, "architecture", "config.json"),
     "listed-twice": (GOOD, "- model: ./secondary", "- model: ./secondary\n- model: secondary/", 6, "twice", "once"),
@@ -912,7 +911,8 @@ def test_a_model_is_looked_for_beside_the_recipe_then_here_then_in_the_cache(tmp
     older, newer = (make_checkpoint(home / "snapshots" / commit, tensors) for commit in ("a" * 40, "b" * 40))
     (home / "refs").mkdir()
     write(home / "refs" / "v1", "a" * 40)
-    os.utime(older, (1, 1))
+    write(home / "refs" / "main", "b" * 40)
+    os.utime(newer, (1, 1))
     hidden = make_checkpoint(tmp_path / "recipes" / "primary", tensors)
     make_checkpoint(tmp_path / "primary", tensors)
     seen = make_checkpoint(tmp_path / "secondary", tensors)

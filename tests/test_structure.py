@@ -28,7 +28,8 @@ FLOORS = (
     "slerpkit.messages slerpkit.files slerpkit.lazy slerpkit.devices slerpkit.maths slerpkit.schedule"
     " slerpkit.chat_templates slerpkit.recipe",
     "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
-    " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.checkpoint",
+    " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.hub_cache slerpkit.parents.resolver"
+    " slerpkit.parents.checkpoint",
     "slerpkit.recipe_yaml slerpkit.recipe_models slerpkit.recipe_tokenizer"
     " slerpkit.recipe_file slerpkit.recipe_identity slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"

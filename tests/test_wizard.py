@@ -22,7 +22,8 @@ from slerpkit.files import clean_path
 from slerpkit.merge.plan import MergePlan
 from slerpkit.merge.save_directory import proposed_save_directory
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.checkpoint import find_model, open_checkpoint
+from slerpkit.parents.checkpoint import open_checkpoint
+from slerpkit.parents.resolver import find_model
 from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
@@ -748,17 +749,27 @@ class TestFinding:
         assert offers["ada/finch"] == "5.5K bfloat16 10.9 KB"
         assert offers[str(late)].startswith("5.5K float16")
 
-    def test_a_snapshot_that_is_not_whole_is_not_found_and_an_older_whole_one_is(self, tmp_path, hub):
-        whole = make_cached(hub, "ada/finch", 1)
-        newer = whole.with_name(f"{2:040x}")
-        newer.mkdir()
-        (newer / "config.json").write_text((whole / "config.json").read_text())
+    def test_the_reference_of_the_main_branch_decides_and_never_the_newest_by_time(self, tmp_path, hub):
+        main = make_cached(hub, "ada/finch", 1)
+        newer = main.with_name(f"{2:040x}")
+        shutil.copytree(main, newer)
         os.utime(newer, (2e9, 2e9))
         (offer,) = self.finder(tmp_path).offers("finch")
         assert offer[0] == "ada/finch"
-        assert find_model("ada/finch") == whole
-        (newer / "model.safetensors").symlink_to((whole / "model.safetensors").resolve())
-        assert find_model("ada/finch") == newer
+        assert find_model("ada/finch") == main
+        (hub / "models--ada--finch" / "refs" / "v2").write_text(newer.name)
+        assert find_model("ada/finch@v2") == find_model(f"ada/finch@{newer.name}") == newer
+        assert find_model("ada/finch@v3") == Path("ada/finch@v3")
+        (hub / "models--ada--finch" / "refs" / "main").unlink()
+        assert find_model("ada/finch") == Path("ada/finch")
+        assert {name for name, _ in self.finder(tmp_path).offers("finch")} == {
+            f"ada/finch@{snapshot.name}" for snapshot in (main, newer)
+        }
+
+    def test_a_half_downloaded_snapshot_is_not_offered(self, tmp_path, hub):
+        snapshot = make_cached(hub, "ada/finch", 1)
+        (snapshot / "model.safetensors").unlink()
+        assert self.finder(tmp_path).offers("finch") == []
 
     def test_what_fits_the_primary_comes_first_and_the_others_say_why_not(self, tmp_path, hub, monkeypatch):
         primary, _ = make_pair(tmp_path)

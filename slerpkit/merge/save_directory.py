@@ -20,7 +20,7 @@ from typing import Any
 from slerpkit.files import check_path, free_path, is_inside, is_plain_file, is_plain_folder
 from slerpkit.lazy import filelock
 from slerpkit.messages import SlerpMergeError, explain_os_error
-from slerpkit.parents.checkpoint import public_name
+from slerpkit.parents.hub_cache import public_name
 
 # Where locks cannot be had, as on some disks in networks, none is needed to go on.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -1,4 +1,4 @@
-"""A model's folder: found by what people call it, its files checked, opened as a Checkpoint.
+"""A model's folder: its files checked, opened as a Checkpoint.
 
 Headers and small files are read here, never a weight. What a config says of a model, and whether two models fit each
 other, is not known here (parity/). Read tensors.py and the two headers' modules before this.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
-import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, clean_path, nested_files, read_bytes, read_json
-from slerpkit.lazy import huggingface_hub
+from slerpkit.files import check_kind, check_path, nested_files, read_json
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
+from slerpkit.parents.hub_cache import parse_hub_name, public_name
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
@@ -131,57 +129,6 @@ class Checkpoint:
         return str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown architecture"
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name, as the Hugging Face hub has it
-ADDRESS = re.compile(r"(\w[\w+.-]+)://([^/]*)(.*)", re.DOTALL)  # scheme, host, path
-HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-
-
-def hint_for_address(scheme: str, host: str, path: str) -> str:
-    """What to give instead of a model's address."""
-    if scheme.lower() == "file":
-        return f"Give the folder: {urllib.parse.unquote(path)}"
-    name = HUB_NAME.match(path.lstrip("/"))
-    if host.lower() not in HUB_HOSTS or name is None:
-        return "Give a folder, or the org/name of a model in the Hugging Face cache."
-    return f"Give {name[0]}, once it is in the Hugging Face cache: hf download {name[0]}"
-
-
-def find_model(text: str, revision: str | None = None) -> Path:
-    """A model's folder as people type it: a path, or the org/name of a model in the Hugging Face cache.
-
-    What is neither comes back as the path that it would be; open_checkpoint says what is wrong with it. revision: of
-    a model in the cache, where it is not to be the newest one there. Raises SlerpMergeError for an address, which a
-    path would not keep as it was typed.
-    """
-    if (address := ADDRESS.fullmatch(text.strip().strip("'\""))) is not None:
-        raise SlerpMergeError(f"{address[0]} is an address, and no folder.", hint_for_address(*address.groups()))
-    path = clean_path(text)
-    if not path.exists():
-        # As Windows writes it, or completed behind a quote that was opened and not closed.
-        for other in (str(path).replace("\\", "/"), str(path).lstrip("'\"")):
-            if Path(other).exists():
-                return Path(other)
-        if HUB_NAME.fullmatch(path.as_posix()) and (snapshot := cached_snapshot(path.as_posix(), revision)) is not None:
-            return snapshot
-    return path
-
-
-def cached_snapshot(name: str, revision: str | None = None) -> Path | None:
-    """The newest snapshot of org/name in the Hugging Face cache that is there whole; None where there is none.
-
-    revision: a commit, or the branch or tag whose commit the cache knows.
-    """
-    home = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    folder = home / "snapshots"
-    snapshots = sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime) if folder.is_dir() else []
-    if revision is not None:
-        named = home / "refs" / revision
-        is_named = ".." not in named.parts and named.is_file()
-        commit = read_bytes(named, 1000).decode("utf-8", "replace").strip() if is_named else revision
-        snapshots = [snapshot for snapshot in snapshots if snapshot.name == commit]
-    return next((snapshot for snapshot in snapshots if open_if_whole(snapshot) is not None), None)
-
-
 def open_if_whole(folder: Path) -> Checkpoint | None:
     """A model's headers; None where the folder holds no whole model."""
     try:
@@ -268,17 +215,6 @@ def find_weight_files(folder: Path) -> WeightFiles:
     )
 
 
-def public_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """What people call the model of a folder: org/name where the place or the config tells, else its name."""
-    for ancestor in (folder, *folder.parents):
-        if ancestor.name.startswith("models--"):  # a Hugging Face cache: models--org--name/snapshots/revision
-            return ancestor.name[len("models--") :].replace("--", "/")
-    claimed = config.get("_name_or_path")
-    if isinstance(claimed, str) and HUB_NAME.fullmatch(claimed) and claimed.endswith("/" + folder.name):
-        return claimed
-    return folder.name
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A parent's config and tensor table, from a local folder. Reads headers only.
 
@@ -288,8 +224,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.is_file() else "does not exist"
         hint = "Give the folder that holds a model's config.json and weights."
-        if HUB_NAME.fullmatch(folder.as_posix()):
-            hint += f" A model of the hub must be there first: hf download {folder.as_posix()}"
+        if (named := parse_hub_name(folder.as_posix())) is not None:
+            hint += f" A model of the hub must be there first: hf download {named.name}"
         raise SlerpMergeError(f"The folder {folder} {what}.", hint)
     if not (folder / "config.json").is_file():
         find_weight_files(folder)  # a GGUF or adapter folder is told so by name
@@ -389,16 +325,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     dtypes = ", ".join(checkpoint.dtypes[:3])
     size = f"{format_count(checkpoint.parameter_count)} parameters, {format_bytes(checkpoint.byte_count)}"
     return f"{checkpoint.name}: {checkpoint.architecture}, {size}, {dtypes}"
-
-
-def short_name(folder: Path) -> str:
-    """The shortest text that finds a model again: org/name in the cache, a path from here, or its whole path."""
-    name = public_name(folder, {})
-    if folder.parent.name == "snapshots" and HUB_NAME.fullmatch(name) and find_model(name) == folder:
-        return name
-    with contextlib.suppress(ValueError):
-        return str(folder.resolve().relative_to(Path.cwd()))
-    return str(folder)
 
 
 @dataclass(frozen=True)

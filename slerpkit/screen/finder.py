@@ -16,17 +16,17 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from questionary.prompts.path import GreatUXPathCompleter
 
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, printable
 
 if TYPE_CHECKING:
     from slerpkit import demo
-    from slerpkit.parents import checkpoint
+    from slerpkit.parents import checkpoint, hub_cache, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
 else:  # not before the first prompt stands
-    checkpoint, check = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parity.check")
-    demo = LazyModule("slerpkit.demo")
+    checkpoint, hub_cache, resolver = lazy_modules("slerpkit.parents", "checkpoint", "hub_cache", "resolver")
+    check, demo = LazyModule("slerpkit.parity.check"), LazyModule("slerpkit.demo")
 
 FOUND_LEVELS = 2  # folders below the current one that are looked into for models
 FOUND_ENTRIES = 2000  # entries of folders that are looked at, at most
@@ -64,20 +64,9 @@ class ModelFinder:
         yield from self.recent
         yield from folders_below(Path(), FOUND_LEVELS)
         yield from folders_below(Path("models"), FOUND_LEVELS)
-        from huggingface_hub import constants, scan_cache_dir  # costs more than the first prompt may
-
-        cache = Path(constants.HF_HUB_CACHE)
-        if not cache.is_dir():
-            return
-        try:
-            repositories = scan_cache_dir(cache).repos
-        except Exception:  # whatever is wrong with a cache, a model in it can still be typed
-            return
-        for repository in sorted(repositories, key=lambda repository: repository.repo_id):
-            if repository.repo_type == "model":
-                revisions = sorted(repository.revisions, key=lambda revision: -revision.last_modified)
-                snapshots = (revision.snapshot_path for revision in revisions)
-                yield from itertools.islice(filter(checkpoint.open_if_whole, snapshots), 1)
+        for named in hub_cache.cached_names():
+            if named.snapshot is not None:
+                yield named.snapshot
 
     def incompatibility_of(self, model: Checkpoint) -> str | None:
         """Why a found model cannot be merged with the primary; None where it can, or where there is no primary yet."""
@@ -93,7 +82,7 @@ class ModelFinder:
         """(what to type, what it is) of found models whose name holds `text`; those that fit the primary first."""
         offers = []
         for model in list(self.models):
-            name, reason = checkpoint.short_name(model.folder), self.incompatibility_of(model)
+            name, reason = resolver.short_name(model.folder), self.incompatibility_of(model)
             if text.lower() in name.lower():
                 count, size = format_count(model.parameter_count), format_bytes(model.byte_count)
                 size = f"{count} {model.dtypes[0]} {size}"

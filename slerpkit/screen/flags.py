@@ -44,10 +44,10 @@ from slerpkit.screen.answers import QUESTIONS, Answers, Blend
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file
     from slerpkit.evaluation import objectives
-    from slerpkit.parents import checkpoint
+    from slerpkit.parents import resolver
 else:  # what only some flags need
     demo, recipe_file = LazyModule("slerpkit.demo"), LazyModule("slerpkit.recipe_file")
-    objectives, checkpoint = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.parents.checkpoint")
+    objectives, resolver = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.parents.resolver")
 
 
 class WrongUsage(SlerpMergeError):
@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_what_to_merge(add: Callable[..., object]) -> None:
     """Flags for the models."""
-    model = usage_type(lambda text: checkpoint.find_model(text))
+    model = usage_type(lambda text: resolver.find_model(text))
     add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
     add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
     add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
@@ -414,8 +414,8 @@ def equivalent_command(
 
 def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Iterator[str]:
     """The flags for models and t, where no recipe file says them."""
-    yield from ("--primary", checkpoint.short_name(recipe.primary))
-    yield from ("--secondary", checkpoint.short_name(recipe.secondary))
+    yield from ("--primary", resolver.short_name(recipe.primary))
+    yield from ("--secondary", resolver.short_name(recipe.secondary))
     yield from ("--save-dir", str(options.save_directory))
     name = name_of_blend(recipe.schedule)
     if name is not None and not is_swept:
@@ -424,7 +424,7 @@ def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Ite
         values = ",".join(map(shortest_number, rule.gradient))
         yield f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}"
     if recipe.base is not None:
-        yield from ("--base", checkpoint.short_name(recipe.base))
+        yield from ("--base", resolver.short_name(recipe.base))
 
 
 def evaluation_words(arguments: argparse.Namespace, objective: objectives.Objective | None) -> Iterator[str]:

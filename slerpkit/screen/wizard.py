@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slerpkit import recipe_file
     from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
-    from slerpkit.parents import checkpoint
+    from slerpkit.parents import checkpoint, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
     from slerpkit.recipe import MergeRecipe
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 else:  # the first prompt waits for none of them
     objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
-    checkpoint, check = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parity.check")
+    checkpoint, resolver = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parents.resolver")
+    check = LazyModule("slerpkit.parity.check")
     recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
 
 OTHER_BLENDS = (
@@ -84,11 +85,11 @@ class Wizard:
         """The folder of a model that passes a check; Tab completes those that were found."""
         if default is not None and answer_check(check_folder)(default) is not True:
             default = None
-        shown = checkpoint.short_name(default) if default is not None else "Tab lists what is here, ? helps"
+        shown = resolver.short_name(default) if default is not None else "Tab lists what is here, ? helps"
         completer = ModelCompleter(self.finder)
 
         def find(text: str) -> Path:
-            return checkpoint.find_model(text)  # looked up late, so that the first prompt does not wait for it
+            return resolver.find_model(text)  # looked up late, so that the first prompt does not wait for it
 
         return self.prompt.path(message, find, question, shown, completer, check_folder, default)
 
