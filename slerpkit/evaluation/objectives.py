@@ -109,7 +109,10 @@ class TextLosses:
     def measure(self, role: str, folder: Path) -> Measurement:
         """One model, a parent or a child of theirs. Raises SlerpMergeError where it cannot be loaded or asked."""
         models = with_model(self.parents, role, folder)
-        losses = lose_on_texts(models, role, self.texts, self.device_and_dtype, self.window, self.advance)
+        advance = self.advance
+        losses = lose_on_texts(
+            models, role, self.texts, self.device_and_dtype, self.window, lambda _, size: advance(size)
+        )
         return Measurement(
             self.names, tuple(loss.bits_per_byte for loss in losses), tuple(loss.items for loss in losses)
         )

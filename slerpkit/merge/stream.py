@@ -269,9 +269,10 @@ def stream_merge(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe:
     """
     kept = len(child.journal.finished)
     child.journal.device = team.device
-    observe(Noted(f"Merging on {team.device} with {team.count} worker{'s' * (team.count > 1)}."))
+    if team.device != "cpu":  # which goes without saying
+        observe(Noted(f"Merging on {team.device}."))
     names = tuple(tensor.name for tensor in plan.tensors)
-    observe(WorkBegan("Merging", plan.child_bytes, in_bytes=True, tensors=names))
+    observe(WorkBegan("Merging", plan.child_bytes, unit="bytes", tensors=names))
     team.wait()
     started = time.perf_counter()
     try:
