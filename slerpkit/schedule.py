@@ -84,7 +84,7 @@ BLENDS = (
     (
         "attention and mlp",
         "self_attn=0,0.5,0.3,0.7,1 mlp=1,0.5,0.7,0.3,0 0.5",
-        "attention one way, MLP the other: the well-known gradient",
+        "the well-known pair",
     ),
     ("primary at the ends", "0,0.5,1,0.5,0", "secondary in the middle"),
     ("secondary at the ends", "1,0.5,0,0.5,1", "primary in the middle"),

@@ -24,6 +24,14 @@ KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents to
 TWIN_BYTES = 4096  # of each tensor, to see whether two models are one
 SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
 STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
+IDENTICAL_DEGREES = 1e-3  # what rounding makes of an angle of nothing is less
+# What each verdict means to who has to decide.
+MEANINGS = {
+    "siblings": "fine-tunes of one base",
+    "relatives": "more than fine-tunes usually are",
+    "strangers": "their children seldom speak",
+    "unknown": "no matrices to compare",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Kinship:
 
     degrees: float | None  # over all that was sampled; None where there was nothing to compare
     by_component: tuple[tuple[str, float], ...]  # (attention, mlp or other; degrees)
+    angles: tuple[float, ...] = ()  # degrees, of each matrix of the sample
 
     @property
     def verdict(self) -> str:
@@ -42,10 +51,14 @@ class Kinship:
             return "siblings"
         return "relatives" if self.degrees < STRANGERS_DEGREES else "strangers"
 
+    def are_mostly_within(self, degrees: float) -> bool:
+        """Whether most matrices of the sample lie less than so many degrees apart, and are not the same."""
+        return 2 * sum(IDENTICAL_DEGREES < angle < degrees for angle in self.angles) > len(self.angles)
+
     def describe(self) -> str:
         """The verdict in words, with the figures."""
         if self.degrees is None:
-            return "unknown: no matrices to compare"
+            return f"{self.verdict}: {MEANINGS[self.verdict]}"
         angles = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
         return f"{self.verdict}: {self.degrees:.1f} degrees apart ({angles})"
 
@@ -77,6 +90,7 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
     ]
     matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
     sums: dict[str, list[float]] = {}
+    alone: list[float] = []
     with TensorReader() as reader, numpy.errstate(all="ignore"):  # what is not finite is left out
         for pair in matrices[:: -(-len(matrices) // MAX_KINSHIP_MATRICES) or 1]:
             v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
@@ -86,8 +100,9 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
             totals = [total + product for total, product in zip(sums.get(component, (0.0, 0.0, 0.0)), products)]
             if math.isfinite(sum(totals)):
                 sums[component] = totals
+                alone += [angle for angle in [angle_of(*products)] if angle is not None]
     angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
-    return Kinship(angle_of(*map(sum, zip(*sums.values()))) if sums else None, tuple(angles))
+    return Kinship(angle_of(*map(sum, zip(*sums.values()))) if sums else None, tuple(angles), tuple(alone))
 
 
 def have_same_bytes_in_the_middle(pairs: Sequence[TensorSources]) -> bool:

@@ -72,13 +72,13 @@ def panel(console: Console, content: RenderableType, title: str) -> RenderableTy
     return Panel(content, title=title, title_align="left", border_style="cyan", padding=(0, 1), width=width)
 
 
-def fact_table(console: Console, facts: Iterable[tuple[str, str]]) -> Table:
+def fact_table(console: Console, facts: Iterable[tuple[str, str | Text]]) -> Table:
     """Two columns: what, and its value."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(displayable(console, value)))
+        table.add_row(name, value if isinstance(value, Text) else Text(displayable(console, value)))
     return table
 
 
