@@ -60,7 +60,7 @@ from slerpkit.messages import SlerpMergeError, explain_refusal, format_names, pr
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
-from slerpkit.screen.answers import QUESTIONS, Answers, Blend, words_of_blend
+from slerpkit.screen.answers import Answers, Blend, words_of_blend
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file, recipe_writer, story
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge import save_directory
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.screen import afterwards, console, figures, panels, terminal
+    from slerpkit.screen import afterwards, console, figures, panels, prompts, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
@@ -78,7 +78,8 @@ else:  # each is loaded when the story comes to it: --help needs none, the first
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
     (save_directory,) = lazy_modules("slerpkit.merge", "save_directory")
     afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
-    panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
+    panels, prompts = lazy_modules("slerpkit.screen", "panels", "prompts")
+    sessions, terminal = lazy_modules("slerpkit.screen", "session", "terminal")
 
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
@@ -139,8 +140,11 @@ def run(session: Session) -> None:
 def merge(session: Session, given: Answers) -> None:
     """Three questions, one plan, one yes, one child; then what it knows."""
     answers, plan, decision = agree_on_plan(session, given)
+    if decision == "print":
+        session.print_json(plan.as_dict())
+    elif decision == "leave":
+        session.show(NOTHING_WRITTEN)
     if decision != "start":
-        carry_out(session, decision, plan, answers)
         return
     objective = answers.blend.objective
     if session.asks:
@@ -153,11 +157,10 @@ def merge(session: Session, given: Answers) -> None:
     if objective is not None:
         keep_sweep(session, report, curve)
     afterwards.save_maps_of_merge(session, report)
-    afterwards.verify_as_asked(session, report)
     compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
     afterwards.evaluate_as_flags_ask(session, compared, objective)
-    if session.asks and afterwards.may_generate_text(plan):
-        afterwards.evaluate_as_asked(session, compared)
+    if session.asks:
+        afterwards.ask_what_now(session, plan, compared)
     session.print_json({**report.as_dict(), "findings": session.findings})
     session.show("Try it, convert it, share it:", style="bold")
     for command in panels.next_commands(report):
@@ -166,20 +169,24 @@ def merge(session: Session, given: Answers) -> None:
 
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
     """(answers, the plan that they make, what to do with it), once the person has no second thoughts."""
-    changeable = questions_to_ask(session, given)
-    answers = complete(session, given, changeable)
+    questions = questions_to_ask(session, given)
+    answers = complete(session, given, questions)
     while True:
+        plan, changed = None, None
         try:
             plan = prepare_plan(session, answers)
-            decision = decide(session, plan, answers.blend.objective)
         except SlerpMergeError as error:
-            if not changeable or session.arguments.dry_run:
+            if not questions or session.arguments.dry_run:
                 raise
             session.show(console.render_error(session.console, error))
-            decision = "change"
-        if decision != "change":
-            return answers, plan, decision
-        answers = session.wizard.change(answers, changeable or list(QUESTIONS))
+        except prompts.GoBack:  # from a question about the parents
+            pass
+        while changed is None:
+            decision = "change" if plan is None else decide(session, plan, answers)
+            if decision != "change":
+                return answers, plan, decision
+            changed = session.wizard.change(answers, is_planned=plan is not None)
+        answers = changed
 
 
 def questions_to_ask(session: Session, given: Answers) -> list[str]:
@@ -211,28 +218,29 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if not arguments.dry_run:
         session.prepare_for(parents.primary, options)  # it loads what it needs meanwhile
     parity = story.check_parity(parents, recipe)
-    if parity.acceptable and session.accepts(parity):
+    if parity.acceptable and session.accepts(parity, recipe):
         recipe = dataclasses.replace(recipe, accept=(*recipe.accept, *parity.acceptable))
         parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
     role = None if arguments.dry_run else parity.template.offered
-    if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
+    if role is not None and session.offers_template(role, recipe):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
     plan = story.plan_merge(recipe, options, parents, parity)
-    lacks = session.what_primary_lacks(PATIENCE_SECONDS)
-    session.show(panels.render_plan(session.console, plan, answers.blend.objective is not None, lacks))
-    if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
+    objective, lacks = answers.blend.objective, session.what_primary_lacks(PATIENCE_SECONDS)
+    session.show(panels.render_plan(session.console, plan, objective is not None, lacks))
+    if objective is None and (arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1):
         session.show(panels.render_curves(session.console, plan))
-    if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
+    if flags.wants_evaluation(arguments) or objective is not None:
         afterwards.check_maps(session, recipe, options.save_directory)
-        afterwards.check_evaluation(session, (parents.primary, parents.secondary), answers.blend.objective)
+        afterwards.check_evaluation(session, (parents.primary, parents.secondary), objective)
     return plan
 
 
-def decide(session: Session, plan: MergePlan, objective: Objective | None) -> str:
-    """What to do with a plan: "start", "leave", "change" an answer, "save" a recipe, or "print" a dry run's plan."""
+def decide(session: Session, plan: MergePlan, answers: Answers) -> str:
+    """What to do with a plan: "start", "leave", "change" an answer, "saved" as a recipe, or "print" it (dry run)."""
+    objective = answers.blend.objective
     if session.arguments.dry_run:
         return "print"
     if objective is not None:
@@ -250,10 +258,15 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> st
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not lost and lacks is None)
         if decision == "inspect":
-            with session.view:
+            with session.stoppable():
                 team = session.workers_for(plan)
                 found = story.measure_differences(plan.parity.pairs, plan.recipe, team, session.observe)
-            session.show(figures.render_map(session.console, found))
+                session.view.stop()
+                session.show(figures.render_map(session.console, found))
+        elif decision == "save":
+            with contextlib.suppress(prompts.GoBack):
+                save_recipe(session, plan, answers)
+                return "saved"
         elif decision == "start" and session.what_primary_lacks() != lacks:  # known since the plan was drawn
             lacks = session.what_primary_lacks()
             session.show(printable(lacks), style="yellow", markup=False)
@@ -268,21 +281,16 @@ def what_would_go(plan: MergePlan, objective: Objective | None) -> list[str]:
     return [files] * (plan.leftover is not None and plan.leftover.reason != "") + [loss] * (loss is not None)
 
 
-def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers) -> None:
-    """What is done with a plan instead of the merge: printed for --dry-run, saved as a recipe, or nothing."""
-    if decision == "print":
-        session.print_json(plan.as_dict())
-    elif decision == "leave":
-        session.show(NOTHING_WRITTEN)
-    else:
-        settled, roles = dataclasses.replace(plan, recipe=plan.settled_recipe), plan.parents.by_role
-        path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(settled.recipe, roles, folder))
-        session.leave(f"The recipe stands in {path}.")
-        session.show(session.closing_note)
-        session.show_command(settled, None, path)
-        if answers.blend.objective is not None:
-            session.show("It has t = 0.5, where a search begins. The command that searches:")
-            session.show_command(plan, answers.blend.objective)
+def save_recipe(session: Session, plan: MergePlan, answers: Answers) -> None:
+    """The merge as a recipe instead, and the commands that follow it. Raises GoBack where the person wants none."""
+    settled, roles = dataclasses.replace(plan, recipe=plan.settled_recipe), plan.parents.by_role
+    path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(settled.recipe, roles, folder))
+    session.leave(f"The recipe stands in {path}.")
+    session.show(session.closing_note)
+    session.show_command(settled, None, path)
+    if answers.blend.objective is not None:
+        session.show("It has t = 0.5, where a search begins. The command that searches:")
+        session.show_command(plan, answers.blend.objective)
 
 
 def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> tuple[MergePlan, Finding]:

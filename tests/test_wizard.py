@@ -27,12 +27,13 @@ from slerpkit.parents.resolver import find_model
 from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
+from slerpkit.screen.answers import Answers, Blend
+from slerpkit.screen.blend_prompt import OTHER_BLENDS
 from slerpkit.screen.finder import ModelFinder
 from slerpkit.screen.flags import answers_given, build_parser, equivalent_command
 from slerpkit.screen.history import History
 from slerpkit.screen.lookahead import Lookahead
 from slerpkit.screen.session import Session
-from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from tests.builders import (
     LLAMA_CONFIG,
@@ -66,9 +67,9 @@ def change_secondary_to_third(terminal: Terminal, save_directory: str) -> None:
 
 
 def start_and_leave(terminal: Terminal) -> None:
-    """Answers the last two questions: start the merge, and do not load the child. All must end well."""
-    terminal.answer("Start the merge?", "y")
-    terminal.answer("Load the child with transformers", "n")
+    """Answers the last two questions: start the merge, and do no more with the child. All must end well."""
+    terminal.answer("Start the merge?  (", "y")
+    terminal.answer("What now?  (")
     assert terminal.exit_status() == 0
 
 
@@ -308,8 +309,9 @@ class TestSession:
             start_and_leave(terminal)
             text = terminal.text
         order = [
-            "? helps) primary", "? helps)  'second model/'", "? Save directory", "below/child", "? Blend", "0.25",
-            "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/i/s/?) y", "The same without questions:", "Done",
+            "? Primary model  primary", "? Secondary model  'second model/'", "? Save directory  below/child",
+            "? Blend  0.25",
+            "Parity", "Plan", "t = 0.25", "? Start the merge?  start", "The same without questions:", "Done",
             "21 slerped", "Try it, convert it, share it:",
         ]  # fmt: skip
         assert "--t=0.25--yes" in "".join(text.split())  # where the line is broken depends on the folder's name
@@ -323,17 +325,17 @@ class TestSession:
         assert names_below(tmp_path) == {"primary", "second model", "below"}
 
     def test_plain_enter_takes_every_default_that_is_shown(self, tmp_path):
+        """Two typed answers and four Enters from the command to the closing hints."""
         make_real_pair(tmp_path)
         with Terminal.start(folder=tmp_path) as terminal:
             terminal.answer_all(("Primary model", "primary"), ("Secondary model", "secondary"))
             terminal.answer("(primary-secondary-slerp)")
             terminal.answer("(even)")
-            terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
-            terminal.answer("Load the child with transformers, to be sure? (Y/n)")
-            terminal.answer("What now?")
+            terminal.answer("Start the merge?  (Enter start")
+            terminal.answer("What now?  (t taste, p perplexity, v verify, Enter leaves")
             assert terminal.exit_status() == 0
             assert "t = 0.5" in terminal.text
-            assert "no missing, unexpected or mismatched key" in terminal.text
+            assert "Try it, convert it, share it:" in terminal.text
         assert (tmp_path / "primary-secondary-slerp" / "model.safetensors").is_file()
         assert names_below(tmp_path) == {"primary", "secondary", "primary-secondary-slerp"}
 
@@ -344,7 +346,7 @@ class TestSession:
             terminal.answer("Start the merge?", "n")
             assert terminal.exit_status() == 0
             assert "Nothing was written" in terminal.text
-            assert "lerp, t = 0.7" in terminal.text
+            assert "lerp, lean to secondary (t = 0.7)" in terminal.text
             for question in ("? Primary", "? Secondary", "? Save"):
                 assert question not in terminal.text
             assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;m]", terminal.output), "NO_COLOR leaves no colour"
@@ -360,7 +362,6 @@ class TestSession:
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
             terminal.answer("no chat template; take the secondary's?", answer)
             terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
             terminal.answer("What now?")
             assert terminal.exit_status() == 0
         assert (tmp_path / "child" / "chat_template.jinja").exists() is (answer == "y")
@@ -374,7 +375,7 @@ class TestSession:
             terminal.answer("in different ways. Merge all the same?", answer)
             if answer:
                 terminal.answer("Start the merge?", "y")
-                terminal.answer("Load the child with transformers", "n")
+                terminal.answer("What now?")
             assert terminal.exit_status() == (0 if answer else 1)
             assert "--acceptrms_norm_eps" in "".join(terminal.text.split())  # wherever the line was wrapped
         assert (tmp_path / "child").exists() is bool(answer)
@@ -388,7 +389,6 @@ class TestSession:
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
             terminal.answer("in different ways. Merge all the same?", "y")
             terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
             terminal.answer("What now?", "")
             assert terminal.exit_status() == 0
         shown = " ".join(terminal.text.split())
@@ -400,7 +400,7 @@ class TestSession:
             make_checkpoint(tmp_path / name, llama_tensors(seed, likeness=0))
         parents.watch(tmp_path / "primary", tmp_path / "secondary")
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
-            terminal.answer("Start the merge?  (y/N/c/i/s/?)")
+            terminal.answer("Start the merge?  (y start")
             assert terminal.exit_status() == 0
             assert "The parents look like strangers" in terminal.text
             assert "Nothing was written" in terminal.text
@@ -414,7 +414,7 @@ class TestSession:
             terminal.answer("Start the merge?", "y")
             assert "Take it?" not in terminal.text, "its curves were shown in the list"
             assert "self_attn: t = 0, 0.5, 0.3, 0.7, 1; mlp: t = 1, 0.5, 0.7, 0.3, 0; t = 0.5" in words(terminal.text)
-            terminal.answer("Load the child with transformers", "n")
+            terminal.answer("What now?")
             assert terminal.exit_status() == 0
         child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
         for layer, attention, mlp in ((0, primary, secondary), (1, secondary, primary)):
@@ -428,8 +428,7 @@ class TestSession:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "1,0")
             terminal.answer("Take it?", "n")
-            terminal.wait_for("Take it?  (Y/n) n")
-            terminal.answer("Take it?  (Y/n) n\n? Blend", "0,0.5,1")
+            terminal.answer("Take it?  no ? Blend  (", "0,0.5,1")
             terminal.wait_for("all ▁▁▂▂▃▃▄▄▅▅▆▆▇▇██")
             terminal.answer("? Take it? (Y/n)")
             start_and_leave(terminal)
@@ -505,8 +504,9 @@ class TestSession:
             terminal.answer("Base model", "nowhere")
             terminal.wait_for("The folder nowhere does not exist.")
             terminal.send("\x15origin\r")
+            terminal.answer("What each parent learned since origin is blended. ? Blend  (even)")
             start_and_leave(terminal)
-            assert "slerp of task vectors, t = 0.5" in terminal.text
+            assert "slerp of task vectors, even (t = 0.5)" in terminal.text
         child, primary, secondary, base = (load_tensors(folder) for folder in (tmp_path / "child", *folders))
         for name, tensor in child.items():
             base_tensor = base[name].double()
@@ -551,7 +551,7 @@ class TestKnowing:
             terminal.answer("Start the merge?", "i")
             terminal.wait_for("Norm of the secondary over the primary's")
             assert "Angle between the parents" in terminal.text
-            terminal.wait_for("(Y/n/c/i/s/?)")
+            terminal.wait_for("? Start the merge?  (Enter start")
             terminal.send("n\r")
             assert terminal.exit_status() == 0
             assert terminal.screen.overrun_lines == []
@@ -587,6 +587,32 @@ class TestKnowing:
             assert terminal.exit_status() == 0
         report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
         assert [finding["kind"] for finding in report["findings"]] == ["taste", "perplexity"]
+
+    def test_ctrl_c_ends_a_taste_and_at_a_prompt_the_run(self, tmp_path):
+        make_real_pair(tmp_path)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("What now?", "t")
+            terminal.answer("Prompt", chr(0x4E05))
+            terminal.answer("(Enter: begin)")
+            terminal.wait_for("Loading transformers")
+            terminal.interrupt()
+            terminal.wait_for("Stopped. ? What now?  (")
+            terminal.send("v\r")
+            terminal.wait_for("its tokenizer loads")
+            terminal.wait_for("? What now?  (")
+            assert terminal.stop() == 130
+            assert "Stopped. The child stands in" in words(terminal.text)
+            assert "Traceback" not in terminal.text
+
+    def test_a_child_is_loaded_with_transformers_where_that_is_asked_for(self, tmp_path):
+        make_real_pair(tmp_path)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("What now?  (", "v")
+            terminal.wait_for("no missing, unexpected or mismatched key")
+            terminal.answer("its tokenizer loads with 48 tokens ? What now?  (")
+            assert terminal.exit_status() == 0
 
     def test_a_good_blend_is_found_on_a_text(self, tmp_path):
         make_real_pair(tmp_path)
@@ -672,10 +698,10 @@ class TestSixtyColumns:
             terminal.answer("Save directory")
             terminal.answer("? Blend")
             terminal.answer("Start the merge?")
-            terminal.answer("Load the child with transformers", "n")
+            terminal.answer("What now?")
             assert terminal.exit_status() == 0
             text, _, command = terminal.text.partition("Try it")
-            same = text[text.index("The same without questions:") : text.index("Merging on")]
+            same = text[text.index("The same without questions:") : text.index("─ Done")]
             broken = [line for line in terminal.screen.overrun_lines if line not in command + same]
             assert broken == []
             assert max(map(len, terminal.text.splitlines())) <= 60
@@ -835,7 +861,7 @@ class TestSecondThoughts:
             terminal.answer("? Blend", "0.25")
             terminal.answer("Start the merge?", "c")
             terminal.answer("Change which answer?", "nothing")
-            terminal.wait_for("is none of them. Say blend.")
+            terminal.wait_for("is none of them. Say primary, secondary, save directory, blend, method, base,")
             terminal.send("\x15bl\r")
             terminal.wait_for("t = 0.25")
             terminal.answer("? Blend  (0.25)", "0.75")
@@ -981,6 +1007,7 @@ class TestWhatAStrangerTried:
             terminal.send("\x15secondary\r")
             terminal.wait_for("secondary is a parent itself.")
             terminal.send("\x15base\r")
+            terminal.answer("since base is blended. ? Blend")
             terminal.answer("Start the merge?", "n")
             assert terminal.exit_status() == 0
         flags = ("--base", "odd", "--yes")
@@ -1068,9 +1095,9 @@ class TestWhatAStrangerTried:
         with Terminal.start(("--primary", "primary", "--t", "0.5"), folder=tmp_path) as terminal:
             change_secondary_to_third(terminal, save_directory="third/child")
             terminal.wait_for("overlaps a parent's folder")
-            terminal.answer("Change which answer?", "save")
+            terminal.answer("Change which answer?  (", "save")
             terminal.answer("? Save directory  (primary-third-slerp-0.5)")
-            terminal.wait_for("Start the merge?  (Y/n")
+            terminal.wait_for("Start the merge?  (Enter start")
             assert terminal.stop() == 130
 
     def test_help_is_there_behind_an_answer_that_was_refused(self, tmp_path):
@@ -1081,7 +1108,7 @@ class TestWhatAStrangerTried:
             terminal.send("?\r")
             terminal.wait_for("How much of the secondary each layer gets")
             terminal.send("0.3\r")
-            terminal.wait_for("slerp, t = 0.3")
+            terminal.wait_for("slerp, lean to primary (t = 0.3)")
             assert terminal.stop() == 130
 
     def test_an_interrupted_merge_is_carried_on_by_plain_enters(self, tmp_path):
@@ -1100,10 +1127,9 @@ class TestWhatAStrangerTried:
             terminal.answer_all(("Primary", ""), ("Secondary", ""), ("Save", "child"), ("Carry on with it?", ""))
             terminal.answer("? Blend  (0.3)")
             terminal.wait_for("files of an earlier run")
-            terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
+            terminal.answer("Start the merge?  (Enter start")
             terminal.wait_for("Carrying on")
-            terminal.wait_for("Load the child", timeout=120)
-            terminal.send("n\r")
+            terminal.answer("What now?", timeout=120)
             assert terminal.exit_status() == 0
         assert child.exists()
 
@@ -1112,7 +1138,7 @@ class TestWhatAStrangerTried:
         folders = ("--primary", str(primary), "--secondary", str(secondary), "--save-dir", str(child))
         with Terminal.start((*folders, "--t", "0.4", "--max-shard-size", "5000B"), folder=tmp_path) as terminal:
             terminal.wait_for("are of another; they would go")
-            terminal.answer("Start the merge?  (y/N/c/i/s/?)")
+            terminal.answer("Start the merge?  (y start")
             assert terminal.exit_status() == 0
         assert len(list((tmp_path / ".child.slerpmerge-staging").glob("child-*/*"))) == 2
 
@@ -1121,7 +1147,7 @@ class TestWhatAStrangerTried:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0.25")
             terminal.answer("Start the merge?", "c")
-            terminal.answer("Change which answer?  (blend)")  # the only one that no flag gave
+            terminal.answer("Change which answer?  (primary", "bl")
             terminal.answer("? Blend  (0.25)")
             terminal.wait_for("t = 0.25")
             assert terminal.stop() == 130
@@ -1131,7 +1157,7 @@ class TestWhatAStrangerTried:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0,1")
             terminal.answer("Take it?", "?")
-            terminal.wait_for("Type y or n")
+            terminal.wait_for("The bars are t over the layers")
             terminal.send("maybe\r")
             terminal.wait_for("'maybe' is neither yes nor no.")
             assert terminal.stop() == 130
@@ -1360,7 +1386,7 @@ class TestLookaheadOfASession:
         """Which answers Enter would have given, in turn; found: by the looks at the primary, one after the other."""
         session.lookahead = mock.Mock(look=mock.Mock(side_effect=found))
         session.wizard.decide = mock.Mock(side_effect=decisions)
-        assert slerpmerge.decide(session, plan, None) == decisions[-1]
+        assert slerpmerge.decide(session, plan, Answers(blend=Blend())) == decisions[-1]
         return [call.args[0] for call in session.wizard.decide.call_args_list]
 
     def test_enter_starts_no_merge_of_a_primary_that_lacks_something(self, tmp_path, session):

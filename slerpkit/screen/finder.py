@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ else:  # not before the first prompt stands
 
 FOUND_LEVELS = 2  # folders below the current one that are looked into for models
 FOUND_ENTRIES = 2000  # entries of folders that are looked at, at most
+TELL_SECONDS = 0.3  # between two tellings that there are more models
 
 
 class ModelFinder:
@@ -38,6 +40,8 @@ class ModelFinder:
     def __init__(self, recent: Sequence[Path]) -> None:
         self.recent = recent
         self.models: list[Checkpoint] = []
+        self.is_looking = True
+        self.on_change: Callable[[], object] = lambda: None  # told, in the finder's thread, of more models and the end
         self.primary: Path | None = None  # once it is answered, what fits it comes first
         self._reasons: dict[tuple[Path, Path], str | None] = {}  # by primary and other
         self._thread = threading.Thread(target=self._look, name="finder", daemon=True)
@@ -47,7 +51,14 @@ class ModelFinder:
         self._thread.start()
 
     def _look(self) -> None:
-        seen = set()
+        try:
+            self._find_models()
+        finally:
+            self.is_looking = False
+            self.on_change()
+
+    def _find_models(self) -> None:
+        seen, told = set(), time.monotonic()
         for folder in self._folders():
             with contextlib.suppress(OSError, SlerpMergeError):
                 real = folder.resolve()
@@ -56,6 +67,9 @@ class ModelFinder:
                     if (model := checkpoint.open_if_whole(folder)) is not None:
                         self.models.append(model)
                         self.incompatibility_of(model)
+                        if time.monotonic() - told > TELL_SECONDS:
+                            told = time.monotonic()
+                            self.on_change()
 
     def _folders(self) -> Iterator[Path]:
         return (folder for folder in self._all_folders() if folder.name not in demo.DEMO_MODELS)

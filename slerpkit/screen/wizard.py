@@ -5,53 +5,37 @@ Merges nothing, and knows no flag. How a prompt behaves is said in prompts.py, w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from prompt_toolkit.completion import WordCompleter
-from questionary.prompts.path import GreatUXPathCompleter
-from rich.padding import Padding
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import clean_path, existing_folder, free_path, is_plain_file, replace_files
 from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError, format_bytes, printable
-from slerpkit.schedule import BLENDS, Schedule, order_rules, parse_blend, parse_rule
-from slerpkit.screen.answers import QUESTIONS, Answers, Blend, words_of_blend
-from slerpkit.screen.console import WIDEST_PANEL
+from slerpkit.recipe import PARENTS, check_recipe
+from slerpkit.schedule import parse_number
+from slerpkit.screen.answers import CHOICES, QUESTIONS, SETTINGS, Answers, words_of_blend
+from slerpkit.screen.blend_prompt import NOTHING, BlendQuestion
 from slerpkit.screen.finder import ModelCompleter, ModelFinder
-from slerpkit.screen.prompts import Prompter, answer_check
+from slerpkit.screen.prompts import GoBack, Prompter, answer_check
 
 if TYPE_CHECKING:
     from slerpkit import recipe_file
-    from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
     from slerpkit.parents import checkpoint, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
-    from slerpkit.recipe import MergeRecipe
-    from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
-    objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
     checkpoint, resolver = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parents.resolver")
-    check = LazyModule("slerpkit.parity.check")
-    recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
+    check, recipe_file = LazyModule("slerpkit.parity.check"), LazyModule("slerpkit.recipe_file")
 
-OTHER_BLENDS = (
-    ("a number", "or a gradient of your own, such as 0,0.5,1"),
-    ("filter=gradient ...", "one for each component, such as self_attn=0,1 mlp=1,0 0.5"),
-    ("task vectors", "blend what each parent learned since a common base"),
-    ("find a good blend", "on a text of yours: tries several, and makes the best"),
-    ("a recipe file", "its path, ending in .yaml or .yml"),
-)
-TASK_VECTORS = "task vectors"
-FIND_BLEND = "find a good blend"
+DECISIONS = ("start", "leave", "change", "inspect", "save")
 
 
 class Wizard:
@@ -62,36 +46,92 @@ class Wizard:
     ) -> None:
         self.prompt = prompt
         self.finder = finder
+        self.blend = BlendQuestion(prompt, self.ask_model)
         self.on_primary = on_primary  # told the primary once it is known; the person thinks on meanwhile
         self.proposed: Path | None = None  # the last proposed save directory
+        self.last_question = "primary"  # that was answered
 
-    def complete(self, answers: Answers, before: Answers, questions: Sequence[str] = tuple(QUESTIONS)) -> Answers:
-        """The answers with those that are missing. before: an earlier run's, or those to be changed; offered again."""
-        for question in questions:
-            if getattr(answers, question) is None:
+    def complete(
+        self,
+        answers: Answers,
+        before: Answers,
+        questions: Sequence[str] = tuple(QUESTIONS),
+        leads_back: bool = False,
+    ) -> Answers:
+        """The answers with those that are missing. before: an earlier run's, or those to be changed; offered again.
+
+        leads_back: whether there is something before the first question that is missing; GoBack is then raised there.
+        """
+        missing = [question for question in questions if getattr(answers, question) is None]
+        number = 0
+        while number < len(missing):
+            question = missing[number]
+            try:
                 answers = getattr(self, f"ask_{question}")(answers, before)
+                self.last_question = question
+                number += 1
+            except GoBack:
+                if number == 0 and leads_back:
+                    raise
+                if number == 0:
+                    self.prompt.say("  This is the first question. Ctrl-C leaves.")
+                    continue
+                number -= 1
+                before = dataclasses.replace(before, **{missing[number]: getattr(answers, missing[number])})
+                answers = answers.without(missing[number])
         return answers
 
-    def change(self, answers: Answers, changeable: Sequence[str]) -> Answers:
-        """One of the answers given anew; a save directory that was named after the parents follows them."""
-        question = self.which_answer(changeable)
-        if question in ("primary", "secondary") and answers.save_directory == self.proposed:
-            answers = answers.without("save_directory")
-        return self.complete(answers.without(question), before=answers)
+    def change(self, answers: Answers, is_planned: bool) -> Answers | None:
+        """The answers with one given anew; None where the person thinks better of it.
+
+        A save directory that was named after the parents follows them. is_planned: whether there is a plan to return
+        to; where there is none, the last question is the one before.
+        """
+        try:
+            question = self.which_answer(answers.changeable())
+        except GoBack:
+            if is_planned:
+                return None
+            question = self.last_question
+        with contextlib.suppress(GoBack):
+            if question in SETTINGS:
+                return self.ask_setting(question, answers)
+            if question in PARENTS and answers.save_directory == self.proposed:
+                answers = answers.without("save_directory")
+            return self.complete(answers.without(question), before=answers, leads_back=True)
+        return None
 
     def ask_model(
-        self, question: str, message: str, check_folder: Callable[[Path], object], default: Path | None
-    ) -> Path:
-        """The folder of a model that passes a check; Tab completes those that were found."""
+        self,
+        question: str,
+        message: str,
+        check_folder: Callable[[Path], object],
+        default: Path | None,
+        is_needed: bool = True,
+    ) -> Path | None:
+        """The folder of a model that passes a check; Tab completes those that were found.
+
+        None where it is not needed, and the person wants none. Raises GoBack.
+        """
         if default is not None and answer_check(check_folder)(default) is not True:
             default = None
-        shown = resolver.short_name(default) if default is not None else "Tab lists what is here, ? helps"
-        completer = ModelCompleter(self.finder)
+        shown = resolver.short_name(default) if default is not None else None
 
-        def find(text: str) -> Path:
+        def find(text: str) -> Path | None:
+            if not is_needed and text.strip().lower() == NOTHING:
+                return None
             return resolver.find_model(text)  # looked up late, so that the first prompt does not wait for it
 
-        return self.prompt.path(message, find, question, shown, completer, check_folder, default)
+        def check_found(folder: Path | None) -> None:
+            if folder is not None:
+                check_folder(folder)
+
+        def hint() -> str:
+            found = "still looking for models" if self.finder.is_looking else "Tab lists what is here"
+            return shown or f"{found}, ? helps"
+
+        completer = ModelCompleter(self.finder)
+        return self.prompt.path(message, question, find, hint, completer, check_found, default, shown, is_needed)
 
     def ask_primary(self, answers: Answers, before: Answers) -> Answers:
         """The model at t = 0."""
@@ -128,158 +168,108 @@ class Wizard:
         proposed = before.save_directory or self.proposed
         if answer_check(check_folder)(proposed) is not True:
             proposed = self.proposed
+        completer = ModelCompleter(None)
         while True:
+            hint = functools.partial(str, proposed)
             folder = self.prompt.path(
-                "Save directory",
-                clean_path,
-                "save_directory",
-                str(proposed),
-                ModelCompleter(None),
-                check_folder,
-                proposed,
+                "Save directory", "save_directory", clean_path, hint, completer, check_folder, proposed, hint()
             )
-            answers = dataclasses.replace(answers, save_directory=folder)
-            if not (folder.is_dir() and any(folder.iterdir())) or answers.overwrite:
-                break
-            if self.prompt.confirm(f"{folder} holds a model; replace it once the child is whole?", default=False):
-                return dataclasses.replace(answers, overwrite=True)
+            with contextlib.suppress(GoBack):
+                settled = self.settle_what_stands(dataclasses.replace(answers, save_directory=folder))
+                if settled is not None:
+                    return settled
             proposed = self.proposed
+
+    def settle_what_stands(self, answers: Answers) -> Answers | None:
+        """What is to happen to a model or an unfinished one at the child's place; None where another is wanted."""
+        folder = answers.save_directory
+        if folder.is_dir() and any(folder.iterdir()) and not answers.overwrite:
+            question = f"{folder} holds a model; replace it once the child is whole?"
+            is_replaced = self.prompt.confirm(question, "overwrite", default=False)
+            return dataclasses.replace(answers, overwrite=True) if is_replaced else None
         unfinished = is_plain_file(save_directory.staging_area(folder) / journal.JOURNAL_NAME)
         if unfinished and answers.restart is None:
-            carries_on = self.prompt.confirm("An unfinished merge stands there. Carry on with it?", default=True)
-            return dataclasses.replace(answers, restart=not carries_on)
+            question = "An unfinished merge stands there. Carry on with it?"
+            return dataclasses.replace(answers, restart=not self.prompt.confirm(question, "carry_on", default=True))
         return answers
 
     def ask_blend(self, answers: Answers, before: Answers) -> Answers:
-        """How the parents are blended. What is drawn before it is taken."""
-        self.show_blends()
-        names = [name for name, _, _ in BLENDS] + [TASK_VECTORS, FIND_BLEND]
-        completer = WordCompleter(names, sentence=True, ignore_case=True)
-        while True:
-            default = usable_blend(before.blend)
-            parse = functools.partial(self.parse_blend, default, answers)
-            blend = self.prompt.text("Blend", parse, "blend", f"({default})", completer)
-            before = dataclasses.replace(before, blend=blend)
-            if blend.recipe is not None and not is_of_models(blend.recipe, answers):
-                names = [printable(folder.name) for folder in (blend.recipe.primary, blend.recipe.secondary)]
-                what = f"The recipe has {names[0]} at t = 0 and {names[1]} at t = 1. Use only its t?"
-                if not self.prompt.confirm(what, True):
-                    continue
-                blend = Blend(blend.schedule, text=blend.text)
-            elif blend.text == TASK_VECTORS:
-                blend = dataclasses.replace(blend, base=self.ask_base(answers))
-            elif blend.text == FIND_BLEND:
-                blend = dataclasses.replace(blend, objective=objectives.Objective(self.ask_texts()))
-            elif blend.recipe is None and blend.text.lower() not in names and not self.accept_curves(blend.schedule):
-                continue
-            return dataclasses.replace(answers, blend=blend)
+        """How the parents are blended."""
+        return self.blend.ask(answers, before)
 
-    @staticmethod
-    def parse_blend(default: str, answers: Answers, text: str) -> Blend:
-        """What a text typed at `Blend` means. Raises SlerpMergeError where it means nothing."""
-        text = text.strip() or default
-        for name in (TASK_VECTORS, FIND_BLEND):
-            if len(text) > 1 and name.startswith(text.lower()):
-                return Blend(text=name)
-        if not text.strip("'\"").lower().endswith((".yaml", ".yml")):
-            return Blend(parse_blend(text), text=text)
-        path = clean_path(text)
-        if clashing := answers.words_of_recipes():
-            raise SlerpMergeError(
-                f"A recipe already says what {', '.join(f'--{word}' for word in clashing)} would.",
-                "Answer with another blend, or start again without.",
+    def ask_setting(self, name: str, answers: Answers) -> Answers:
+        """The answers with one setting given anew. Raises GoBack."""
+        if name == "base":
+            return answers.with_setting(name, self.blend.ask_base(answers))
+        message = SETTINGS[name].capitalize()
+        now = getattr(answers.recipe, name)
+
+        def check_setting(value: Any) -> None:
+            check_recipe(answers.with_setting(name, value).recipe)
+
+        if name in CHOICES:
+            known = CHOICES[name]
+            default = next((word for word, value in known.items() if value == now), None)
+            hint = ", ".join(known) + ("" if default is None else f"; Enter: {default}")
+            words = {word: word for word in known}
+            word = self.prompt.choose(
+                message, name, words, hint, default, check=lambda word: check_setting(known[word])
             )
-        recipe = recipe_file.read_recipe(path)
-        if (recipe.slices or recipe.weights) and not is_of_models(recipe, answers):
-            raise SlerpMergeError(
-                f"The recipe has {recipe.primary} and {recipe.secondary}, not the models you gave; and more than a t.",
-                "Run it as it is with --recipe, or answer with another blend.",
-            )
-        return Blend(recipe.schedule, recipe=recipe, recipe_file=path, text=text)
+            return answers.with_setting(name, known[word])
+        default = " ".join(now) or NOTHING if name == "accept" else f"{now:g}"
 
-    def ask_base(self, answers: Answers) -> Path:
-        """The model that both parents come from; neither of them, since nothing was learned from a model by itself."""
-        parents = (answers.primary.resolve(), answers.secondary.resolve())
-        self.finder.primary = answers.primary
+        def parse(text: str) -> Any:
+            text = text.strip() or default
+            if name == "accept":
+                return None if text == NOTHING else tuple(text.split())
+            return parse_number(text)
 
-        def check_base(folder: Path) -> None:
-            if folder.resolve() in parents:
-                raise SlerpMergeError(f"{folder} is a parent itself.", "Give the model that both were fine-tuned from.")
-            check.check_fit_of_base(answers.primary, folder)
+        value = self.prompt.text(message, name, parse, lambda: default, default, check=check_setting)
+        return answers.with_setting(name, value)
 
-        return self.ask_model("base", "Base model", check_base, None)
-
-    def ask_texts(self) -> tuple[Path, ...]:
-        """One text file to find a blend on, or two for its balance."""
-        first = self.ask_text_file("Text file")
-        second = self.ask_text_file("A second one, for the other parent's skill", optional=True)
-        return (first,) if second is None else (first, second)
-
-    def ask_text_file(self, message: str, optional: bool = False) -> Path | None:
-        """A text that can be predicted; None where it may be left out, and was."""
-
-        def parse(text: str) -> Path | None:
-            if not text.strip() and not optional:
-                raise SlerpMergeError("A text file is needed.", "Type or paste its path; Tab completes it, ? helps.")
-            return clean_path(text) if text.strip() else None
-
-        def check_text(path: Path | None) -> None:
-            if path is not None:
-                perplexity.read_judged_text(path)
-
-        shown = "(Enter: none)" if optional else "(Tab completes, ? helps)"
-        return self.prompt.text(message, parse, "text", shown, GreatUXPathCompleter(expanduser=True), check_text)
-
-    def ask_next(self) -> str:
-        """After a merge: "taste", "perplexity" or "leave"."""
-        choices = {"taste": "taste", "perplexity": "perplexity", "leave": "leave"}
-        return self.prompt.choose("What now?", choices, "next", "t taste, p perplexity, Enter leaves, ?", "leave")
+    def ask_next(self, choices: Mapping[str, str]) -> str:
+        """After a merge: one of the choices, or "leave". choices: what each is asked for by, and is."""
+        hint = "".join(f"{word[0]} {word}, " for word in choices)
+        every = {**choices, "leave": "leave"}
+        try:
+            return self.prompt.choose("What now?", "next", every, f"{hint}Enter leaves, ? helps", "leave")
+        except GoBack:
+            return "leave"
 
     def ask_prompts(self) -> list[str]:
-        """Prompts for a taste, until an empty one."""
+        """Prompts for a taste, until an empty one. Raises GoBack where there is none."""
         prompts: list[str] = []
-        while answer := self.prompt.text(
-            "Prompt", str.strip, "prompt", "(Enter: begin)" if prompts else "(Enter: none)"
-        ):
-            prompts.append(answer)
-        return prompts
-
-    def show_blends(self) -> None:
-        """Every blend with its curve over the layers, so that none is taken unseen."""
-        rows = []
-        for name, text, meaning in BLENDS:
-            curves = panels.schedule_curves(self.prompt.console, order_rules(map(parse_rule, text.split())), layers=8)
-            drawn = curves[0][1] if len(curves) == 1 else "  ".join(f"{part} {curve}" for part, curve in curves)
-            rows.append((f"{name:<22}{drawn}", meaning))
-        for line, meaning in [*rows, *((f"{name:<22}", meaning) for name, meaning in OTHER_BLENDS)]:
-            text = Text(f"  {line:<32}", style="bold")
-            if len(text) + len(meaning) < min(self.prompt.console.width, WIDEST_PANEL):
-                self.prompt.console.print(text.append(f"  {meaning}", style="not bold"))
-            else:
-                self.prompt.console.print(text, Padding(Text(meaning), (0, 0, 0, 6)))
-
-    def accept_curves(self, schedule: Schedule) -> bool:
-        """Draws a schedule; whether it is taken. One t for everything needs no picture."""
-        for component, curve in panels.schedule_curves(self.prompt.console, schedule):
-            self.prompt.say(f"    {component:<12}{curve}")
-        one_t = len(schedule.rules) == 1 and len(schedule.rules[0].gradient) == 1
-        return one_t or self.prompt.confirm("Take it?", True)
+        while True:
+            default, shown = ("begin", "Enter: begin") if prompts else (None, "Enter: back")
+            prompt = self.prompt.text("Prompt", "prompt", str.strip, functools.partial(str, shown), default)
+            if not prompt:
+                return prompts
+            prompts.append(prompt)
 
     def decide(self, default_start: bool) -> str:
         """After the panels: "start", "leave", "change", "inspect" or "save"."""
-        choices = {"yes": "start", "no": "leave", "change": "change", "inspect": "inspect", "save": "save"}
-        shown, default = ("Y/n/c/i/s/?", "yes") if default_start else ("y/N/c/i/s/?", "no")
-        return self.prompt.choose("Start the merge?", choices, "start", shown, default)
+        choices = {"yes": "start", "no": "leave", "s": "save", **{name: name for name in DECISIONS}}
+        starts, leaves = ("Enter start", "n leave") if default_start else ("y start", "Enter leave")
+        hint = f"{starts}, c change, i inspect, s save recipe, {leaves}"
+        try:
+            return self.prompt.choose("Start the merge?", "start", choices, hint, "yes" if default_start else "no")
+        except GoBack:
+            return "change"
 
-    def which_answer(self, questions: Sequence[str]) -> str:
-        """The question to be answered anew."""
-        choices = {QUESTIONS[question]: question for question in questions}
-        shown = ", ".join(choices)
-        only = shown if len(choices) == 1 else None  # Enter alone takes it, as it stands there like a default
-        return self.prompt.choose("Change which answer?", choices, "change", shown, only, "is none of them")
+    def which_answer(self, names: Sequence[str]) -> str:
+        """The question or setting to be answered anew. Raises GoBack."""
+        words = {name: {**QUESTIONS, **SETTINGS}[name] for name in names}
+        shown, choices = ", ".join(words.values()), {word: word for word in words.values()}
+        word = self.prompt.choose(
+            "Change which answer?", "change", choices, shown, complaint="is none of them", remedy=f"Say {shown}."
+        )
+        return next(name for name in words if words[name] == word)
 
     def save_recipe(self, text_in: Callable[[Path], str]) -> Path:
-        """Asks for a new file until one takes the recipe. text_in: the recipe's text for a folder that it stands in."""
+        """Asks for a new file until one takes the recipe. text_in: the recipe's text for a folder that it stands in.
+
+        Raises GoBack.
+        """
         usual = Path(recipe_file.RECIPE_NAME)
         proposed = free_path(usual.stem, usual.suffix)
 
@@ -290,26 +280,9 @@ class Wizard:
             return path
 
         while True:
-            path = self.prompt.text("Recipe file", parse, "recipe", f"({proposed})").resolve()
+            path = self.prompt.text("Recipe file", "recipe", parse, lambda: str(proposed), str(proposed)).resolve()
             try:
                 replace_files({path: text_in(path.parent).encode("utf-8", "backslashreplace")})
                 return path
             except SlerpMergeError as error:
                 self.prompt.say(printable(f"  {error.message} {error.hint}"))
-
-
-def is_of_models(recipe: MergeRecipe, answers: Answers) -> bool:
-    """Whether a recipe has the models that were answered, at the same ends of t."""
-    named, given = (recipe.primary, recipe.secondary), (answers.primary, answers.secondary)
-    return [folder.resolve() for folder in named] == [folder.resolve() for folder in given]
-
-
-def usable_blend(last: Blend | None) -> str:
-    """The words of the last blend, where they can be used again; else those of the even one."""
-    text = last.text if last is not None else None
-    try:
-        if text is not None and (text in (TASK_VECTORS, FIND_BLEND) or parse_blend(text)):
-            return text
-    except SlerpMergeError:  # a recipe file, or from an older version, or from a stranger's hand
-        pass
-    return "even"
