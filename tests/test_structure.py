@@ -47,7 +47,8 @@ FLOORS = (
     " slerpkit.evaluation.harness slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
-    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.lookahead"
+    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flag_values slerpkit.screen.flags"
+    " slerpkit.screen.lookahead"
     " slerpkit.screen.session slerpkit.screen.afterwards",
     "slerpmerge",
 )
