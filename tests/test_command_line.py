@@ -25,7 +25,8 @@ from slerpkit import __version__
 from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
 from slerpkit.schedule import BLENDS, parse_blend
-from slerpkit.screen.flags import FLAG_GROUPS, answers_given, build_parser, equivalent_command, format_size, parse_size
+from slerpkit.screen.flag_values import format_size, parse_size
+from slerpkit.screen.flags import FLAG_GROUPS, answers_given, build_parser, equivalent_command
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,

@@ -34,7 +34,7 @@ from slerpkit.schedule import Schedule
 from slerpkit.screen.figures import draw_plot, render_finding
 from slerpkit.screen.flags import build_parser, evaluation_words
 from slerpkit.story import prepare_merge
-from tests.builders import load_tensors, make_pair, make_real_model, merge, plan_of
+from tests.builders import edit_json, load_tensors, make_pair, make_real_model, merge, plan_of
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run  # noqa: F401  (a fixture)
 from tests.test_judgement import write_text
@@ -196,6 +196,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
         ("text", "the texts were different"),
         ("method", "the method was different"),
         ("restart", "as asked"),
+        ("odd", "cannot be read"),
         ("torn", None),
         ("empty", None),
     ],
@@ -213,6 +214,8 @@ def test_what_was_found_for_another_sweep_is_not_used_and_that_is_told(plan, tmp
         recipe = dataclasses.replace(recipe, method="lerp")
     elif change == "restart":
         options = dataclasses.replace(options, restart=True)
+    elif change == "odd":
+        edit_json(tmp_path / ".child.slerpmerge-sweep" / "journal.json", columns=None)
     else:
         torn = "{}" if change == "torn" else ""
         (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text(torn, encoding="utf-8")
@@ -221,9 +224,11 @@ def test_what_was_found_for_another_sweep_is_not_used_and_that_is_told(plan, tmp
     lost = lost_by(again, objective)
     find_t(again, objective, told.append)
     assert len(tried) == 2 * whole
-    (event,) = (event for event in told if isinstance(event, Noted) and "discarded" in event.text) if lost else (None,)
-    assert (event and event.text) == lost
-    assert (reason or "None") in str(lost)
+    noted = [event.text for event in told if isinstance(event, Noted) and "discarded" in event.text]
+    assert len(noted) == (reason is not None)
+    assert all(reason in text for text in noted)
+    assert lost in (None, *noted)
+    assert (lost is None) == (change in ("odd", "torn", "empty"))
 
 
 def test_texts_given_in_another_order_are_the_same_search(plan, tmp_path, monkeypatch):

@@ -149,11 +149,13 @@ class SweepJournal:
         content = read_sweep(self.area.path)
         remove_trial(content.get("storage"))
         loss = describe_loss(content, self.fingerprint, self.plan.options.restart)
+        if loss is None and content.get("trials"):
+            try:
+                self._take_over(content)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # a journal of another making
+                self.trials, loss = [], "What an earlier search measured there cannot be read, and is discarded."
         if loss is not None:
             self.observe(Noted(loss))
-        elif content.get("trials"):
-            with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):  # of another making: begins anew
-                self._take_over(content)
         try:
             self.storage = trial_storage(self.plan, self.area.path)
             self._write()
@@ -249,7 +251,7 @@ class Sweep:
         with self.journal:
             count = len(self.journal.trials)
             if count:
-                self.observe(Noted(f"Carrying on: {count} models are measured already."))
+                self.observe(Noted(f"Carrying on: {count} model{'s are' if count > 1 else ' is'} measured already."))
             self.observe(WorkBegan("Finding a good t", MAX_TRIALS * work))
             self.observe(WorkAdvanced(count * work))
             for role, t in (("primary", 0.0), ("secondary", 1.0)):
