@@ -68,20 +68,24 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.objectives import Objective
-    from slerpkit.merge import save_directory
+    from slerpkit.merge import save_directory, supply
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.parents.checkpoint import Parents
+    from slerpkit.parity.report import ParityReport
+    from slerpkit.recipe import MergeRecipe, RunOptions
     from slerpkit.screen import afterwards, console, figures, panels, prompts, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
-    (save_directory,) = lazy_modules("slerpkit.merge", "save_directory")
+    save_directory, supply = lazy_modules("slerpkit.merge", "save_directory", "supply")
     afterwards, console, figures = lazy_modules("slerpkit.screen", "afterwards", "console", "figures")
     panels, prompts = lazy_modules("slerpkit.screen", "panels", "prompts")
     sessions, terminal = lazy_modules("slerpkit.screen", "session", "terminal")
 
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
+FETCHED_KEPT = "No child was made. What was fetched of the parents is kept; the same command carries on."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 
@@ -182,7 +186,9 @@ def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan,
         except prompts.GoBack:  # from a question about the parents
             pass
         while changed is None:
-            decision = "change" if plan is None else decide(session, plan, answers)
+            decision = "change"
+            if plan is not None:
+                decision, plan = decide(session, plan, answers)
             if decision != "change":
                 return answers, plan, decision
             changed = session.wizard.change(answers, is_planned=plan is not None)
@@ -214,6 +220,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     recipe, options, arguments = answers.recipe, answers.options, session.arguments
     check_recipe(recipe)
     check_options(options)
+    recipe = story.locate_parents(recipe, session.observe)
     parents = story.open_parents(recipe)
     if not arguments.dry_run:
         session.prepare_for(parents.primary, options)  # it loads what it needs meanwhile
@@ -227,7 +234,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if role is not None and session.offers_template(role, recipe):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
-    plan = story.plan_merge(recipe, options, parents, parity)
+    plan = plan_within_disk(session, recipe, options, parents, parity)
     objective, lacks = answers.blend.objective, session.what_primary_lacks(PATIENCE_SECONDS)
     session.show(panels.render_plan(session.console, plan, objective is not None, lacks))
     if objective is None and (arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1):
@@ -238,11 +245,38 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     return plan
 
 
-def decide(session: Session, plan: MergePlan, answers: Answers) -> str:
-    """What to do with a plan: "start", "leave", "change" an answer, "saved" as a recipe, or "print" it (dry run)."""
+def plan_within_disk(
+    session: Session, recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport
+) -> MergePlan:
+    """The plan. Where the parents' files do not fit on the disk, and would one by one, that is offered."""
+    try:
+        return story.plan_merge(recipe, options, parents, parity)
+    except supply.DiskTooSmall as error:
+        if not error.can_stream or not session.offers_streaming(error):
+            raise
+    return story.plan_merge(recipe, dataclasses.replace(options, stream_parents=True), parents, parity)
+
+
+def with_weights(session: Session, plan: MergePlan) -> MergePlan:
+    """The plan once the parents' weights are here, which knows more of them then."""
+    if not plan.download_bytes or plan.options.stream_parents:
+        return plan
+    session.leave(FETCHED_KEPT)
+    with session.view:
+        supply.fetch_parents(plan.parents, session.observe)
+    plan = story.prepare_merge(plan.recipe, plan.options)
+    session.show(f"kinship: {plan.kinship.describe()}", style="dim", markup=False)
+    return plan
+
+
+def decide(session: Session, plan: MergePlan, answers: Answers) -> tuple[str, MergePlan]:
+    """What to do with a plan: "start", "leave", "change" an answer, "saved" as a recipe, or "print" it (dry run).
+
+    The plan comes back with it: once the parents' weights are fetched, it is another.
+    """
     objective = answers.blend.objective
     if session.arguments.dry_run:
-        return "print"
+        return "print", plan
     if objective is not None:
         names = [path.name for path in objective.texts] or list(objective.tasks)
         made = f"up to {sweep.MAX_TRIALS - 2} children are made one after the other, and the best again"
@@ -250,13 +284,21 @@ def decide(session: Session, plan: MergePlan, answers: Answers) -> str:
     if plan.kinship.warning:
         session.show(f"[yellow]{plan.kinship.warning}[/]")
     if session.arguments.yes:
-        return "start"
+        session.may_fetch(plan)
+        return "start", with_weights(session, plan)
     lost = what_would_go(plan, objective)
     for loss in lost:
         session.show(loss, style="yellow", markup=False)
     lacks = session.what_primary_lacks()
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not lost and lacks is None)
+        if decision in ("start", "inspect"):
+            if not session.may_fetch(plan):
+                continue
+            plan, was_strange = with_weights(session, plan), plan.kinship.warning
+            if plan.kinship.warning != was_strange:
+                session.show(f"[yellow]{plan.kinship.warning}[/]")
+                continue
         if decision == "inspect":
             with session.stoppable():
                 team = session.workers_for(plan)
@@ -266,12 +308,12 @@ def decide(session: Session, plan: MergePlan, answers: Answers) -> str:
         elif decision == "save":
             with contextlib.suppress(prompts.GoBack):
                 save_recipe(session, plan, answers)
-                return "saved"
+                return "saved", plan
         elif decision == "start" and session.what_primary_lacks() != lacks:  # known since the plan was drawn
             lacks = session.what_primary_lacks()
             session.show(printable(lacks), style="yellow", markup=False)
         else:
-            return decision
+            return decision, plan
 
 
 def what_would_go(plan: MergePlan, objective: Objective | None) -> list[str]:
@@ -339,10 +381,12 @@ def inspect_parents(session: Session) -> None:
     """--inspect: how the parents differ. Two questions, no child and no save directory."""
     given = flags.settle(session.arguments, session.interactive)
     answers = session.ask(given, ("primary", "secondary"))
+    recipe = story.locate_parents(answers.recipe, session.observe)
+    session.consent_to_fetch(supply.download_bytes(story.open_parents(recipe).by_role.values()))
     afterwards.check_maps(session, answers.recipe)
     terminal.collect_garbage_again()
     with session.view:
-        found = story.inspect_parents(answers.recipe, answers.options, session.observe)
+        found = story.inspect_parents(recipe, answers.options, session.observe)
     session.show(figures.render_map(session.console, found))
     afterwards.save_maps(session, found)
     session.print_json(found.as_dict())

@@ -202,14 +202,9 @@ def stays_within(path: Path, folder: Path) -> bool:
     return in_cache or is_inside(target, folder.resolve())
 
 
-def check_kind(path: Path, folder: Path) -> None:
-    """Raises SlerpMergeError where a file of a model is a link to somewhere else, or no file at all."""
-    if not stays_within(path, folder):
-        raise SlerpMergeError(
-            f"{path} is a link that leads outside its folder, to {path.resolve()}.",
-            "A model has no business there. If you made the link yourself, put the file itself in its place.",
-        )
-    if path.exists() and not (path.is_file() or (path.is_dir() and not path.is_symlink())):
+def check_kind(path: Path) -> None:
+    """Raises SlerpMergeError where a file of a model is a pipe or a device, or a link to a folder, perhaps its own."""
+    if path.exists() and not (path.is_file() or is_plain_folder(path)):
         raise SlerpMergeError(f"{path} is neither a file nor a folder.", "Remove it, or download the model again.")
 
 

@@ -154,6 +154,8 @@ class RunOptions:
     max_shard_bytes: int = MAX_SHARD_BYTES
     overwrite: bool = False
     restart: bool = False  # discards what an earlier run left unfinished
+    follow_links: bool = False  # copies what a link leads to outside a parent's folder
+    stream_parents: bool = False  # fetches each of their files when the merge comes to it, and drops it afterwards
 
 
 RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(MergeRecipe))

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: Path) -> str:
     """merge_recipe.yaml, in mergekit's syntax: --recipe makes the same bits of it again.
 
-    parents: by role, "primary", "secondary" and, where there is one, "base". Paths run from the child's folder. What
-    mergekit's keys cannot say stands under `slerpmerge`.
+    parents: by role, "primary", "secondary" and, where there is one, "base". A model of the Hub stands there by its
+    name and commit; paths run from the child's folder. What mergekit's keys cannot say stands under `slerpmerge`.
     """
-    places = {role: relative_place(parent.folder, child) for role, parent in parents.items()}
+    places = {
+        role: relative_place(parent.folder, child) if parent.hub_name is None else str(parent.hub_name)
+        for role, parent in parents.items()
+    }
     method = method_of(recipe)
     content: dict[str, Any] = {"merge_method": method}
     if recipe.base is not None:
@@ -71,8 +74,10 @@ def recipe_text(recipe: MergeRecipe, parents: Mapping[str, Checkpoint], child: P
     elif method != "slerp" and not recipe.slices and recipe.weights is None:
         own["t"] = recipe_rules(recipe.schedule)
     for role, parent in parents.items():
-        fingerprints = {"headers": header_fingerprint(parent), "sample": sample_fingerprint(parent)}
-        own[role] = {"name": parent.name, **fingerprints}
+        fingerprints = {"headers": header_fingerprint(parent)}
+        if parent.remote is None:  # else they are not here any more; the commit in its name says which they were
+            fingerprints["sample"] = sample_fingerprint(parent)
+        own[role] = {"name": parent.public_place, **fingerprints}
     return yaml.safe_dump({**content, "slerpmerge": own}, sort_keys=False, allow_unicode=True)
 
 

@@ -223,12 +223,15 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     with (
         mock.patch.multiple(
             slerpmerge.story,
+            locate_parents=lambda recipe, *_: recipe,
             open_parents=lambda *_: scene.plan.parents,
             check_parity=lambda *_: scene.plan.parity,
             plan_merge=lambda *_: scene.plan,
             execute_merge=execute,
         ),
         mock.patch.object(wizard.checkpoint, "open_checkpoint", lambda folder: scene.plan.parents.primary),
+        mock.patch.object(wizard.hub, "must_be_looked_up", lambda folder: False),
+        mock.patch.object(wizard.story, "check_fit", lambda *_: None),
         mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=scene.plan.disk_free_bytes)),
         mock.patch("sys.argv", ["slerpmerge.py"]),
         mock.patch("time.perf_counter", clock),

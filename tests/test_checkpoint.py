@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import hashlib
 import json
 import os
 import pickle
@@ -748,12 +749,45 @@ def test_a_compressed_archive_is_not_read_as_a_stored_one(tmp_path):
     assert_refused(folder, "a part of it is compressed", file)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>Not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("content", [b"", b"<html>Not found</html>"])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_file_that_is_something_else(tmp_path, name, content):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(content)
     assert_refused(tmp_path, "damaged or incomplete", tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer.model"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path, name):
+    folder = make_checkpoint(tmp_path / "model", llama_tensors(1))
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    oid = hashlib.sha256(name.encode()).hexdigest()
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 4100000\n")
+    refused = assert_refused(folder, "is a Git LFS pointer, and not the file itself", folder / name)
+    assert "git lfs pull" in refused.hint
+
+
+def test_a_folder_of_models_lists_them(tmp_path):
+    for name in ("finch", "wren"):
+        make_checkpoint(tmp_path / "models" / name, llama_tensors(1))
+    refused = assert_refused(tmp_path / "models", "holds finch, wren", tmp_path / "models")
+    assert str(tmp_path / "models" / "finch") in refused.hint
+
+
+def test_a_model_half_downloaded_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--ada--finch" / "snapshots" / ("a" * 40)
+    make_checkpoint(snapshot, llama_tensors(1), shards=2)
+    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(SlerpMergeError, match=r"ada/finch is only half downloaded: .*model-00002-of-00002") as refused:
+        open_checkpoint(snapshot)
+    assert refused.value.hint == f"Fetch the rest: hf download ada/finch --revision {'a' * 40}"
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    with pytest.raises(SlerpMergeError) as refused:
+        open_checkpoint(snapshot)
+    assert refused.value.hint == "Fetch the rest: hf download ada/finch"
 
 
 # ── Damage ──

@@ -852,7 +852,7 @@ BAD_INPUTS = [
     (nobodys_home, "The folder ~models/sailor does not exist", "config.json"),
     (parent_links_in_a_ring, "Too many levels of symbolic links", "Check the path"),
     (no_weights, "holds no weights", "Choose the folder"),
-    (no_config, "has no config.json", "Download config.json"),
+    (no_config, "has no config.json", "Download it from"),
     (broken_config, "config.json does not hold valid JSON", "Download this file again"),
     (truncated_weights, "model.safetensors is damaged or incomplete", "download it again"),
     (empty_weights, "model.safetensors is damaged or incomplete", "download it again"),

@@ -250,12 +250,13 @@ def test_files_of_a_hubs_cache_are_copied_and_not_linked(tmp_path, parents):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "config.json", "model.safetensors", "modeling.py", "additional_chat_templates/x.jinja"]
+    "name", ["tokenizer.json", "config.json", "modeling.py", "chat_template.jinja", "additional_chat_templates/x.jinja"]
 )
 def test_a_link_that_leads_out_of_its_folder_is_refused(tmp_path, parents, name):
     """A published child would carry what it leads to."""
     primary, secondary = make_pair(tmp_path)
     (tmp_path / "secret").write_text("{}")
+    (primary / "tokenizer.json").write_text("{}")
     file = primary / name
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
@@ -291,14 +292,38 @@ def test_a_pipe_in_a_model_is_refused_at_once(tmp_path, name):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
-def test_a_shard_of_any_name_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+def test_weights_are_read_through_links_to_wherever_they_lie(tmp_path):
     primary, secondary = make_pair(tmp_path)
-    (primary / "model.safetensors").rename(tmp_path / "secret")
-    (primary / "weights").symlink_to(tmp_path / "secret")
-    index = {"weight_map": dict.fromkeys(llama_tensors(1), "weights")}
-    (primary / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(SlerpMergeError, match="weights is a link that leads outside"):
+    merge(primary, secondary, tmp_path / "plain")
+    (tmp_path / "disk").mkdir()
+    for folder in (primary, secondary):
+        elsewhere = tmp_path / "disk" / f"{folder.name}.weights"
+        (folder / "model.safetensors").rename(elsewhere)
+        (folder / "model.safetensors").symlink_to(elsewhere)
+    merge(primary, secondary, tmp_path / "child")
+    plain, child = (tmp_path / name / "model.safetensors" for name in ("plain", "child"))
+    assert child.read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_that_the_person_vouches_for_are_followed(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    (primary / "modeling_custom.py").symlink_to(tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text("mine")
+    with pytest.raises(SlerpMergeError) as refused:
         merge(primary, secondary, tmp_path / "child")
+    assert "--follow-links" in refused.value.hint
+    merge(primary, secondary, tmp_path / "child", follow_links=True)
+    assert (tmp_path / "child" / "modeling_custom.py").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_that_nothing_uses_is_not_refused(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    (tmp_path / "mine.py").write_text("mine")
+    (secondary / "modeling_custom.py").symlink_to(tmp_path / "mine.py")
+    merge(primary, secondary, tmp_path / "child")
+    assert not (tmp_path / "child" / "modeling_custom.py").exists()
 
 
 def test_a_companion_that_cannot_be_read_is_named(tmp_path):

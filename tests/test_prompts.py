@@ -19,6 +19,7 @@ from prompt_toolkit.output import DummyOutput
 import slerpmerge
 from slerpkit.merge.journal import JOURNAL_NAME
 from slerpkit.merge.save_directory import staging_area
+from slerpkit.merge.supply import DiskTooSmall
 from slerpkit.schedule import Schedule
 from slerpkit.screen import afterwards
 from slerpkit.screen.answers import Answers, Blend
@@ -108,6 +109,7 @@ ASKED_OF_A_PLAN = [
     )),
 ]  # fmt: skip
 ASKED_OF_PARENTS = [("differences", "", "change"), ("template_offer", "", "change")]
+ASKED_OF_THE_HUB = [("fetch", "y", "start"), ("stream", "", "change")]
 ASKED_AFTERWARDS = [("next", "", None), ("prompt", "t", "next"), ("measured_text", "p", "next")]
 
 
@@ -130,7 +132,7 @@ FOLDERS = ("--primary", "primary", "--secondary", "secondary", "--save-dir", "ch
 
 class TestEveryPrompt:
     def test_the_table_has_every_prompt(self):
-        table = (*ASKED_FIRST, *ASKED_OF_A_PLAN, *ASKED_OF_PARENTS, *ASKED_AFTERWARDS)
+        table = (*ASKED_FIRST, *ASKED_OF_A_PLAN, *ASKED_OF_PARENTS, *ASKED_OF_THE_HUB, *ASKED_AFTERWARDS)
         assert {subject for subject, *_ in table} == GUIDES.keys()
 
     def test_its_flag_is_one(self):
@@ -168,6 +170,18 @@ class TestEveryPrompt:
             add_tokenizer(models / "primary")
             add_tokenizer(models / "secondary")
             (models / "secondary" / "chat_template.jinja").write_text("{{ messages }}")
+        session = start_session(keyboard, *typed(answers), HELP, ESC, CTRL_C, flags=FOLDERS)
+        with pytest.raises(KeyboardInterrupt):
+            slerpmerge.agree_on_plan(session, answers_given(session.arguments))
+        self.hold(session, subject, back)
+
+    @pytest.mark.parametrize(("subject", "answers", "back"), ASKED_OF_THE_HUB)
+    def test_of_what_is_on_the_hub(self, models, keyboard, monkeypatch, subject, answers, back):
+        if subject == "fetch":
+            monkeypatch.setattr(Session, "may_fetch", lambda session, plan: session.consent_to_fetch(10**9))
+        else:
+            error = DiskTooSmall("Too small.", "", True)
+            monkeypatch.setattr(slerpmerge.story, "plan_merge", mock.Mock(side_effect=error))
         session = start_session(keyboard, *typed(answers), HELP, ESC, CTRL_C, flags=FOLDERS)
         with pytest.raises(KeyboardInterrupt):
             slerpmerge.agree_on_plan(session, answers_given(session.arguments))
@@ -233,7 +247,7 @@ class TestStopping:
         assert ("Stopped." in session.wizard.prompt.shown) is ends_alone
 
     def test_an_inspection_that_is_ended_leads_back_to_the_start(self, models, keyboard, monkeypatch):
-        monkeypatch.setattr("slerpkit.story.measure_differences", mock.Mock(side_effect=KeyboardInterrupt))
+        monkeypatch.setattr(slerpmerge.story, "measure_differences", mock.Mock(side_effect=KeyboardInterrupt))
         session = start_session(keyboard, *typed("i|y"), flags=FOLDERS)
         assert slerpmerge.agree_on_plan(session, answers_given(session.arguments))[2] == "start"
 
@@ -273,6 +287,7 @@ class TestFinding:
 
     def test_the_prompt_says_whether_it_is_still_looking(self, models):
         finder, prompter = ModelFinder([]), mock.Mock()
+        prompter.path.return_value = models / "primary"
         Wizard(prompter, finder, lambda *_: None).ask_model("primary", "Primary model", mock.Mock(), None)
         hint = prompter.path.call_args.args[3]
         assert hint() == "still looking for models, ? helps"

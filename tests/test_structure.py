@@ -29,7 +29,7 @@ FLOORS = (
     " slerpkit.chat_templates slerpkit.recipe",
     "slerpkit.parents.tensors slerpkit.parents.safetensors_header slerpkit.parents.pickle_header"
     " slerpkit.parents.wrappers slerpkit.parents.modules slerpkit.parents.hub_cache slerpkit.parents.resolver"
-    " slerpkit.parents.checkpoint",
+    " slerpkit.parents.checkpoint slerpkit.parents.hub slerpkit.parents.hub_download",
     "slerpkit.recipe_yaml slerpkit.recipe_models slerpkit.recipe_tokenizer"
     " slerpkit.recipe_file slerpkit.recipe_identity slerpkit.recipe_writer",
     "slerpkit.parity.report slerpkit.parity.config_meaning slerpkit.parity.configs slerpkit.parity.quantisation"
@@ -38,11 +38,12 @@ FLOORS = (
     " slerpkit.parity.segmentation slerpkit.parity.labels slerpkit.parity.prediction slerpkit.parity.pairing"
     " slerpkit.parity.names slerpkit.parity.modules slerpkit.parity.chat slerpkit.parity.kinship slerpkit.parity.check",
     "slerpkit.merge.save_directory slerpkit.merge.dtypes slerpkit.merge.tensor_plan slerpkit.merge.blocks"
-    " slerpkit.merge.journal"
-    " slerpkit.merge.plan slerpkit.merge.events slerpkit.merge.arithmetic slerpkit.merge.recompute"
-    " slerpkit.merge.worker slerpkit.merge.team slerpkit.merge.staging slerpkit.merge.difference_map"
-    " slerpkit.merge.stream",
-    "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report",
+    " slerpkit.merge.journal slerpkit.merge.copied_files"
+    " slerpkit.merge.events slerpkit.merge.supply slerpkit.merge.plan slerpkit.merge.arithmetic"
+    " slerpkit.merge.recompute slerpkit.merge.worker slerpkit.merge.team slerpkit.merge.staging"
+    " slerpkit.merge.difference_map slerpkit.merge.stream",
+    "slerpkit.child.findings slerpkit.child.companions slerpkit.child.verify slerpkit.child.report"
+    " slerpkit.child.upload",
     "slerpkit.story",
     "slerpkit.evaluation.loading slerpkit.evaluation.models slerpkit.evaluation.taste slerpkit.evaluation.perplexity"
     " slerpkit.evaluation.harness slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",

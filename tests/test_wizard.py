@@ -1386,7 +1386,7 @@ class TestLookaheadOfASession:
         """Which answers Enter would have given, in turn; found: by the looks at the primary, one after the other."""
         session.lookahead = mock.Mock(look=mock.Mock(side_effect=found))
         session.wizard.decide = mock.Mock(side_effect=decisions)
-        assert slerpmerge.decide(session, plan, Answers(blend=Blend())) == decisions[-1]
+        assert slerpmerge.decide(session, plan, Answers(blend=Blend()))[0] == decisions[-1]
         return [call.args[0] for call in session.wizard.decide.call_args_list]
 
     def test_enter_starts_no_merge_of_a_primary_that_lacks_something(self, tmp_path, session):

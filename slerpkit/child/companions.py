@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import copy_files, copy_matching, read_json, read_json_if_there, write_json, write_text
-from slerpkit.parents.checkpoint import (
-    COMPANION_FILES,
-    GENERATION_NAME,
-    MODULE_FILES,
-    TEMPLATE_FILES,
-    TOKENIZER_FILES,
-    WEIGHTS_INDEX,
-)
+from slerpkit.merge.copied_files import copied_files
+from slerpkit.parents.checkpoint import GENERATION_NAME, WEIGHTS_INDEX
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
 from slerpkit.parity.embeddings import PER_LAYER_KEY, PER_LAYER_NAME, belied_sizes, head_is_tied, is_tied
@@ -37,14 +31,8 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
     """Everything a model folder holds beside its weights, each file from the one parent it belongs to."""
     write_index(plan, child.folder)
     write_child_config(plan, child.folder)
-    for role, patterns in (
-        (plan.tokenizer_role, TOKENIZER_FILES),
-        (plan.parity.template.role, TEMPLATE_FILES),
-        ("primary", COMPANION_FILES),
-        (plan.modules_role, MODULE_FILES),
-    ):
-        if role is not None:
-            copy_matching(plan.parents.by_role[role].folder, child.folder, patterns)
+    for role, patterns in copied_files(plan.parity, plan.modules_role):
+        copy_matching(plan.parents.by_role[role].folder, child.folder, patterns)
     if plan.modules_role is not None:
         donor = plan.parents.by_role[plan.modules_role]
         copy_files(donor.folder, child.folder, [name for module in donor.modules for name in module.files])

@@ -91,8 +91,8 @@ def lasting_report(plan: MergePlan, merged: MergeResult, verified: Verification)
         "slerpmerge": __version__,
         "child": plan.options.save_directory.resolve().name,
         "recipe": {
-            **{role: parent.name for role, parent in parents.by_role.items()},
-            "base": None if parents.base is None else parents.base.name,
+            **{role: parent.public_place for role, parent in parents.by_role.items()},
+            "base": None if parents.base is None else parents.base.public_place,
             "method": recipe.method,
             "granularity": granularity_of(recipe.vectors),
             "blend": recipe.describe_blend(),

@@ -6,7 +6,7 @@ transformers is not asked here; evaluation/models.py can load the child with it,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,15 +61,17 @@ def verify_child(
     result: MergeResult,
     team: WorkerTeam,
     further: Callable[[Path], Verification] = nothing_further,
+    checked: tuple[int, int] | None = None,
 ) -> Verification:
     """Reads the finished child back and holds it against plan, parents and tokenizer. Cheap; no transformers.
 
+    checked: what verify_values found of its values meanwhile, where the parents are not there any more.
     further: one more check, given the child's folder. Raises SlerpMergeError where the child is not what was planned,
     or as that does; nothing of it is then kept. What only may be wrong is a warning.
     """
     try:
         verify_headers(plan, child.folder)
-        recomputed, spots = verify_values(plan, child.folder, result, team)
+        recomputed, spots = checked or verify_values(plan, child.folder, result.tensors, team)
         more = checked_further(child.folder, further)
     except WorkerDied:  # that says nothing of the child
         raise
@@ -130,13 +132,13 @@ def verify_headers(plan: MergePlan, folder: Path) -> None:
             raise wrong_child(f"the primary's tensor {pair.name} is not in it with its shape")
 
 
-def verify_values(plan: MergePlan, folder: Path, result: MergeResult, team: WorkerTeam) -> tuple[int, int]:
-    """Has a sample of the child recomputed from the parents' bytes. Returns (whole tensors, stretches).
+def verify_values(plan: MergePlan, folder: Path, tensors: Sequence[MergedTensor], team: WorkerTeam) -> tuple[int, int]:
+    """Has a sample of the child's tensors recomputed from the parents' bytes. Returns (whole tensors, stretches).
 
     Raises SlerpMergeError where a value is not what its parents make.
     """
     files = {tensor.name: folder / shard.file_name for shard in plan.shards for tensor in shard.tensors}
-    filled = [merged for merged in result.tensors if merged.tensor.element_count]
+    filled = [merged for merged in tensors if merged.tensor.element_count]
     blended = [
         merged
         for merged in filled

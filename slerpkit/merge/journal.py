@@ -47,7 +47,8 @@ def merge_fingerprint(
             for name, value in {**values, **settings}.items()
         },
         "parents": {
-            role: {name: list(stat) for name, stat in parent.file_stats.items()}
+            # The folder of a model from the Hub names its commit, which says all.
+            role: {name: list(stat) for name, stat in parent.file_stats.items() if parent.hub_name is None}
             for role, parent in parents.by_role.items()
         },
         "layout": hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest(),

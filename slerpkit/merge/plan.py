@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from slerpkit import devices
 from slerpkit.files import existing_folder
 from slerpkit.merge.blocks import BLOCK_ELEMENTS
+from slerpkit.merge.copied_files import check_links
 from slerpkit.merge.journal import Journal, Leftover, merge_fingerprint
 from slerpkit.merge.save_directory import check_save_directory, staged_bytes, staging_area
+from slerpkit.merge.supply import check_download_space, download_bytes, peak_parent_bytes, streamed_sizes
 from slerpkit.merge.tensor_plan import TensorInputs, TensorPlan, plan_shards
 from slerpkit.messages import SlerpMergeError, format_bytes
 from slerpkit.parents.checkpoint import companion_bytes
@@ -31,7 +33,7 @@ from slerpkit.parents.tensors import (
     natural_order,
     stands_before_layers,
 )
-from slerpkit.parity.kinship import have_same_bytes_in_the_middle, measure_kinship
+from slerpkit.parity.kinship import Kinship, have_same_bytes_in_the_middle, measure_kinship
 from slerpkit.parity.modules import modules_source
 from slerpkit.recipe import MAX_THREADS, PARENTS, check_t
 from slerpkit.recipe_identity import recorded_differences
@@ -40,7 +42,6 @@ from slerpkit.schedule import Schedule
 if TYPE_CHECKING:
     from slerpkit.merge.tensor_plan import ShardPlan
     from slerpkit.parents.checkpoint import Checkpoint, Parents
-    from slerpkit.parity.kinship import Kinship
     from slerpkit.parity.report import ParityReport, TensorSources
     from slerpkit.recipe import MergeRecipe, RunOptions
 
@@ -56,6 +57,8 @@ class MergePlan:
     shards: tuple[ShardPlan, ...]
     threads: int
     peak_memory_bytes: int
+    download_bytes: int  # of parents' weights that are still on the Hub
+    streamed_disk_bytes: int  # of these, on the disk at once where they are streamed
     disk_needed_bytes: int  # beside the finished files of an earlier run
     disk_free_bytes: int
     kinship: Kinship
@@ -129,6 +132,7 @@ class MergePlan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "disk_needed_bytes": self.disk_needed_bytes,
             "disk_free_bytes": self.disk_free_bytes,
+            "download_bytes": self.download_bytes,
             "expected_seconds": self.expected_seconds,
             "t": {tensor.name: tensor.t for tensor in self.tensors},
             "kinship": self.kinship.as_dict(),
@@ -149,6 +153,7 @@ PROBE_SAMPLES = 8
 # Rough costs behind the expected time, measured on one core of a 2023 server.
 ARITHMETIC_SECONDS_PER_ELEMENT = 1.9e-9
 WRITE_BYTES_PER_SECOND = 1.5e9
+USUAL_READ_BYTES_PER_SECOND = 1.5e9  # where nothing is here that could be read
 
 
 def choose_threads(asked: int) -> int:
@@ -240,7 +245,7 @@ def probe_reading(parents: Sequence[Checkpoint]) -> float:
             reader.read_into(info, (info.byte_count - stretch) // 2, memoryview(buffer)[:stretch])
             seconds += time.perf_counter() - started
             count += stretch
-    return count / max(seconds, 1e-6)
+    return count / seconds if count else USUAL_READ_BYTES_PER_SECOND
 
 
 def dtypes_of(tensors: Iterable[TensorPlan], recipe: MergeRecipe) -> set[str]:
@@ -280,12 +285,13 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     tensors = [plan_tensor(pair, recipe) for pair in pairs]
     shards = plan_shards(tensors, options.max_shard_bytes)
     threads = choose_threads(options.threads)
-    rate = probe_reading(models)
+    rate = probe_reading([model for model in models if not model.awaited])
     leftover = find_leftover(recipe, options, parents, shards)
     unfinished = unfinished_tensors(shards, leftover)
     unfinished_bytes = sum(tensor.byte_count for tensor in unfinished)
     header_bytes = sum(len(shard.header) for shard in shards)
     source_bytes = sum(tensor.source_bytes for tensor in tensors)
+    download = download_bytes(models)
     _, with_torch = choose_workers("cpu", source_bytes, dtypes_of(tensors, recipe))
     plan = MergePlan(
         recipe=recipe,
@@ -295,16 +301,17 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         shards=shards,
         threads=threads,
         peak_memory_bytes=estimate_memory(threads, recipe.vectors, with_torch),
+        download_bytes=download,
+        streamed_disk_bytes=peak_parent_bytes(unfinished, streamed_sizes(parents)),
         disk_needed_bytes=unfinished_bytes + header_bytes + companion_bytes(models[:2]),
         disk_free_bytes=shutil.disk_usage(existing_folder(options.save_directory)).free,
-        kinship=measure_kinship(pairs),
+        kinship=Kinship(None, (), "the weights are still on the Hub") if download else measure_kinship(pairs),
         leftover=leftover,
         remarks=(
             *recipe.origin.remarks,
             *recorded_differences(recipe.origin.recorded, parents.by_role),
             *unmatched_filters(recipe, pairs),
-            *remarks_on_base(pairs),
-            *remarks_on_twins(parents, pairs),
+            *(() if download else (*remarks_on_base(pairs), *remarks_on_twins(parents, pairs))),
         ),
         read_bytes_per_second=rate,
         expected_seconds=sum(tensor.source_bytes for tensor in unfinished) / rate
@@ -312,6 +319,10 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         + sum(tensor.element_count for tensor in unfinished) * ARITHMETIC_SECONDS_PER_ELEMENT / threads,
     )
     check_disk_space(plan)
+    streamed, needed = plan.streamed_disk_bytes, plan.disk_needed_bytes
+    check_download_space(download, streamed, needed, options.save_directory, options.stream_parents)
+    if not options.follow_links:
+        check_links(parents, parity, plan.modules_role)
     return plan
 
 

@@ -245,7 +245,9 @@ def remove_all_but(kept: Collection[Path], folder: Path) -> None:
 def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
     """Raises SlerpMergeError where a parent's file is not the one that was there when the merge began."""
     for parent in plan.parents.by_role.values():
-        changed = stat_items(parent.file_stats) ^ stat_items(file_stats_of(parent.folder, parent.file_stats))
+        now = file_stats_of(parent.folder, parent.file_stats)
+        streamed = parent.remote.weights if parent.remote is not None else ()
+        changed = stat_items(parent.file_stats) ^ stat_items({k: v for k, v in now.items() if k not in streamed})
         if changed:
             child.distrust()
             raise SlerpMergeError(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.events import Observer
     from slerpkit.merge.plan import MergePlan
     from slerpkit.merge.staging import StagedChild
+    from slerpkit.merge.supply import StreamedSupply
     from slerpkit.merge.team import WorkerTeam
     from slerpkit.merge.tensor_plan import ShardPlan
     from slerpkit.parity.report import TensorSources
@@ -78,20 +79,19 @@ class TensorStream:
 
     def run(self, tensors: Iterable[TensorProgress]) -> Iterator[TensorProgress]:
         waiting = iter(tensors)
-        exhausted = False
+        upcoming = next(waiting, None)
         while True:
-            while not exhausted and (self.under_way < self.most_under_way or len(self.in_order) < 2):
-                progress = next(waiting, None)
-                if progress is None:
-                    exhausted = True
-                else:
-                    self.admit(progress)
+            while upcoming is not None and (self.under_way < self.most_under_way or len(self.in_order) < 2):
+                if not self.is_ready(upcoming):
+                    break
+                self.admit(upcoming)
+                upcoming = next(waiting, None)
             while self.in_order and self.in_order[0].finished:
                 yield self.in_order.popleft()
             if self.in_order:
                 (progress, number, is_blended), answer = self.team.next_answer()
                 self.receive(progress, number, is_blended, answer)
-            elif exhausted:
+            elif upcoming is None:
                 return
 
     def admit(self, progress: TensorProgress) -> None:
@@ -103,6 +103,10 @@ class TensorStream:
             self.begin_measuring(progress)
         else:
             self.begin_blending(progress)
+
+    def is_ready(self, progress: TensorProgress) -> bool:
+        """Whether a tensor can begin now; where not, it is asked again once others are done."""
+        return True
 
     def begin_measuring(self, progress: TensorProgress) -> None:
         progress.unfinished = len(progress.stretches)
@@ -147,10 +151,13 @@ class TensorStream:
 class MergeStream(TensorStream):
     """Leads the tensors of a plan through measuring and blending, into the child's files."""
 
-    def __init__(self, plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> None:
+    def __init__(
+        self, plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer, supply: StreamedSupply | None
+    ) -> None:
         super().__init__(team, plan.recipe.cast_dtype, observe)
         self.recipe = plan.recipe
         self.child = child
+        self.supply = supply
 
     def merge(self, plan: MergePlan) -> Iterator[MergedTensor]:
         """Every tensor of the child, once it is whole; its file goes to the disk as soon as the last one is."""
@@ -161,7 +168,11 @@ class MergeStream(TensorStream):
             self.observe(merged)
             yield merged
             of_file.append(merged)
+            if self.supply is not None and progress.known is None:
+                self.supply.unchecked.append(merged)
             if len(of_file) == len(progress.shard.tensors):
+                if self.supply is not None:
+                    self.supply.check_done()
                 if progress.known is None:
                     self.child.finish_file(progress.shard.file_name, of_file)
                 of_file = []
@@ -177,6 +188,13 @@ class MergeStream(TensorStream):
                 stretches = () if known else cut_tasks(tensor)
                 yield TensorProgress(tensor, number, stretches, shard, known.get(tensor.name))
                 number += 1
+
+    def is_ready(self, progress: TensorProgress) -> bool:
+        if self.supply is None or progress.known is not None:
+            return True
+        return self.supply.is_ready(
+            progress.tensor, progress.number, progress.shard.file_name, is_idle=not self.in_order
+        )
 
     def is_measured(self, progress: TensorProgress) -> bool:
         return progress.tensor.is_measured and bool(progress.stretches)
@@ -261,9 +279,12 @@ def could_overflow(tensor: TensorPlan, weights: TensorWeights, primary_norm: flo
     return not largest < MAX_FINITE[tensor.dtype]
 
 
-def stream_merge(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer) -> MergeResult:
+def stream_merge(
+    plan: MergePlan, child: StagedChild, team: WorkerTeam, observe: Observer, supply: StreamedSupply | None = None
+) -> MergeResult:
     """Writes the child's weights into the staging folder, every tensor measured and blended in bounded memory.
 
+    supply: brings the parents' files where they are not here.
     Raises SlerpMergeError where a parent cannot be read, the child cannot be written, or a worker died. Nobody writes
     into the child any more by then.
     """
@@ -276,7 +297,7 @@ def stream_merge(plan: MergePlan, child: StagedChild, team: WorkerTeam, observe:
     team.wait()
     started = time.perf_counter()
     try:
-        tensors = tuple(MergeStream(plan, child, team, observe).merge(plan))
+        tensors = tuple(MergeStream(plan, child, team, observe, supply).merge(plan))
     except BaseException:
         team.settle()
         raise

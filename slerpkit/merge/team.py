@@ -27,7 +27,7 @@ from slerpkit import devices
 from slerpkit.lazy import numpy, torch
 from slerpkit.merge.dtypes import convert_float16_by_torch
 from slerpkit.merge.plan import choose_workers
-from slerpkit.merge.worker import serve
+from slerpkit.merge.worker import ReleaseTask, serve
 from slerpkit.messages import SlerpMergeError
 
 if TYPE_CHECKING:
@@ -162,6 +162,13 @@ class WorkerTeam:
                     raise result
                 return key, result
 
+    def release_files(self) -> None:
+        """Has every worker close the files that it read and wrote. Nothing may be under way."""
+        for member in self._members:
+            self._send(member, None, ReleaseTask())
+        for member in self._members:
+            self._receive(member)
+
     def settle(self) -> None:
         """Drops what waits and lets what is under way come to its end, so that nobody writes any more."""
         self._others.clear()
@@ -217,7 +224,7 @@ class WorkerTeam:
                     self._send(member, *self._others.popleft())
 
     def _send(self, member: Member, key: Any, task: Task) -> None:
-        rows, number = task.tensor.rows, None
+        rows, number = None if isinstance(task, ReleaseTask) else task.tensor.rows, None
         sent = task
         if rows is not None:  # large, and the same for every task of a tensor: a worker is given it once
             number = id(rows)

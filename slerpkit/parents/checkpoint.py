@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_kind, check_path, nested_files, read_json
+from slerpkit.files import check_kind, check_path, nested_files, read_bytes, read_json
 from slerpkit.messages import SlerpMergeError, format_bytes, format_count, format_names
-from slerpkit.parents.hub_cache import parse_hub_name, public_name
+from slerpkit.parents.hub_cache import REMOTE_MODELS, HubName, RemoteModel, name_of_snapshot, public_name
 from slerpkit.parents.modules import EMBEDDING_SETTINGS, MODULES_NAME, PICKLE_SINGLE, WEIGHTS_SINGLE, read_modules
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.safetensors_header import read_header
@@ -74,6 +76,9 @@ COMPANION_FILES = (
 )
 # How an embedding model's parts follow each other, and its settings; the modules' own folders are named in the first.
 MODULE_FILES = (MODULES_NAME, *EMBEDDING_SETTINGS)
+NAMED_BELOW = 50  # models one level below a folder that is none, which its refusal may name
+POINTER, MAX_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+SHOWN_DIGITS = 10  # of a commit
 MAX_CARD_BYTES = 65_536  # a child's card, report, map and recipe, which no parent has
 # All that a merge reads of a parent.
 PARENT_FILES = (
@@ -102,6 +107,22 @@ class Checkpoint:
     file_stats: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     modules: tuple[Module, ...] = ()  # of sentence-transformers; their tensors are not among those above
     wrappers: tuple[str, ...] = ()  # what was taken off the names that its tensors are stored under
+    remote: RemoteModel | None = None  # of a model whose weights are not all here: what the Hub has of it
+
+    @property
+    def hub_name(self) -> HubName | None:
+        """Its name on the Hub, and its commit; None for a folder that came from elsewhere."""
+        return name_of_snapshot(self.folder)
+
+    @property
+    def awaited(self) -> dict[str, int]:
+        """Bytes of each file of weights that is still on the Hub alone."""
+        return {} if self.remote is None else self.remote.awaited
+
+    @property
+    def public_place(self) -> str:
+        """What finds it again anywhere: org/name@commit; for a folder of this machine its own name."""
+        return str(self.hub_name or self.name)
 
     @property
     def parameter_count(self) -> int:
@@ -151,8 +172,11 @@ class WeightFiles:
     weight_map: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the index: tensor's name, file's name
 
 
-def read_index(storage: str, index: Path) -> WeightFiles:
-    """The files that an index names. Raises SlerpMergeError where one is not there, or lies outside its folder."""
+def read_index(storage: str, index: Path, awaited: Container[str] = ()) -> WeightFiles:
+    """The files that an index names. Raises SlerpMergeError where one is not there, or lies outside its folder.
+
+    awaited: names of files that need not be there yet.
+    """
     stated = read_json(index).get("weight_map")
     if not isinstance(stated, dict) or not stated:
         raise SlerpMergeError(f"{index} names no weights.", "Download this file again.")
@@ -166,7 +190,7 @@ def read_index(storage: str, index: Path) -> WeightFiles:
             )
         file = index.parent / file_name
         check_path(file, "file")
-        if not file.is_file():
+        if file_name not in awaited and not file.is_file():
             raise SlerpMergeError(
                 f"{index} names {file_name}, which is not there.", "Download the missing file into that folder."
             )
@@ -174,19 +198,20 @@ def read_index(storage: str, index: Path) -> WeightFiles:
     return WeightFiles(storage, tuple(files), index, weight_map)
 
 
-def find_weight_files(folder: Path) -> WeightFiles:
+def find_weight_files(folder: Path, awaited: Container[str] = ()) -> WeightFiles:
     """The files of weights in a model's folder; safetensors wins where both formats stand.
 
+    awaited: names of files that the Hub has and this machine has not yet.
     Raises SlerpMergeError where there are none, or where they are of a kind that cannot be merged.
     """
     for storage, single, index in (
         ("safetensors", WEIGHTS_SINGLE, WEIGHTS_INDEX),
         ("pickle", PICKLE_SINGLE, PICKLE_INDEX),
     ):
-        if (folder / single).is_file():
+        if single in awaited or (folder / single).is_file():
             return WeightFiles(storage, (folder / single,))
         if (folder / index).is_file():
-            return read_index(storage, folder / index)
+            return read_index(storage, folder / index, awaited)
     for pattern, maker, family in CONSOLIDATED:
         if (file := min(folder.glob(pattern), default=None)) is not None:
             raise SlerpMergeError(
@@ -223,26 +248,53 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_path(folder, "folder")
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.is_file() else "does not exist"
-        hint = "Give the folder that holds a model's config.json and weights."
-        if (named := parse_hub_name(folder.as_posix())) is not None:
-            hint += f" A model of the hub must be there first: hf download {named.name}"
-        raise SlerpMergeError(f"The folder {folder} {what}.", hint)
-    if not (folder / "config.json").is_file():
-        find_weight_files(folder)  # a GGUF or adapter folder is told so by name
-        raise SlerpMergeError(f"{folder} has no config.json.", "Download config.json from where the model comes from.")
+        raise SlerpMergeError(
+            f"The folder {folder} {what}.", "Give the folder that holds a model's config.json and weights."
+        )
+    remote = REMOTE_MODELS.get(folder)
+    awaited = remote.awaited if remote is not None else {}
+    remote = remote if awaited else None
+    try:
+        weights = find_weight_files(folder, awaited)  # a GGUF or adapter folder is told so by name
+        if not (folder / "config.json").is_file():
+            raise SlerpMergeError(f"{folder} has no config.json.", "Download it from where the model comes from.")
+    except SlerpMergeError as error:
+        raise half_downloaded(folder, error) or folder_of_models(folder) or error from None
     check_files(folder)
-    weights = find_weight_files(folder)
     for file in weights.files:
-        check_kind(file, folder)
+        check_kind(file)
     modules = read_modules(folder)
     nested = [name for module in modules for name in (*module.files, *module_weights(module, folder))]
     file_stats = file_stats_of(folder, [file.name for file in weights.files] + nested)
     config = read_json(folder / "config.json")
-    tensors = read_tensor_table(weights)
+    tensors = read_tensor_table(weights, {} if remote is None else remote.weights)
     if not tensors:
         raise SlerpMergeError(f"{folder} holds no tensors.", "Download the model's weights again.")
     name = public_name(folder.resolve(), config)
-    return Checkpoint(folder, name, config, tensors, weights.storage, file_stats, modules)
+    if remote is not None:  # its weights may come and go while they are merged
+        file_stats = {name: stat for name, stat in file_stats.items() if name not in remote.weights}
+    return Checkpoint(folder, name, config, tensors, weights.storage, file_stats, modules, remote=remote)
+
+
+def folder_of_models(folder: Path) -> SlerpMergeError | None:
+    """The refusal of a folder that is no model and holds some one level below; None for any other."""
+    below = [path.parent.name for path in sorted(itertools.islice(folder.glob("*/config.json"), NAMED_BELOW))]
+    if not below or (folder / "config.json").is_file():
+        return None
+    what = f"{folder} is no model itself; it holds {format_names(below)}."
+    return SlerpMergeError(what, f"Give one of them: {folder / below[0]}")
+
+
+def half_downloaded(folder: Path, error: SlerpMergeError) -> SlerpMergeError | None:
+    """The refusal of a model in the cache that lacks files; None for what is no such model."""
+    named = name_of_snapshot(folder)
+    if named is None or "GGUF" in error.message:
+        return None
+    reason = error.message.replace(f"{folder}{os.sep}", "").replace(str(folder), "its folder").rstrip(".")
+    revision = "" if HubName(named.name).snapshot == folder else f" --revision {named.revision}"
+    return SlerpMergeError(
+        f"{named.name} is only half downloaded: {reason}.", f"Fetch the rest: hf download {named.name}{revision}"
+    )
 
 
 def module_weights(module: Module, folder: Path) -> set[str]:
@@ -250,15 +302,19 @@ def module_weights(module: Module, folder: Path) -> set[str]:
     return {info.file.relative_to(folder).as_posix() for info in module.tensors.values()}
 
 
-def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
+def read_tensor_table(
+    weights: WeightFiles, remote: Mapping[str, Mapping[str, TensorInfo]] | None = None
+) -> dict[str, TensorInfo]:
     """Every tensor of a model by name, from the headers of its files.
 
+    remote: the tables of files that are still on the Hub, by their names.
     Raises SlerpMergeError where a file is damaged, where two hold one tensor, or where the index is another model's.
     """
     read = read_header if weights.storage == "safetensors" else read_pickle_header
     tensors: dict[str, TensorInfo] = {}
     for file in weights.files:
-        for name, info in read(file).items():
+        table = (remote or {}).get(file.name) if not file.is_file() else None
+        for name, info in (read(file) if table is None else table).items():
             if name in tensors:
                 raise broken_file(file, f"the tensor {name!r} also stands in {tensors[name].file.name}")
             tensors[name] = info
@@ -276,11 +332,21 @@ def read_tensor_table(weights: WeightFiles) -> dict[str, TensorInfo]:
 
 
 def check_files(folder: Path) -> None:
-    """Holds every file of a model that a merge may read or copy against `check_kind`, and raises what it raises."""
+    """Raises SlerpMergeError where what a merge may read or copy is no file, or only a pointer to one."""
     for path in matching_files(folder, PARENT_FILES):
-        check_kind(path, folder)
-        for nested in nested_files(path) if path.is_dir() else ():
-            check_kind(nested, folder)
+        for file in nested_files(path) if path.is_dir() else (path,):
+            check_kind(file)
+            check_no_pointer(file)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raises SlerpMergeError for what Git leaves in a file's place until Git LFS fetches it."""
+    with contextlib.suppress(OSError):  # whoever needs it will say so
+        if path.is_file() and path.stat().st_size <= MAX_POINTER_BYTES and read_bytes(path).startswith(POINTER):
+            raise SlerpMergeError(
+                f"{path} is a Git LFS pointer, and not the file itself.",
+                "Fetch the files: `git lfs pull` in that folder, or download the model with `hf download`.",
+            )
 
 
 def matching_files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
@@ -324,7 +390,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """A parent in one line: name, architecture, size, dtypes."""
     dtypes = ", ".join(checkpoint.dtypes[:3])
     size = f"{format_count(checkpoint.parameter_count)} parameters, {format_bytes(checkpoint.byte_count)}"
-    return f"{checkpoint.name}: {checkpoint.architecture}, {size}, {dtypes}"
+    named = checkpoint.hub_name
+    name = checkpoint.name if named is None else f"{named.name} at {(named.revision or '')[:SHOWN_DIGITS]}"
+    return f"{name}: {checkpoint.architecture}, {size}, {dtypes}"
 
 
 @dataclass(frozen=True)

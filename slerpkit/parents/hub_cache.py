@@ -10,10 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import read_bytes
 from slerpkit.lazy import huggingface_hub
+
+if TYPE_CHECKING:
+    from slerpkit.parents.tensors import TensorInfo
 
 MAIN = "main"  # the branch that a bare name means
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -77,6 +80,29 @@ def name_of_snapshot(folder: Path) -> HubName | None:
         if outer.name == "snapshots" and outer.parent.name.startswith("models--"):
             return HubName(outer.parent.name[len("models--") :].replace("--", "/"), inner.name)
     return None
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """What the Hub has of a model at one commit, as far as it was looked up: its weights are not read for that."""
+
+    named: HubName  # with its commit
+    sizes: Mapping[str, int]  # bytes of every file that a merge may need, by its path in the repository
+    weights: Mapping[str, Mapping[str, TensorInfo]]  # the tensors of each file of weights, from its header
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache has its files, or will have them."""
+        return self.named.snapshot_of(self.named.revision or "")
+
+    @property
+    def awaited(self) -> dict[str, int]:
+        """Bytes of each file of weights that is not on this machine yet."""
+        return {name: self.sizes[name] for name in self.weights if not (self.folder / name).is_file()}
+
+
+# What this process has looked up, by the folder that it is for: asked once, however often a model is opened.
+REMOTE_MODELS: dict[Path, RemoteModel] = {}
 
 
 def cached_names() -> Iterator[HubName]:

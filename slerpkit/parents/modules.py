@@ -73,12 +73,10 @@ def have_common_files(first: PurePosixPath, second: PurePosixPath) -> bool:
 
 def read_module(folder: Path, place: PurePosixPath, kind: str) -> Module:
     """A module's tensors and files. Raises SlerpMergeError as read_modules does."""
-    for depth in range(len(place.parts)):
-        check_kind(folder.joinpath(*place.parts[: depth + 1]), folder)
     tensors: dict[str, TensorInfo] = {}
     files = []
     for path in sorted(nested_files(folder / place)):
-        check_kind(path, folder)
+        check_kind(path)
         relative = path.relative_to(folder)
         if not path.is_file() or path.name.startswith("."):
             continue

@@ -146,6 +146,10 @@ class TensorReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes its files; others, and the same ones, can be read afterwards."""
         self._handles.close()
 
     def begin(self, info: TensorInfo, start: int, source: int = 0) -> Callable[[memoryview], None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.messages import SlerpMergeError, shorten
-from slerpkit.parents.checkpoint import open_checkpoint, open_parents, without_wrappers
+from slerpkit.parents.checkpoint import open_checkpoint, without_wrappers
 from slerpkit.parity.chat import check_chat_template, child_generation_config, compare_code, compare_companions
 from slerpkit.parity.configs import compare_configs
 from slerpkit.parity.embeddings import drop_tied_copies
@@ -122,19 +122,18 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, template)
 
 
-def check_fit(primary_folder: Path, secondary_folder: Path) -> None:
-    """Raises SlerpMergeError, short enough for a prompt, where a second parent cannot be merged with the first.
+def parity_of_headers(parents: Parents, recipe: MergeRecipe) -> ParityReport:
+    """Of the parity of parents whose tokenizers are not here yet, what forbids their merge all the same.
 
-    What the person may accept is asked later.
+    What tokenizers could mend, and what the person may accept, is left out.
     """
-    recipe = MergeRecipe(primary_folder, secondary_folder)
-    parity = check_parity(open_parents(recipe), recipe)
-    blocking = parity.of_severity("blocking")
-    if blocking and not parity.acceptable:
-        worst = blocking[0]
-        more = f" And {len(blocking) - 1} more." if len(blocking) > 1 else ""
-        what = f"It does not fit the primary: {worst.subject} is {worst.secondary}, not {worst.primary}.{more}"
-        raise SlerpMergeError(what, worst.consequence)
+    parity = check_parity(parents, recipe)
+    certain = [
+        m
+        for m in parity.of_severity("blocking")
+        if m.accepted_as is None and m.subject != "vocabulary" and m.consequence != DIFFERENT_VOCABULARIES
+    ]
+    return dataclasses.replace(parity, mismatches=tuple(certain))
 
 
 def check_fit_of_base(primary_folder: Path, base_folder: Path) -> None:

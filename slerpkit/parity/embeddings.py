@@ -194,20 +194,27 @@ def copies_of_embedding(checkpoint: Checkpoint) -> list[TensorInfo]:
     Reads them where there are any.
     """
     embedding, *others = token_matrices(checkpoint) or [None]
-    return [info for info in others if info.shape == embedding.shape and have_same_bytes(embedding, info)]
+    return [info for info in others if info.shape == embedding.shape and is_copy(embedding, info, checkpoint)]
 
 
 def untied_heads(checkpoint: Checkpoint) -> list[TensorInfo]:
     """Heads that differ from the embedding: as large, and not an embedding of another kind by name."""
     embedding, *others = token_matrices(checkpoint) or [None]
     heads = [info for info in others if not re.search(r"emb(?!ed_out)|wte|shared", info.name)]
-    return [info for info in heads if info.shape == embedding.shape and not have_same_bytes(embedding, info)]
+    return [info for info in heads if info.shape == embedding.shape and not is_copy(embedding, info, checkpoint)]
+
+
+def is_copy(embedding: TensorInfo, info: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor holds the embedding's bytes; what is still on the Hub is taken for another."""
+    are_here = not {embedding.file.name, info.file.name} & checkpoint.awaited.keys()
+    return are_here and have_same_bytes(embedding, info)
 
 
 def drop_tied_copies(primary: Checkpoint) -> tuple[Checkpoint, list[Mismatch]]:
     """(the primary without the copies of its embedding that its config says are tied, what is to know of them).
 
-    A stored head that differs from the embedding is a head of its own, whatever the config says of it.
+    A stored head that differs from the embedding is a head of its own, whatever the config says of it; so is one that
+    is still on the Hub, for it makes a right child either way.
     """
     if not is_tied(primary.config):
         return primary, []

@@ -30,7 +30,6 @@ MEANINGS = {
     "siblings": "fine-tunes of one base",
     "relatives": "more than fine-tunes usually are",
     "strangers": "their children seldom speak",
-    "unknown": "no matrices to compare",
 }
 
 
@@ -41,6 +40,7 @@ class Kinship:
     degrees: float | None  # over all that was sampled; None where there was nothing to compare
     by_component: tuple[tuple[str, float], ...]  # (attention, mlp or other; degrees)
     angles: tuple[float, ...] = ()  # degrees, of each matrix of the sample
+    unknown_because: str = "no matrices to compare"
 
     @property
     def verdict(self) -> str:
@@ -51,6 +51,11 @@ class Kinship:
             return "siblings"
         return "relatives" if self.degrees < STRANGERS_DEGREES else "strangers"
 
+    @property
+    def meaning(self) -> str:
+        """What that means to who has to decide, or why it is not known."""
+        return MEANINGS.get(self.verdict, self.unknown_because)
+
     def are_mostly_within(self, degrees: float) -> bool:
         """Whether most matrices of the sample lie less than so many degrees apart, and are not the same."""
         return 2 * sum(IDENTICAL_DEGREES < angle < degrees for angle in self.angles) > len(self.angles)
@@ -58,7 +63,7 @@ class Kinship:
     def describe(self) -> str:
         """The verdict in words, with the figures."""
         if self.degrees is None:
-            return f"{self.verdict}: {MEANINGS[self.verdict]}"
+            return f"{self.verdict}: {self.unknown_because}"
         angles = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
         return f"{self.verdict}: {self.degrees:.1f} degrees apart ({angles})"
 

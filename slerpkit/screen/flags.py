@@ -106,9 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
 def add_what_to_merge(add: Callable[..., object]) -> None:
     """Flags for the models."""
     model = usage_type(lambda text: resolver.find_model(text))
-    add("--primary", type=model, metavar="FOLDER", help="the primary model (t = 0)")
-    add("--secondary", type=model, metavar="FOLDER", help="the secondary model (t = 1)")
-    add("--base", type=model, metavar="FOLDER", help="blend what both parents learned since this model")
+    add("--primary", type=model, metavar="MODEL", help="the primary (t = 0): a folder, or org/name[@revision]")
+    add("--secondary", type=model, metavar="MODEL", help="the secondary (t = 1)")
+    add("--base", type=model, metavar="MODEL", help="blend what both parents learned since this model")
     add("--recipe", type=usage_type(clean_path), metavar="FILE",
         help="a mergekit recipe: slerp, nuslerp, linear or passthrough")  # fmt: skip
 
@@ -175,14 +175,25 @@ def add_how_it_runs(add: Callable[..., object]) -> None:
     add("-h", "--help", action="help", help="print this")
 
 
+def add_hub_flags(add: Callable[..., object]) -> None:
+    """The flags for parents that are not on this machine, or not in one place."""
+    add("--download", action="store_true", help="fetch parents that are only on the Hugging Face Hub, without asking")
+    add("--stream-parents", action="store_true", default=None,
+        help="fetch each of their files when the merge comes to it, and drop it afterwards (small disks)")  # fmt: skip
+    add("--follow-links", action="store_true", default=None, help="copy what links in a parent's folder lead to, too")
+
+
 FLAG_GROUPS = {
     "what to merge": add_what_to_merge,
+    "parents that are not here": add_hub_flags,
     "how to blend": add_how_to_blend,
     "the child": add_the_child,
     "before and after": add_before_and_after,
     "how it runs": add_how_it_runs,
 }
+
 EVALUATION_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
+EVALUATED = {"taste", "perplexity", "score"}
 CLASHING_FLAGS = {
     "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
     "child": {"demo", "sweep", "dry_run", "map"},
@@ -226,6 +237,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise WrongUsage(what, "Give --perplexity FILE, or --score TASK.")
     if arguments.include_path and not arguments.tasks:
         raise WrongUsage("--include-path goes with --score.", "Name the tasks too.")
+    if arguments.stream_parents and (arguments.sweep or arguments.inspect or EVALUATED & given):
+        what = "Streamed parents are gone when their child stands: nothing can be held against them, or made anew."
+        raise WrongUsage(what, "Leave out --stream-parents, or --sweep, --inspect, --taste, --perplexity and --score.")
     if arguments.child is not None and not (arguments.prompts or arguments.texts or arguments.tasks):
         raise WrongUsage("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
 
@@ -333,7 +347,11 @@ def equivalent_command(
             said = shortest_number(value) if isinstance(value, float) else str(value)
             words += [f"--{flag}", format_size(value) if name == "max_shard_bytes" else said]
     words += [word for key in recipe.accept if recipe.accept != defaults.accept for word in ("--accept", key)]
-    words += [f"--{name}" for name in ("extrapolate", "overwrite", "restart") if chosen[name]]
+    words += [
+        f"--{name.replace('_', '-')}"
+        for name in ("extrapolate", "overwrite", "restart", "follow_links", "stream_parents")
+        if chosen[name]
+    ]
     quote = shlex.quote if os.name != "nt" else lambda word: f'"{word}"' if " " in word else word
     return " ".join(["python", *map(quote, [sys.argv[0] or "slerpmerge.py", *words, *more, "--yes"])])
 

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit.files import read_json_if_there, write_json
+from slerpkit.lazy import LazyModule
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen.answers import Answers, Blend
 
 if TYPE_CHECKING:
+    from slerpkit.parents import resolver
     from slerpkit.recipe import MergeRecipe, RunOptions
+else:  # only where something is remembered
+    resolver = LazyModule("slerpkit.parents.resolver")
 
 
 def home_folder() -> Path:
@@ -37,6 +41,21 @@ def settings_folder() -> Path:
     return base / "slerpmerge"
 
 
+def lasting_name(folder: Path) -> str:
+    """What finds a model again from anywhere: its name on the Hub, else its whole path."""
+    return resolver.short_name(folder) if resolver.hub_name_of(folder) is not None else str(folder.resolve())
+
+
+def place_of(stored: object) -> Path | None:
+    """The folder that was stored by its lasting name; None for what is no text, or no model's place."""
+    if not isinstance(stored, str):
+        return None
+    try:
+        return Path(stored) if Path(stored).is_absolute() else resolver.find_model(stored)
+    except (SlerpMergeError, OSError, ValueError):  # from a stranger's hand
+        return None
+
+
 class History:
     """The folders and the blend of the last merge, to be offered again. Nothing else, and nowhere else."""
 
@@ -52,7 +71,7 @@ class History:
     def answers(self) -> Answers:
         """The last models, which may be gone, and the last blend, in whatever words it was stored."""
         folders = {name: self.content.get(name) for name in ("primary", "secondary")}
-        models = {name: Path(path) for name, path in folders.items() if isinstance(path, str)}
+        models = {name: found for name, path in folders.items() if (found := place_of(path)) is not None}
         blend = self.content.get("blend")
         return Answers(**models, blend=Blend(text=blend) if isinstance(blend, str) else None)
 
@@ -60,17 +79,18 @@ class History:
     def recent(self) -> list[Path]:
         """Models used of late, the last first; some may be gone."""
         values = self.content.get("places")
-        return [Path(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
+        values = values if isinstance(values, list) else []
+        return [found for value in values if (found := place_of(value)) is not None]
 
     def remember(self, recipe: MergeRecipe, options: RunOptions, blend: str | None) -> None:
         """Keeps what a merge was made of. A disk that does not take it is no reason to stop."""
-        used = [folder.resolve() for folder in (recipe.primary, recipe.secondary)]
-        recent = [*used, options.save_directory.resolve(), *(folder for folder in self.recent if folder not in used)]
+        used = [lasting_name(folder) for folder in (recipe.primary, recipe.secondary)]
+        recent = [*used, str(options.save_directory.resolve()), *map(lasting_name, self.recent)]
         content = {
-            "primary": str(used[0]),
-            "secondary": str(used[1]),
+            "primary": used[0],
+            "secondary": used[1],
             "blend": blend or self.content.get("blend"),
-            "places": list(dict.fromkeys(map(str, recent)))[: self.max_recent],
+            "places": list(dict.fromkeys(recent))[: self.max_recent],
         }
         with contextlib.suppress(OSError, SlerpMergeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

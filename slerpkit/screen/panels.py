@@ -21,7 +21,6 @@ from rich.text import Text
 from slerpkit.messages import format_bytes, format_count, format_names, format_seconds
 from slerpkit.parents.checkpoint import describe_checkpoint
 from slerpkit.parents.tensors import component_of, find_layer
-from slerpkit.parity.kinship import MEANINGS
 from slerpkit.schedule import name_of_blend
 from slerpkit.screen.console import NARROW_COLUMNS, displayable, fact_table, is_unicode, mark_of, panel
 
@@ -152,7 +151,7 @@ KINSHIP_COLOURS = {"siblings": "green", "relatives": "yellow", "strangers": "red
 def render_kinship(console: Console, kinship: Kinship) -> Text:
     """How near the parents are, in the colour of what that means for their child."""
     apart = "" if kinship.degrees is None else f" {kinship.degrees:.1f} degrees apart,"
-    text = displayable(console, f"{kinship.verdict}:{apart} {MEANINGS[kinship.verdict]}")
+    text = displayable(console, f"{kinship.verdict}:{apart} {kinship.meaning}")
     return Text(text, style=KINSHIP_COLOURS[kinship.verdict])
 
 
@@ -191,6 +190,7 @@ def render_plan(console: Console, plan: MergePlan, finds_t: bool = False, warnin
         ("needs", f"{disk}; {format_bytes(plan.peak_memory_bytes)} of memory"),
         ("time", f"{format_seconds(plan.expected_seconds)} expected, with {threads}"),
     ]
+    facts[-1:-1] = [("fetch", describe_download(plan))] if plan.download_bytes else []
     notes = (*plan.remarks, warning, advice_on_base(plan), plan.leftover and plan.leftover.describe())
     facts += [("note", note) for note in notes if note is not None]
     return panel(console, fact_table(console, facts), "Plan")
@@ -206,6 +206,14 @@ def advice_on_base(plan: MergePlan) -> str | None:
         " learned since their common base lies further apart: to blend that, name the base (`task vectors` at Blend,"
         " or --base)."
     )
+
+
+def describe_download(plan: MergePlan) -> str:
+    """What is fetched of the parents' weights, and how much of it stands on the disk at once."""
+    whole = f"{format_bytes(plan.download_bytes)} of weights from the Hugging Face Hub"
+    if not plan.options.stream_parents:
+        return whole
+    return f"{whole}, at most {format_bytes(plan.streamed_disk_bytes)} of it on the disk at once"
 
 
 def describe_outcome(report: MergeReport) -> str:

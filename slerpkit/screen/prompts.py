@@ -105,6 +105,15 @@ GUIDES = {
         "--yes",
         "another answer",
     ),
+    "fetch": Guide(
+        "y fetches the parents' weights into the Hugging Face cache; what is there already is not fetched again.",
+        "--download",
+    ),
+    "stream": Guide(
+        "y fetches each of the parents' files when the merge comes to it, and drops it when it is read.",
+        "--stream-parents",
+        "another answer",
+    ),
     "change": Guide("Say which answer to give anew; the others stay as they are.", "each answer has its own"),
     "recipe": Guide("Where the recipe goes; --recipe reads it again, and mergekit understands it.", "--recipe FILE"),
     "next": Guide(

@@ -10,14 +10,16 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit import __version__
-from slerpkit.lazy import lazy_modules
-from slerpkit.messages import SlerpMergeError, printable
+from slerpkit.files import existing_folder
+from slerpkit.lazy import huggingface_hub, lazy_modules
+from slerpkit.messages import SlerpMergeError, format_bytes, printable
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
 from slerpkit.screen.console import UNREAD, OutputConsole, tell_errors
@@ -109,7 +111,7 @@ class Session:
     def prepare_for(self, primary: Checkpoint, options: RunOptions) -> None:
         """Starts what a primary needs beside the questions: workers, and a look at it where somebody reads of it."""
         is_new = self.lookahead is None or self.lookahead.folder != primary.folder
-        if is_new and self.asks and not self.arguments.inspect:
+        if is_new and not primary.awaited and self.asks and not self.arguments.inspect:
             self.end_lookahead()
             self.lookahead = lookaheads.Lookahead(primary.folder)
         self.start_workers(primary, options)
@@ -158,6 +160,32 @@ class Session:
             self.settled[about] = self.wizard.prompt.confirm(question, "template_offer", default=True)
         return self.settled.get(about, False)
 
+    def may_fetch(self, plan: MergePlan) -> bool:
+        """Whether the parents' weights may be fetched, where they are not here. Raises as consent_to_fetch."""
+        is_streamed = plan.options.stream_parents
+        return is_streamed or not plan.download_bytes or self.consent_to_fetch(plan.download_bytes)
+
+    def consent_to_fetch(self, byte_count: int) -> bool:
+        """Whether so many bytes may be fetched from the Hub: by --download, or by the person's word.
+
+        Raises SlerpMergeError where neither can be had.
+        """
+        if not byte_count or self.arguments.download:
+            return True
+        cache = existing_folder(Path(huggingface_hub.constants.HF_HUB_CACHE))
+        size, free = format_bytes(byte_count), format_bytes(shutil.disk_usage(cache).free)
+        if not self.asks:
+            what = f"{size} of the parents' weights are still on the Hub."
+            raise SlerpMergeError(what, f"Add --download to fetch them; {free} are free at {cache}.")
+        with contextlib.suppress(prompts.GoBack):
+            return self.wizard.prompt.confirm(f"Fetch {size} from the Hub? {free} are free.", "fetch", default=True)
+        return False
+
+    def offers_streaming(self, error: SlerpMergeError) -> bool:
+        """Whether the person has files fetched and dropped one by one, as Enter alone does, where not all fit."""
+        question = f"{error.message} Fetch and drop them file by file?"
+        return self.asks and self.wizard.prompt.confirm(question, "stream", default=True)
+
     def accepts(self, parity: ParityReport, recipe: MergeRecipe) -> bool:
         """Whether the person lets pass the settings that alone forbid the merge; Enter alone does not.
 
@@ -192,6 +220,8 @@ class Session:
     def show_command(self, plan: MergePlan, objective: Objective | None, recipe: Path | None = None) -> None:
         """Shows the command for scripts that does what was answered; recipe: the file that says it, where one does."""
         more = list(flags.evaluation_words(self.arguments, objective))
+        if any(model.hub_name is not None for model in plan.parents.by_role.values()):
+            more.append("--download")
         self.show("The same without questions:", style="dim")
         command = flags.equivalent_command(plan.recipe, plan.options, more, recipe)
         self.show(printable(command), soft_wrap=True, markup=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import clean_path, existing_folder, free_path, is_plain_file, replace_files
-from slerpkit.lazy import LazyModule
+from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.messages import SlerpMergeError, format_bytes, printable
 from slerpkit.recipe import PARENTS, check_recipe
 from slerpkit.schedule import parse_number
@@ -25,15 +25,14 @@ from slerpkit.screen.finder import ModelCompleter, ModelFinder
 from slerpkit.screen.prompts import GoBack, Prompter, answer_check
 
 if TYPE_CHECKING:
-    from slerpkit import recipe_file
+    from slerpkit import recipe_file, story
     from slerpkit.merge import journal, save_directory
-    from slerpkit.parents import checkpoint, resolver
+    from slerpkit.parents import checkpoint, hub, resolver
     from slerpkit.parents.checkpoint import Checkpoint
-    from slerpkit.parity import check
 else:  # the first prompt waits for none of them
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
-    checkpoint, resolver = LazyModule("slerpkit.parents.checkpoint"), LazyModule("slerpkit.parents.resolver")
-    check, recipe_file = LazyModule("slerpkit.parity.check"), LazyModule("slerpkit.recipe_file")
+    checkpoint, hub, resolver = lazy_modules("slerpkit.parents", "checkpoint", "hub", "resolver")
+    recipe_file, story = lazy_modules("slerpkit", "recipe_file", "story")
 
 DECISIONS = ("start", "leave", "change", "inspect", "save")
 
@@ -122,8 +121,8 @@ class Wizard:
                 return None
             return resolver.find_model(text)  # looked up late, so that the first prompt does not wait for it
 
-        def check_found(folder: Path | None) -> None:
-            if folder is not None:
+        def check_what_is_here(folder: Path | None) -> None:
+            if folder is not None and not hub.must_be_looked_up(folder):
                 check_folder(folder)
 
         def hint() -> str:
@@ -131,7 +130,19 @@ class Wizard:
             return shown or f"{found}, ? helps"
 
         completer = ModelCompleter(self.finder)
-        return self.prompt.path(message, question, find, hint, completer, check_found, default, shown, is_needed)
+        while True:
+            folder = self.prompt.path(
+                message, question, find, hint, completer, check_what_is_here, default, shown, is_needed
+            )
+            if folder is None or not hub.must_be_looked_up(folder):
+                return folder
+            self.prompt.say(f"  Looking at {resolver.short_name(folder)} on the Hub ...")
+            try:
+                folder = hub.locate(folder)
+                check_folder(folder)
+                return folder
+            except SlerpMergeError as error:
+                self.prompt.say(printable(f"  {error.message} {error.hint}"))
 
     def ask_primary(self, answers: Answers, before: Answers) -> Answers:
         """The model at t = 0."""
@@ -148,7 +159,7 @@ class Wizard:
         if default is not None and default.resolve() == primary.resolve():
             default = None
         folder = self.ask_model(
-            "secondary", "Secondary model", lambda folder: check.check_fit(primary, folder), default
+            "secondary", "Secondary model", lambda folder: story.check_fit(primary, folder), default
         )
         if folder.resolve() == primary.resolve():
             self.prompt.say("  That is the primary itself; the child will be a copy of it.")

@@ -1,0 +1,235 @@
+"""The Hugging Face Hub: what it has of a model that is not here, and the way of its files to this machine.
+
+All goes through huggingface_hub: its cache, its login, its environment variables. A look fetches the config and the
+headers of the weights, a few kilobytes of a model of any size. Read hub_cache.py and checkpoint.py before this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from slerpkit.lazy import huggingface_hub
+from slerpkit.messages import SlerpMergeError, explain_os_error, format_names, printable, shorten
+from slerpkit.parents.checkpoint import (
+    PARENT_FILES,
+    PICKLE_INDEX,
+    PICKLE_SINGLE,
+    WEIGHTS_INDEX,
+    WEIGHTS_SINGLE,
+    find_weight_files,
+    read_index,
+)
+from slerpkit.parents.hub_cache import COMMIT, REMOTE_MODELS, HubName, RemoteModel, cached_names
+from slerpkit.parents.modules import MODULES_NAME
+from slerpkit.parents.resolver import hub_name_of
+from slerpkit.parents.tensors import DTYPE_BYTES, TensorInfo, broken_file
+
+CONNECTIONS = 8  # at once, for small files and headers
+TOLD_FIRST = ("config.json", "adapter_config.json", WEIGHTS_INDEX, MODULES_NAME, "*/config.json")
+NEVER_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.md", "*.safetensors")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def locate(folder: Path) -> Path:
+    """A model's folder, also for one that is named and not here, or not here whole: that is looked up on the Hub.
+
+    It then has the config and the headers of its weights. Raises SlerpMergeError where the Hub does not let it.
+    """
+    named = hub_name_of(folder)
+    if named is None:
+        return folder
+    here = named.snapshot or folder  # perhaps it came meanwhile
+    return look_up(named).folder if must_be_looked_up(here) else here
+
+
+def must_be_looked_up(folder: Path) -> bool:
+    """Whether a model is named and not here whole, and has not been looked up yet."""
+    return hub_name_of(folder) is not None and folder not in REMOTE_MODELS and not is_whole(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder has a config and every file of weights that it speaks of, or is none of a model at all."""
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        return False
+    try:
+        find_weight_files(folder)
+    except SlerpMergeError:
+        return False
+    return True
+
+
+def look_up(named: HubName) -> RemoteModel:
+    """What the Hub has of a model: sizes, config, and the headers of its weights by ranged requests.
+
+    Raises SlerpMergeError for an unknown, gated or private model, without a network, and where no weights are there
+    that a merge could read.
+    """
+    with errors_explained(named):
+        info = huggingface_hub.HfApi().model_info(named.name, revision=named.revision, files_metadata=True)
+    commit = str(info.sha)
+    if not COMMIT.fullmatch(commit):
+        raise SlerpMergeError(f"The Hub gives {named} no commit.", "Try again, or give the folder of a download.")
+    found = HubName(named.name, commit)
+    listed = {entry.rfilename: int(entry.size or 0) for entry in info.siblings or () if is_plain(entry.rfilename)}
+    first = [name for name in listed if matches(name, TOLD_FIRST)]
+    if not first:
+        raise refuse_contents(named, listed)
+    fetch_small(named, first[:1])  # by the branch's or the tag's name, which the cache then knows
+    fetch_small(found, first[1:])
+    names = weight_names(found, listed)
+    with ThreadPoolExecutor(CONNECTIONS) as pool, errors_explained(named):
+        tables = list(pool.map(lambda name: read_remote_header(found, name, listed[name]), names))
+    small = [name for name in listed if matches(name, PARENT_FILES) and not matches(name, NEVER_NEEDED)]
+    sizes = {name: listed[name] for name in (*dict.fromkeys([*first, *small]), *names)}
+    remote = REMOTE_MODELS[found.snapshot_of(commit)] = RemoteModel(found, sizes, dict(zip(names, tables)))
+    return remote
+
+
+def look_closer(remote: RemoteModel) -> None:
+    """Fetches all else that a model has beside its weights: tokenizer, template, code. Raises as look_up does."""
+    small = remote.sizes.keys() - remote.weights.keys()
+    fetch_small(remote.named, sorted(name for name in small if not (remote.folder / name).is_file()))
+
+
+def is_plain(name: str) -> bool:
+    """Whether a repository's path is one that a folder can have: nothing that leads out of it."""
+    return bool(name) and not name.startswith("/") and not {"..", "."} & set(name.split("/")) and "\\" not in name
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a repository's path matches; a pattern without a slash means a file or a folder at the top."""
+    top = name.partition("/")[0]
+    return any(fnmatch.fnmatchcase(name if "/" in pattern else top, pattern) for pattern in patterns)
+
+
+def weight_names(found: HubName, listed: Mapping[str, int]) -> list[str]:
+    """The files of weights that a merge reads. Raises SlerpMergeError where there are none that it could."""
+    folder = found.snapshot_of(found.revision or "")
+    nested = [name for name in listed if name.endswith(f"/{WEIGHTS_SINGLE}") and name.count("/") == 1]
+    nested = nested if MODULES_NAME in listed else []
+    if WEIGHTS_SINGLE in listed:
+        return [WEIGHTS_SINGLE, *nested]
+    if WEIGHTS_INDEX in listed:
+        names = [file.name for file in read_index("safetensors", folder / WEIGHTS_INDEX, listed).files]
+        return [*names, *nested]
+    raise refuse_contents(found, listed)
+
+
+def refuse_contents(named: HubName, listed: Mapping[str, int]) -> SlerpMergeError:
+    """The refusal of a repository that has nothing to merge, which says what it has instead."""
+    if PICKLE_SINGLE in listed or PICKLE_INDEX in listed:
+        what = f"{named} has its weights in torch's own format alone, which cannot be looked into from afar."
+        return SlerpMergeError(what, f"Download it first: hf download {named.name}")
+    if any(name.endswith(".gguf") for name in listed):
+        what = f"{named} holds a GGUF model, which is quantised."
+        return SlerpMergeError(what, "Name the model that it was made from; its page on the Hub links to that.")
+    what = f"{named} holds no model that can be merged, only {format_names(list(listed)) or 'nothing'}."
+    return SlerpMergeError(what, "Name a repository with config.json and safetensors.")
+
+
+def fetch_small(named: HubName, names: Iterable[str]) -> None:
+    """Fetches small files into the cache. Raises SlerpMergeError where the Hub or the disk does not let it."""
+
+    def fetch(name: str) -> None:
+        huggingface_hub.hf_hub_download(named.name, name, revision=named.revision)
+
+    with errors_explained(named), ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(fetch, names))
+
+
+def read_remote_header(found: HubName, name: str, size: int) -> dict[str, TensorInfo]:
+    """The tensors of a file on the Hub, as read_header tells those of one that is here."""
+    header = huggingface_hub.HfApi().parse_safetensors_file_metadata(found.name, name, revision=found.revision)
+    file = found.snapshot_of(found.revision or "") / name
+    start = size - max((info.data_offsets[1] for info in header.tensors.values()), default=0)
+    tensors = {}
+    for tensor, info in header.tensors.items():
+        begin, end = info.data_offsets
+        if info.dtype not in DTYPE_BYTES or not 0 <= begin <= end or start < 8:
+            raise broken_file(file, f"its entry for {tensor!r} is not understood")
+        tensors[tensor] = TensorInfo(tensor, info.dtype, tuple(info.shape), file, start + begin, end - begin)
+    return tensors
+
+
+@contextlib.contextmanager
+def errors_explained(named: HubName, shows_bars: bool = False) -> Iterator[None]:
+    """Whatever the library raises becomes a SlerpMergeError with its remedy; no token is ever part of it.
+
+    The library prints nothing meanwhile: neither bars, unless they are wanted, nor what it tries again.
+    """
+    bars_were_off = huggingface_hub.utils.are_progress_bars_disabled()
+    level = huggingface_hub.utils.logging.get_verbosity()
+    if not shows_bars:
+        huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    try:
+        yield
+    except SlerpMergeError:
+        raise
+    except Exception as error:  # the library's own, those of two HTTP clients, and the disk's
+        raise explain_hub_error(error, named) from error
+    finally:
+        huggingface_hub.utils.logging.set_verbosity(level)
+        if not bars_were_off:
+            huggingface_hub.utils.enable_progress_bars()
+
+
+def explain_hub_error(error: Exception, named: HubName) -> SlerpMergeError:
+    """What the library raised, in words."""
+    errors = huggingface_hub.utils
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    page = f"{huggingface_hub.constants.ENDPOINT}/{named.name}"
+    if isinstance(error, errors.GatedRepoError):
+        hint = f"Open {page}, accept them, then {LOG_IN}, with the account that accepted."
+        return SlerpMergeError(f"{named.name} is gated: its makers ask you to accept their terms first.", hint)
+    if isinstance(error, errors.RevisionNotFoundError):
+        hint = f"Its page shows its branches and tags: {page}. Without @, the main branch is taken."
+        return SlerpMergeError(f"{named.name} has no revision {named.revision}.", hint)
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        what = f"{named.name} is no folder here, and the Hub knows no such model, or it is private."
+        return SlerpMergeError(what, f"{suggestion(named.name)}For a private one {LOG_IN}.")
+    if isinstance(error, errors.OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
+        what = f"{named} is no folder here and not whole in the cache, and HF_HUB_OFFLINE keeps from asking the Hub."
+        return SlerpMergeError(what, f"{suggestion(named.name, ask=False)}Unset HF_HUB_OFFLINE, or give a folder.")
+    if status == 403:
+        return SlerpMergeError(f"The Hub does not let you read {named.name}.", f"Ask its owner, then {LOG_IN}.")
+    if status == 429:
+        return SlerpMergeError("The Hub has had too many requests from here.", "Wait a few minutes.")
+    if status is not None and status >= 500:
+        return SlerpMergeError(f"The Hub is out of order (status {status}).", "Try again later.")
+    if isinstance(error, OSError) and error.errno is not None and not kinds & CONNECTION_ERRORS:
+        cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+        fault = explain_os_error(error, Path(str(error.filename or cache)), "write to")
+        hint = "Free some space there, or set HF_HOME to a folder on another disk."
+        return SlerpMergeError(fault.message, hint)
+    if kinds & CONNECTION_ERRORS or isinstance(error, errors.LocalEntryNotFoundError):
+        what = f"{named} is no folder here, and the Hub cannot be reached ({huggingface_hub.constants.ENDPOINT})."
+        hint = f"{suggestion(named.name, ask=False)}Check the network, or give the folder of a download."
+        return SlerpMergeError(what, hint)
+    reason = printable(shorten((str(error).splitlines() or [""])[0], 120))
+    return SlerpMergeError(f"The Hub's answer on {named} is not understood: {type(error).__name__} {reason}".rstrip(),
+                           f"Download it with `hf download {named.name}`, and give its name again.")  # fmt: skip
+
+
+# By name, for which HTTP client the library has is the library's business.
+CONNECTION_ERRORS = {"ConnectionError", "ConnectError", "NetworkError", "TimeoutException", "Timeout", "ProtocolError",
+                     "TransportError", "IncompleteRead", "ChunkedEncodingError"}  # fmt: skip
+
+
+def suggestion(name: str, ask: bool = True) -> str:
+    """A model nearly of this name, as a question: from here, and where the Hub may be asked, of the same maker's."""
+    names = {cached.name for cached in cached_names()}
+    with contextlib.suppress(OSError):  # there is no such folder, or none that may be listed
+        names |= {path.as_posix() for path in Path(name).parent.iterdir() if path.is_dir()}
+    if ask:
+        with contextlib.suppress(Exception):  # whatever keeps from it, a suggestion is no more than that
+            maker = name.partition("/")[0]
+            names |= {model.id for model in huggingface_hub.HfApi().list_models(author=maker, limit=200)}
+    near = difflib.get_close_matches(name, names - {name}, 1, 0.75)
+    return f"Did you mean {printable(near[0])}? " if near else ""
