@@ -174,25 +174,25 @@ def merge(session: Session, given: Answers) -> None:
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
     """(answers, the plan that they make, what to do with it), once the person has no second thoughts."""
     questions = questions_to_ask(session, given)
-    answers = complete(session, given, questions)
+    answers, plan = complete(session, given, questions), None
     while True:
-        plan, changed = None, None
+        decision = "change"
         try:
-            plan = prepare_plan(session, answers)
+            if plan is None:
+                plan = prepare_plan(session, answers)
+            decision, plan = decide(session, plan, answers)
         except SlerpMergeError as error:
             if not questions or session.arguments.dry_run:
                 raise
             session.show(console.render_error(session.console, error))
+            plan = None
         except prompts.GoBack:  # from a question about the parents
             pass
-        while changed is None:
-            decision = "change"
-            if plan is not None:
-                decision, plan = decide(session, plan, answers)
-            if decision != "change":
-                return answers, plan, decision
-            changed = session.wizard.change(answers, is_planned=plan is not None)
-        answers = changed
+        if decision != "change":
+            return answers, plan, decision
+        changed = session.wizard.change(answers, is_planned=plan is not None)
+        if changed is not None:
+            answers, plan = changed, None
 
 
 def questions_to_ask(session: Session, given: Answers) -> list[str]:
