@@ -819,11 +819,6 @@ class TestFinding:
         monkeypatch.chdir(tmp_path)
         assert [name for name, _ in self.finder(tmp_path, tmp_path / "demo-sailor").offers("")] == ["secondary"]
 
-    def test_a_name_of_the_hub_that_is_not_there_says_how_to_get_it(self, hub):
-        with pytest.raises(SlerpMergeError) as caught:
-            open_checkpoint(find_model("ada/finch"))
-        assert "hf download ada/finch" in caught.value.hint
-
     @posix_paths
     def test_windows_separators_are_understood(self, tmp_path, monkeypatch):
         make_pair(tmp_path / "models")
