@@ -29,11 +29,28 @@ slerpkit/story.py; read that next. slerpkit/__init__.py draws the house.
 
 from __future__ import annotations  # is this a SyntaxError? Then this Python is older than 3.10, which is needed.
 
+import os
+import signal
+import sys
+
+NOTHING_WRITTEN = "Nothing was written."
+EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def stop_at_once(number: int, frame: object) -> None:
+    """Ctrl-C while the program loads: there is nothing to tidy, and an import that is torn could say anything."""
+    try:
+        os.write(2, f"\nStopped. {NOTHING_WRITTEN}\n".encode())
+    finally:
+        os._exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop_at_once)
+
 import contextlib
 import dataclasses
 import gc
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -46,7 +63,7 @@ from slerpkit.messages import SlerpMergeError, explain_import_error, explain_ref
 from slerpkit.recipe import check_options, check_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
-from slerpkit.screen.answers import QUESTIONS, Answers, Blend
+from slerpkit.screen.answers import Answers, Blend, words_of_blend
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file, recipe_writer, story
@@ -54,22 +71,22 @@ if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.evaluation import sweep
     from slerpkit.evaluation.objectives import Objective
+    from slerpkit.merge import save_directory
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.screen import afterwards, console, fetching, figures, panels, terminal
+    from slerpkit.screen import afterwards, console, fetching, figures, panels, prompts, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
     (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
+    (save_directory,) = lazy_modules("slerpkit.merge", "save_directory")
     afterwards, console, fetching = lazy_modules("slerpkit.screen", "afterwards", "console", "fetching")
-    (figures,) = lazy_modules("slerpkit.screen", "figures")
-    panels, sessions, terminal = lazy_modules("slerpkit.screen", "panels", "session", "terminal")
+    figures, panels, prompts = lazy_modules("slerpkit.screen", "figures", "panels", "prompts")
+    sessions, terminal = lazy_modules("slerpkit.screen", "session", "terminal")
 
-NOTHING_WRITTEN = "Nothing was written."
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
 SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
-EXIT_DONE, EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,8 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = flags.parse_arguments(argv)
         terminal.prepare_terminal()
         with terminal.signals_end_it(), sessions.Session(arguments, NOTHING_WRITTEN) as session:
+            if signal.getsignal(signal.SIGINT) is stop_at_once:  # from here on there may be something to tidy
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             run(session)
             session.raise_deferred_error()
+            if session.console.is_unread:
+                console.tell_errors(session.closing_note)
         return EXIT_DONE
     except ImportError as error:
         fault = explain_import_error(error)
@@ -123,8 +144,11 @@ def run(session: Session) -> None:
 def merge(session: Session, given: Answers) -> None:
     """Three questions, one plan, one yes, one child; then what it knows."""
     answers, plan, decision = agree_on_plan(session, given)
+    if decision == "print":
+        session.print_json(plan.as_dict())
+    elif decision == "leave":
+        session.show(NOTHING_WRITTEN)
     if decision != "start":
-        carry_out(session, decision, plan, answers)
         return
     objective = answers.blend.objective
     if session.asks:
@@ -137,11 +161,11 @@ def merge(session: Session, given: Answers) -> None:
     if objective is not None:
         keep_sweep(session, report, curve)
     afterwards.save_maps_of_merge(session, report)
-    afterwards.verify_as_asked(session, report)
     compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
     afterwards.evaluate_as_flags_ask(session, compared, objective)
-    if session.asks and afterwards.may_generate_text(plan):
-        afterwards.evaluate_as_asked(session, compared)
+    afterwards.upload_as_flags_ask(session, report.child)
+    if session.asks:
+        afterwards.ask_what_now(session, plan, compared)
     session.print_json({**report.as_dict(), "findings": session.findings})
     session.show("Try it, convert it, share it:", style="bold")
     for command in panels.next_commands(report):
@@ -150,19 +174,43 @@ def merge(session: Session, given: Answers) -> None:
 
 def agree_on_plan(session: Session, given: Answers) -> tuple[Answers, MergePlan, str]:
     """(answers, the plan that they make, what to do with it), once the person has no second thoughts."""
-    answers, changeable = session.ask(given), given.unanswered()
+    questions = questions_to_ask(session, given)
+    answers, plan = complete(session, given, questions), None
     while True:
+        decision = "change"
         try:
-            plan = prepare_plan(session, answers)
-            decision, plan = decide(session, plan, answers.blend.objective)
+            if plan is None:
+                plan = prepare_plan(session, answers)
+            decision, plan = decide(session, plan, answers)
         except SlerpMergeError as error:
-            if not changeable or session.arguments.dry_run:
+            if not questions or session.arguments.dry_run:
                 raise
             session.show(console.render_error(session.console, error))
-            decision = "change"
+            plan = None
+        except prompts.GoBack:  # from a question about the parents
+            pass
         if decision != "change":
             return answers, plan, decision
-        answers = session.wizard.change(answers, changeable or list(QUESTIONS))
+        changed = session.wizard.change(answers, is_planned=plan is not None)
+        if changed is not None:
+            answers, plan = changed, None
+
+
+def questions_to_ask(session: Session, given: Answers) -> list[str]:
+    """What the person is asked: not where the child goes, if nobody wants to be asked that."""
+    proposes = flags.proposes_save_directory(session.arguments)
+    return [question for question in given.unanswered() if not (proposes and question == "save_directory")]
+
+
+def complete(session: Session, given: Answers, questions: Sequence[str]) -> Answers:
+    """The person's answers to these questions; and the proposed save directory, where that is still open."""
+    answers = session.ask(given, tuple(questions))
+    if answers.save_directory is not None:
+        return answers
+    blend = words_of_blend(answers)
+    proposed = save_directory.proposed_save_directory(answers.primary, answers.secondary, blend)
+    session.show(f"The child goes to {proposed}.")
+    return dataclasses.replace(answers, save_directory=proposed)
 
 
 def prepare_plan(session: Session, answers: Answers) -> MergePlan:
@@ -178,31 +226,34 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if not arguments.dry_run:
         session.prepare_for(parents.primary, options)  # it loads what it needs meanwhile
     parity = story.check_parity(parents, recipe)
-    if parity.acceptable and session.accepts(parity):
+    if parity.acceptable and session.accepts(parity, recipe):
         recipe = dataclasses.replace(recipe, accept=(*recipe.accept, *parity.acceptable))
         parity = story.check_parity(parents, recipe)
     parity.raise_if_blocking()
     session.show(panels.render_parity(session.console, parity))
     role = None if arguments.dry_run else parity.template.offered
-    if role is not None and session.offers(f"The child has no chat template; take the {role}'s?"):
+    if role is not None and session.offers_template(role, recipe):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
     plan = fetching.plan_within_disk(session, recipe, options, parents, parity)
-    lacks = session.what_primary_lacks(PATIENCE_SECONDS)
-    session.show(panels.render_plan(session.console, plan, answers.blend.objective is not None, lacks))
-    if arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1:
+    objective, lacks = answers.blend.objective, session.what_primary_lacks(PATIENCE_SECONDS)
+    session.show(panels.render_plan(session.console, plan, objective is not None, lacks))
+    if objective is None and (arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1):
         session.show(panels.render_curves(session.console, plan))
-    if flags.wants_evaluation(arguments) or answers.blend.objective is not None:
+    if arguments.upload is not None:
+        afterwards.check_upload(arguments.upload)
+    if flags.wants_evaluation(arguments) or objective is not None:
         afterwards.check_maps(session, recipe, options.save_directory)
-        afterwards.check_evaluation(session, (parents.primary, parents.secondary), answers.blend.objective)
+        afterwards.check_evaluation(session, (parents.primary, parents.secondary), objective)
     return plan
 
 
-def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tuple[str, MergePlan]:
-    """What to do with a plan: "start", "leave", "change" an answer, "save" a recipe, or "print" a dry run's plan.
+def decide(session: Session, plan: MergePlan, answers: Answers) -> tuple[str, MergePlan]:
+    """What to do with a plan: "start", "leave", "change" an answer, "saved" as a recipe, or "print" it (dry run).
 
     The plan comes back with it: once the parents' weights are fetched, it is another.
     """
+    objective = answers.blend.objective
     if session.arguments.dry_run:
         return "print", plan
     if objective is not None:
@@ -214,25 +265,29 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
     if session.arguments.yes:
         fetching.may_fetch(session, plan)
         return "start", fetching.with_weights(session, plan)
-    is_lost = plan.leftover is not None and plan.leftover.reason != ""
-    if is_lost:
-        what = "The finished files of the merge that stands there are of another; they would go."
-        session.show(what, style="yellow")
+    lost = what_would_go(plan, objective)
+    for loss in lost:
+        session.show(loss, style="yellow")
     lacks = session.what_primary_lacks()
     while True:
-        decision = session.wizard.decide(plan.kinship.warning is None and not is_lost and lacks is None)
+        decision = session.wizard.decide(plan.kinship.warning is None and not lost and lacks is None)
         if decision in ("start", "inspect"):
             if not fetching.may_fetch(session, plan):
                 continue
             plan, was_strange = fetching.with_weights(session, plan), plan.kinship.warning
             if plan.kinship.warning != was_strange:
-                session.show(f"[yellow]{plan.kinship.warning}[/]")
+                session.show(plan.kinship.warning, style="yellow")
                 continue
         if decision == "inspect":
-            with session.view:
+            with session.stoppable():
                 team = session.workers_for(plan)
                 found = story.measure_differences(plan.parity.pairs, plan.recipe, team, session.observe)
-            session.show(figures.render_map(session.console, found))
+                session.view.stop()
+                session.show(figures.render_map(session.console, found))
+        elif decision == "save":
+            with contextlib.suppress(prompts.GoBack):
+                save_recipe(session, plan, answers)
+                return "saved", plan
         elif decision == "start" and session.what_primary_lacks() != lacks:  # known since the plan was drawn
             lacks = session.what_primary_lacks()
             session.show(lacks, style="yellow")
@@ -240,21 +295,23 @@ def decide(session: Session, plan: MergePlan, objective: Objective | None) -> tu
             return decision, plan
 
 
-def carry_out(session: Session, decision: str, plan: MergePlan, answers: Answers) -> None:
-    """What is done with a plan instead of the merge: printed for --dry-run, saved as a recipe, or nothing."""
-    if decision == "print":
-        session.print_json(plan.as_dict())
-    elif decision == "leave":
-        session.show(NOTHING_WRITTEN)
-    else:
-        settled, roles = dataclasses.replace(plan, recipe=plan.settled_recipe), plan.parents.by_role
-        path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(settled.recipe, roles, folder))
-        session.leave(f"The recipe stands in {path}.")
-        session.show(session.closing_note)
-        session.show_command(settled, None, path)
-        if answers.blend.objective is not None:
-            session.show("It has t = 0.5, where a search begins. The command that searches:")
-            session.show_command(plan, answers.blend.objective)
+def what_would_go(plan: MergePlan, objective: Objective | None) -> list[str]:
+    """What a start would discard of earlier runs into the same place."""
+    files = "The finished files of the merge that stands there are of another; they would go."
+    loss = sweep.lost_by(plan, objective) if objective is not None else None
+    return [files] * (plan.leftover is not None and plan.leftover.reason != "") + [loss] * (loss is not None)
+
+
+def save_recipe(session: Session, plan: MergePlan, answers: Answers) -> None:
+    """The merge as a recipe instead, and the commands that follow it. Raises GoBack where the person wants none."""
+    settled, roles = dataclasses.replace(plan, recipe=plan.settled_recipe), plan.parents.by_role
+    path = session.wizard.save_recipe(lambda folder: recipe_writer.recipe_text(settled.recipe, roles, folder))
+    session.leave(f"The recipe stands in {path}.")
+    session.show(session.closing_note)
+    session.show_command(settled, None, path)
+    if answers.blend.objective is not None:
+        session.show("It has t = 0.5, where a search begins. The command that searches:")
+        session.show_command(plan, answers.blend.objective)
 
 
 def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> tuple[MergePlan, Finding]:

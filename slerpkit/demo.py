@@ -21,6 +21,7 @@ DEMO_TOPICS = {
 DEMO_WORDS = ("small", "old", "quiet", "green", "bright", "slow", "happy", "silver")
 DEMO_PROMPT = "the"
 DEMO_CHILD = "demo-child"
+DEMO_MODELS = (*DEMO_TOPICS, DEMO_CHILD)
 
 
 def demo_text(topic: str, lines: int, seed: int) -> str:

@@ -7,6 +7,7 @@ what is allowed (recipe.py). Read messages.py before this.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -83,13 +84,14 @@ BLENDS = (
     (
         "attention and mlp",
         "self_attn=0,0.5,0.3,0.7,1 mlp=1,0.5,0.7,0.3,0 0.5",
-        "attention one way, MLP the other: the well-known gradient",
+        "the well-known pair",
     ),
     ("primary at the ends", "0,0.5,1,0.5,0", "secondary in the middle"),
     ("secondary at the ends", "1,0.5,0,0.5,1", "primary in the middle"),
     ("ramp", "0,0.1,0.5,0.9,1", "from primary to secondary, smoothly"),
 )
-BLEND_HELP = "Say a name from the list, such as even, or a number: 0 is the primary alone, 1 the secondary alone"
+BLEND_NAMES = ", ".join(name for name, _, _ in BLENDS)
+BLEND_HELP = f"Say {BLEND_NAMES}; or a number: 0 is the primary alone, 1 the secondary alone"
 
 
 def parse_number(text: str) -> float:
@@ -122,20 +124,34 @@ def order_rules(rules: Iterable[ScheduleRule]) -> Schedule:
     return Schedule(tuple(sorted(rules, key=lambda rule: rule.name_filter == "*")))
 
 
-def parse_blend(text: str) -> Schedule:
-    """An answer to `Blend`: a blend's name or the beginning of one, a number, a gradient, or filters with theirs.
+def parse_rules(text: str) -> list[ScheduleRule]:
+    """The rules that a text means: a blend's name or the beginning of one, a number, a gradient, filters with theirs.
 
-    Raises SlerpMergeError, in words for the prompt, where it is none of these or a t lies outside 0 to 1.
+    Raises SlerpMergeError, in words for the prompt, where it is none of these.
     """
     wanted = " ".join(text.lower().split())
     matches = [name for name, _, _ in BLENDS if wanted and name.startswith(wanted)]
     if len(matches) > 1:
         raise SlerpMergeError(f"{text!r} could be {' or '.join(matches)}.", "Type more of it.")
     definition = next((typed for name, typed, _ in BLENDS if name in matches), text)
-    schedule = order_rules(map(parse_rule, definition.split()))
+    words = re.sub(r"\s*([,=])\s*", r"\1", definition).split()  # commas may have spaces beside them
+    return list(map(parse_rule, words or [text]))
+
+
+def parse_blend(text: str) -> Schedule:
+    """An answer to `Blend`, as parse_rules has it.
+
+    Raises SlerpMergeError, in words for the prompt, where it is no blend or a t lies outside 0 to 1.
+    """
+    schedule = order_rules(parse_rules(text))
     for t in schedule.values():
         if not 0 <= t <= 1:
             raise SlerpMergeError(f"{t:g} is not a number from 0 to 1.", f"{BLEND_HELP}.")
     if not schedule.rules or schedule.rules[-1].name_filter != "*":
         raise SlerpMergeError(f"{text!r} leaves out the other tensors.", "Add a value for the rest, such as 0.5.")
     return schedule
+
+
+def name_of_blend(schedule: Schedule) -> str | None:
+    """What the blend is called that a schedule is; None where it has no name."""
+    return next((name for name, _, _ in BLENDS if parse_blend(name) == schedule), None)

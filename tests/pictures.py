@@ -25,7 +25,6 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import DummyInput
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
-from rich.text import Text
 
 import slerpmerge
 from slerpkit.child.report import MergeReport
@@ -195,31 +194,21 @@ def draw_progress(view: MergeView, clock: Clock, scene: Scene, stop_at: float) -
 
 
 class TypedAnswers(Prompter):
-    """Prompts that are answered at once, shown as they look once answered."""
+    """Prompts that are answered at once; what stays of each on the screen is the program's own."""
 
-    # (the prompt, the default beside it, what is typed)
-    answers = (
-        ("Primary model", " (Tab lists what is here, ? helps)", f"models/{PRIMARY}"),
-        ("Secondary model", " (Tab lists what is here, ? helps)", f"models/{SECONDARY}"),
-        ("Save directory", f" ({CHILD})", ""),
-        ("Blend", " (even)", ""),
-        ("Start the merge?", " (Y/n/c/i/s/?)", ""),
-        ("What now?", " (t taste, p perplexity, Enter leaves, ?)", ""),
-    )
+    typed = (f"models/{PRIMARY}", f"models/{SECONDARY}", "", "", "", "")  # Enter at all but the first two
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, lambda: None)
-        self.next_answer = iter(self.answers)
+        self.next_answer = iter(self.typed)
 
     def ask(self, question: Any) -> str:
-        prompt, default, answer = next(self.next_answer)
-        self.console.print(Text.assemble(("? ", "#5f819d"), (prompt, "bold"), default, (f" {answer}", "bold #ff9d00")))
-        return answer
+        return next(self.next_answer)
 
 
 def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     """The whole session, by the program's own story; only typing and merging are stood in for."""
-    session = Session(build_parser().parse_args(["--verify", "quick"]), slerpmerge.NOTHING_WRITTEN)
+    session = Session(build_parser().parse_args([]), slerpmerge.NOTHING_WRITTEN)
     session.console, session.interactive = console, True
     session.view = MergeView(console)
     session.prepare_for = lambda *_: None
@@ -234,12 +223,15 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
     with (
         mock.patch.multiple(
             slerpmerge.story,
+            locate_parents=lambda recipe, *_: recipe,
             open_parents=lambda *_: scene.plan.parents,
             check_parity=lambda *_: scene.plan.parity,
             plan_merge=lambda *_: scene.plan,
             execute_merge=execute,
         ),
         mock.patch.object(wizard.checkpoint, "open_checkpoint", lambda folder: scene.plan.parents.primary),
+        mock.patch.object(wizard.hub, "must_be_looked_up", lambda folder: False),
+        mock.patch.object(wizard.story, "check_fit", lambda *_: None),
         mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=scene.plan.disk_free_bytes)),
         mock.patch("sys.argv", ["slerpmerge.py"]),
         mock.patch("time.perf_counter", clock),
@@ -267,9 +259,10 @@ def draw_pictures(scene: Scene) -> Iterator[tuple[str, Console]]:
     console = RecordingConsole()
     console.print(render_map(console, map_of_merge(scene.report.merged, "weights")))
     yield "map", console
-    console = RecordingConsole(get_time=(clock := Clock()))
-    draw_session(console, clock, scene)
-    yield "merge", console
+    for width in (100, 60, 80, 160):
+        console = RecordingConsole(width, get_time=(clock := Clock()))
+        draw_session(console, clock, scene)
+        yield "merge" if width == 100 else f"merge-{width}", console
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -25,7 +27,9 @@ from slerpkit import __version__
 from slerpkit.lazy import load_modules
 from slerpkit.merge.plan import MergePlan, plan_merge
 from slerpkit.messages import SlerpMergeError
-from slerpkit.screen.flags import parse_size
+from slerpkit.schedule import BLENDS, parse_blend
+from slerpkit.screen.flag_values import format_size, parse_size
+from slerpkit.screen.flags import FLAG_GROUPS, answers_given, build_parser, equivalent_command
 from tests.builders import (
     LLAMA_CONFIG,
     add_tokenizer,
@@ -122,7 +126,7 @@ class TestMerge:
         assert load_tensors(tmp_path / "child").keys() == load_tensors(pair[0]).keys()
         assert "21 slerped" in outcome.out
         assert str(tmp_path / "child") in outcome.out
-        assert "100 %" in outcome.out
+        assert "%" not in outcome.out, "no progress is told of so short a merge"
 
     def test_a_flag_may_hold_quotes_tilde_and_variables(self, run, pair, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -150,6 +154,47 @@ class TestMerge:
         assert torch.equal(child[first], primary[first])
         assert torch.equal(child[last], secondary[last])
         assert torch.equal(child["lm_head.weight"], primary["lm_head.weight"])
+
+    @pytest.mark.parametrize("text", [*(name for name, _, _ in BLENDS), "att", "R", " Primary  at", "lean to s"])
+    def test_t_takes_every_blend_that_the_prompt_names(self, text):
+        given = answers_given(build_parser().parse_args([*MERGE, "--t", text]))
+        assert given.blend.schedule == parse_blend(text)
+        shown = shlex.split(equivalent_command(given.recipe, given.options))
+        (name,) = (name for name, _, _ in BLENDS if name.startswith(" ".join(text.lower().split())))
+        assert shown[shown.index("--t") + 1] == name
+        assert answers_given(build_parser().parse_args(shown[2:])).blend == given.blend
+
+    def test_t_takes_filters_as_the_prompt_does(self):
+        arguments = build_parser().parse_args([*MERGE, "--t", "self_attn=0,1 mlp = 1, 0 0.5"])
+        assert answers_given(arguments).blend.schedule == parse_blend("self_attn=0,1 mlp=1,0 0.5")
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("lean", "could be lean to primary or lean to secondary"),
+            ("task vectors", "--base MODEL"),
+            ("find", "--sweep --perplexity FILE"),
+            ("mine.yaml", "--recipe FILE"),
+            ("even so", "attention and mlp"),
+        ],
+    )
+    def test_a_t_that_is_none_says_what_would_be(self, run, pair, text, words):
+        assert_refused(run(*MERGE, "--t", text), words, "--help", status=2)
+
+    @pytest.mark.parametrize("t", [(), ("--t", "0.25"), ("--t", "ramp")], ids=str)
+    def test_yes_takes_the_proposed_save_directory_and_says_which(self, run, pair, tmp_path, t):
+        name = {"0.25": "primary-secondary-slerp-0.25", "ramp": "primary-secondary-slerp"}.get(
+            t[-1] if t else "", "primary-secondary-slerp-0.5"
+        )
+        for expected in (name, f"{name}-2"):
+            outcome = run(*MERGE[:4], "--yes", *t)
+            assert outcome.status == 0, outcome.err
+            assert outcome.out.startswith(f"The child goes to {expected}.\n")
+            assert (tmp_path / expected / "model.safetensors").is_file()
+
+    def test_a_dry_run_takes_the_proposed_save_directory(self, run, pair, tmp_path):
+        assert run(*MERGE[:4], "--dry-run", "--json").report["child"] == "primary-secondary-slerp-0.5"
+        assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 
     def test_max_shard_size_cuts_the_child(self, run, pair, tmp_path):
         assert run(*MERGE, "--max-shard-size", "4KB").status == 0
@@ -296,8 +341,8 @@ class TestBase:
         outcome = run(*MERGE, *flags)
         assert outcome.status == 0
         text = " ".join(outcome.out.replace("│", " ").split())
-        assert ("21 of 21 tensors lie less than 1.8 degrees apart" in text) == (not flags)
-        assert ("name the base with --base" in text) == (not flags)
+        assert ("note Most tensors lie less than 1.8 degrees apart" in text) == (not flags)
+        assert ("name the base (`task vectors` at Blend, or --base)" in text) == (not flags)
 
     def test_parents_far_apart_get_no_such_advice(self, run, pair):
         assert "--base" not in run(*MERGE).out
@@ -421,7 +466,9 @@ def test_a_merge_whose_output_nobody_reads_goes_on_to_its_child(pair, tmp_path, 
     os.close(writing)
     assert done.returncode == 0
     assert (tmp_path / "child" / "model.safetensors").exists()
-    assert flag or done.stderr == ""
+    unread = "Nobody reads the output any more; the run goes on without it."
+    assert unread in done.stderr.splitlines()
+    assert flag or done.stderr.splitlines() == [unread, f"The child stands in {tmp_path / 'child'}."]
     assert "roken pipe" not in done.stderr
 
 
@@ -479,6 +526,29 @@ class TestStreamsThatAreClosedOrFull:
         assert "There is no terminal to ask at; give --primary" in outcome.err
 
 
+# Runs a script, and sends it Ctrl-C while it imports a module.
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+del sys.argv[0]
+name = sys.argv.pop(0)
+class Interruption:
+    def find_spec(self, module, path, target=None):
+        if module == name:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interruption())
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a process cannot send itself Ctrl-C")
+@pytest.mark.parametrize("module", ["slerpkit.lazy", "argparse", "slerpkit.screen.terminal", "rich.console"])
+def test_ctrl_c_while_the_program_loads_is_one_line(pair, tmp_path, module):
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, module, slerpmerge.__file__, *MERGE]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nStopped. Nothing was written.\n")
+
+
 class TestWithoutTorch:
     """What needs no arithmetic answers before torch could be loaded."""
 
@@ -502,6 +572,14 @@ class TestWithoutTorch:
         assert set(told[1:]) <= loaded
         assert fingerprint(tmp_path) == before
         assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
+
+    def test_help_is_in_groups_with_three_examples(self, run):
+        outcome = run("--help")
+        places = [outcome.out.index(f"\n{title}:\n") for title in FLAG_GROUPS]
+        assert places == sorted(places)
+        assert outcome.out.count("  python slerpmerge.py --") == 3
+        for line in re.findall(r"^  python slerpmerge.py (.*)$", outcome.out, re.MULTILINE):
+            build_parser().parse_args(shlex.split(line))
 
     def test_the_version_is_printed(self, run):
         assert run("--version") == Outcome(0, f"slerpmerge {__version__}\n", "")
@@ -584,13 +662,14 @@ class TestWrongUsage:
         ("given", "missing"),
         [
             ((), ["--primary", "--secondary", "--save-dir", "--t", "--yes"]),
-            (("--yes",), ["--primary", "--secondary", "--save-dir"]),
-            (("--dry-run", "--primary", "primary"), ["--secondary", "--save-dir"]),
+            (("--yes",), ["--primary", "--secondary"]),
+            (("--dry-run", "--primary", "primary"), ["--secondary"]),
+            ((*MERGE[:4], "--sweep", "--perplexity", "x"), ["--yes"]),
             (MERGE[:-1], ["--t", "--yes"]),
             ((*MERGE[:-1], "--t", "0.5"), ["--yes"]),
-            ((*MERGE[:4], "--json", "--yes"), ["--save-dir"]),
+            ((*MERGE[:2], "--json", "--yes"), ["--secondary"]),
         ],
-        ids=["nothing", "yes", "dry-run", "folders", "all-but-yes", "json"],
+        ids=["nothing", "yes", "dry-run", "sweep", "folders", "all-but-yes", "json"],
     )
     def test_without_a_terminal_each_missing_flag_is_named(self, run, pair, given, missing):
         outcome = run(*given)
@@ -654,7 +733,8 @@ class TestWrongUsage:
             ("1.5 kb", 1500),
             ("1T", 10**12),
             ("300k", 300_000),
-            (" 12345 ", 12345),
+            (" 12345678 ", 12_345_678),
+            ("1000000", 1_000_000),
             ("64B", 64),
         ],
     )
@@ -665,6 +745,15 @@ class TestWrongUsage:
     def test_what_is_no_size(self, text):
         with pytest.raises(SlerpMergeError, match="is not a size"):
             parse_size(text)
+
+    @pytest.mark.parametrize("number", ["3", "1.5", "999999", " 5000 "])
+    def test_a_bare_number_that_can_hardly_mean_bytes_is_refused_with_what_may_be_meant(self, run, pair, number):
+        outcome = run(*MERGE, "--max-shard-size", number)
+        assert_refused(outcome, f"Did you mean {number.strip()}GB?", "--help", status=2)
+
+    @pytest.mark.parametrize("size", [1, 64, 999, 5000, 12_345, 1_500_000, 2_000_000, 5_000_000_000, 2 * 1024**3])
+    def test_a_size_in_the_shown_command_is_read_as_it_was(self, size):
+        assert parse_size(format_size(size)) == size
 
 
 # ── Bad input: each function spoils what make_pair has made below a folder, and returns flags that differ ──

@@ -257,10 +257,10 @@ def test_what_changes_no_bit_does_not_start_anew(tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"t": 0.3}, "its schedule was another"),
-        ({"method": "lerp"}, "its method was another"),
-        ({"dtype": "float16"}, "its dtype was another"),
-        ({"max_shard_bytes": 5001}, "its max shard bytes was another"),
+        ({"t": 0.3}, "t was different"),
+        ({"method": "lerp"}, "the method was different"),
+        ({"dtype": "float16"}, "the dtype was different"),
+        ({"max_shard_bytes": 5001}, "the largest size of a file was different"),
         ({"restart": True}, "as asked"),
     ],
 )
@@ -957,7 +957,7 @@ sys.exit(slerpmerge.main(sys.argv[1:]))
 def test_a_signal_ends_it_with_one_line_and_the_same_command_carries_on(tmp_path, parents, name, status, words):
     primary, secondary = make_pair(tmp_path)
     parents.watch(primary, secondary)
-    arguments = command_line(primary, secondary, tmp_path / "child", "--max-shard-size", "2000")[2:]
+    arguments = command_line(primary, secondary, tmp_path / "child", "--max-shard-size", "2000B")[2:]
     command = [sys.executable, "-c", SLOW_MAIN, *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=SCRIPT.parent
@@ -1166,7 +1166,7 @@ def test_nothing_is_written_but_the_child_and_its_staging_folder(tmp_path, paren
     for folder in (primary, secondary):
         add_tokenizer(folder)
     parents.watch(primary, secondary)
-    arguments = command_line(primary, secondary, tmp_path / "child", "--quiet", "--max-shard-size", "5000")[2:]
+    arguments = command_line(primary, secondary, tmp_path / "child", "--quiet", "--max-shard-size", "5000B")[2:]
     done = subprocess.run(
         [sys.executable, "-c", RECORDED_MERGE, *arguments],
         capture_output=True,
@@ -1498,7 +1498,7 @@ def test_a_name_too_long_to_grow_beside_is_refused_at_once(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signals")
 def test_what_nohup_ignores_stays_ignored(tmp_path):
     primary, secondary = make_pair(tmp_path)
-    arguments = command_line(primary, secondary, tmp_path / "child", "--max-shard-size", "2000")[2:]
+    arguments = command_line(primary, secondary, tmp_path / "child", "--max-shard-size", "2000B")[2:]
     command = [sys.executable, "-c", SLOW_MAIN, *arguments]
     with subprocess.Popen(
         command,

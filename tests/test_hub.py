@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 
 import slerpmerge
@@ -472,10 +473,19 @@ def test_without_a_login_an_upload_says_how_to_get_one(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("Ünï child", "Uni-child"), ("a--b..c", "a-b.c"), ("-x.", "x"), ("模型", "child"), ("y" * 200, "y" * 96)],
+    [
+        ("primary-secondary-slerp-0.5", "primary-secondary-slerp-0.5"),
+        ("Ünï child", "Uni-child"),
+        ("a--b..c (2)", "a-b-c-2"),
+        ("-x.", "x"),
+        (".hidden.git", "hidden"),
+        ("模型", "child"),
+        ("y" * 200, "y" * 96),
+    ],
 )
 def test_a_proposed_name_is_one_that_the_hub_takes(folder: str, name: str) -> None:
     assert repository_name(folder) == name
+    validate_repo_id(name)
     assert parse_repository(repository_name(folder), "ada") == f"ada/{name}"
 
 

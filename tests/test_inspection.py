@@ -274,12 +274,33 @@ def test_the_picture_is_xml_whatever_the_names(tmp_path):
     assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + 2 * (40 * 14 + 2)
 
 
-def test_colours_run_from_the_least_to_the_greatest():
+def test_angles_run_from_the_least_to_the_greatest_and_norm_ratios_over_a_fixed_scale():
     angles, ratios = map_scales(large_map())
     assert angles.colour(1.0) == ANGLE_RAMP[0]
     assert angles.colour(170.0) == ANGLE_RAMP[-1]
     assert ratios.colour(1.0) == RATIO_RAMP[1]
-    assert ratios.colour(1.5) == RATIO_RAMP[2]
+    assert ratios.colour(1.5) == ratios.colour(4.0) == RATIO_RAMP[2]
+
+
+def map_of_ratios(*ratios: float) -> DifferenceMap:
+    """A map of one component whose layers have these norm ratios."""
+    parts = [TensorDifference(f"m.layers.{n}.q_proj.weight", 4, 9.0 + n, (1.0, r)) for n, r in enumerate(ratios)]
+    return build_map(parts, "weights")
+
+
+def test_a_ratio_of_one_percent_is_pale():
+    _, ratios = map_scales(map_of_ratios(1.0, 1.01))
+    assert max(abs(a - b) for a, b in zip(ratios.colour(1.01), RATIO_RAMP[1])) < 10
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+@pytest.mark.parametrize(("least", "is_line"), [(0.96, True), (0.94, False), (0.0, False)])
+def test_norms_that_are_all_alike_are_one_line(width, least, is_line):
+    console = RecordingConsole(width)
+    console.print(render_map(console, map_of_ratios(least, 1.0, 1.049)))
+    lines = console.export_text().splitlines()
+    assert ("Norms: 0.960 to 1.049 of the primary's, all within 5 %" in lines) == is_line
+    assert any("Norm of the secondary over" in line for line in lines) != is_line
 
 
 # ── The command line ──

@@ -30,7 +30,7 @@ from slerpkit.evaluation.perplexity import (
     sliding_windows,
     standard_error,
 )
-from slerpkit.evaluation.taste import taste, taste_finding
+from slerpkit.evaluation.taste import TASTE_TOKENS, taste, taste_finding
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded, ignore
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.checkpoint import open_checkpoint
@@ -241,9 +241,17 @@ def test_progress_is_told_to_its_end(family, tmp_path):
     events: list[object] = []
     compare_perplexity(family, texts, events.append)
     taste(family, [ALPHABET[1]], events.append)
-    totals = [event.total for event in events if isinstance(event, WorkBegan)]
-    assert totals == [3 * 2 * 450, 3]
-    assert sum(event.amount for event in events if isinstance(event, WorkAdvanced)) == sum(totals)
+    began = [(event.what, event.total, event.unit) for event in events if isinstance(event, WorkBegan)]
+    deeds = [("Measuring", 2 * 149), ("Tasting", TASTE_TOKENS)]
+    assert began == [
+        stretch
+        for deed, tokens in deeds
+        for role, _ in family.folders
+        for stretch in ((f"Loading the {role}", 0, ""), (f"{deed} the {role}", tokens, "tokens"))
+    ]
+    amounts = [event.amount for event in events if isinstance(event, WorkAdvanced)]
+    assert sum(amounts) == sum(total for _, total, _ in began)
+    assert max(amounts) < TASTE_TOKENS, "while an answer grows, not only at its end"
     assert sum(isinstance(event, WorkEnded) for event in events) == 2
 
 

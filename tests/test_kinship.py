@@ -52,6 +52,19 @@ def test_the_angles_are_those_of_the_weights(tmp_path, dtypes):
     assert found.degrees == pytest.approx(angle(""), abs=1e-6)
 
 
+def test_whether_most_matrices_lie_near_each_other_is_told_from_them_one_by_one(tmp_path):
+    """Identical ones are not near: they are copied, and a base would not help them."""
+    names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("gate", "up", "down")]
+    left = {name: torch.eye(8) for name in names}
+    right = {name: weight + 0.01 * torch.ones(8, 8) for name, weight in left.items()}
+    near = kinship_of(tmp_path / "near", left, right)
+    assert len(near.angles) == 6
+    assert near.are_mostly_within(5)
+    assert not near.are_mostly_within(0.5)
+    half = kinship_of(tmp_path / "half", left, {**right, **{name: left[name].clone() for name in names[:3]}})
+    assert not half.are_mostly_within(5)
+
+
 def test_large_matrices_are_sampled_in_their_middle(tmp_path):
     """What lies outside the middle is not read: it would cost the time of a merge."""
     size = KINSHIP_ELEMENTS

@@ -597,16 +597,15 @@ def test_everything_that_blocks_is_said_at_once_with_both_values(tmp_path):
     secondary = make_checkpoint(
         tmp_path / "secondary",
         {**llama_tensors(2), "right": torch.ones(1), "model.norm.weight": torch.ones(HIDDEN + 1)},
-        {**LLAMA_CONFIG, "model_type": "mistral", "hidden_act": "gelu", "rope_theta": 5e5},
+        {**LLAMA_CONFIG, "hidden_act": "gelu", "rope_theta": 5e5},
     )
     quantised = {"quant_method": "gptq"}
     edit_json(secondary / "config.json", quantization_config=quantised, max_position_embeddings=9)
     report = parity_of(primary, secondary)
-    assert [mismatch.severity for mismatch in report.mismatches] == ["blocking"] * 7 + ["resolved", "notice"]
-    with pytest.raises(SlerpMergeError, match="cannot make a right child") as caught:
+    assert [mismatch.severity for mismatch in report.mismatches] == ["blocking"] * 6 + ["resolved", "notice"]
+    with pytest.raises(SlerpMergeError, match="These two cannot be merged") as caught:
         report.raise_if_blocking()
     for words in (
-        "model_type: primary llama, secondary mistral",
         "hidden_act: primary silu, secondary gelu",
         "rope_theta: primary 10000.0, secondary 500000.0",
         "primary not quantised, secondary GPTQ",
@@ -617,6 +616,55 @@ def test_everything_that_blocks_is_said_at_once_with_both_values(tmp_path):
         assert words in caught.value.message
     assert "max_position_embeddings" not in caught.value.message
     assert caught.value.hint
+
+
+def wider(scale: int) -> dict[str, torch.Tensor]:
+    """A Llama whose every tensor is so much wider, under the same names."""
+    return {name: torch.ones([size * scale for size in tensor.shape]) for name, tensor in llama_tensors(2).items()}
+
+
+def test_another_architecture_is_told_alone(tmp_path):
+    primary = make_checkpoint(tmp_path / "primary", llama_tensors(1))
+    config = {**LLAMA_CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 32}
+    secondary = make_checkpoint(tmp_path / "secondary", {**wider(2), "extra": torch.ones(1)}, config)
+    (found,) = parity_of(primary, secondary).mismatches
+    assert (found.severity, found.subject) == ("blocking", "architectures")
+
+
+def test_many_tensors_of_another_shape_are_one_line(tmp_path):
+    primary = make_checkpoint(tmp_path / "primary", llama_tensors(1))
+    secondary = make_checkpoint(tmp_path / "secondary", wider(2))
+    with pytest.raises(SlerpMergeError) as caught:
+        parity_of(primary, secondary).raise_if_blocking()
+    lines = caught.value.message.splitlines()
+    assert len(lines) <= 10
+    assert "  21 tensors, such as lm_head.weight: primary [48, 16], secondary [96, 32]." in caught.value.message
+
+
+def test_a_norm_is_no_vocabulary(tmp_path):
+    report = compare_tensors(tmp_path, {}, {"model.norm.weight": torch.ones(HIDDEN + 1)})
+    (found,) = report.of_severity("blocking")
+    assert (found.subject, found.consequence) == ("model.norm.weight", "Tensors of different shape cannot be blended.")
+
+
+def test_a_refusal_is_about_ten_lines_at_most(tmp_path):
+    many = {f"setting_{number}": number for number in range(30)}
+    report = compare_configs(tmp_path, many, {key: value + 1 for key, value in many.items()})
+    with pytest.raises(SlerpMergeError) as caught:
+        report.raise_if_blocking()
+    assert caught.value.message.endswith("\n  and 22 more")
+    assert len(caught.value.message.splitlines()) == 10
+
+
+@pytest.mark.parametrize("config", [LLAMA_CONFIG, {**LLAMA_CONFIG, "model_type": "mistral"}], ids=["shape", "kind"])
+def test_a_base_that_does_not_fit_asks_for_another_base(tmp_path, config):
+    recipe = MergeRecipe(*make_pair(tmp_path), base=make_checkpoint(tmp_path / "base", wider(2), config))
+    with pytest.raises(SlerpMergeError, match="This base does not go with these two") as caught:
+        check_parity(open_parents(recipe), recipe).raise_if_blocking()
+    assert len(caught.value.message.splitlines()) <= 5
+    assert "primary" in caught.value.message
+    assert "base [" in caught.value.message or "base mistral" in caught.value.message
+    assert caught.value.hint.startswith("Choose as base the model that both were fine-tuned from")
 
 
 # ── Resolved ──────────────────────────────────────────────────────────────────────────────────────

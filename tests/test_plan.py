@@ -709,3 +709,15 @@ def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
         make_checkpoint(tmp_path / role, {**llama_tensors(seed), name: torch.ones(2)}, storage="bin")
     with refused("is no name that a safetensors file can hold"):
         planned(tmp_path)
+
+
+def test_parents_with_the_same_weights_are_told_before_the_start(tmp_path):
+    primary, secondary = make_pair(tmp_path)
+    assert plan_of(primary, secondary, tmp_path / "child").remarks == ()
+    again = make_checkpoint(tmp_path / "again", load_tensors(primary), shards=2)
+    (remark,) = plan_of(primary, again, tmp_path / "child").remarks
+    assert "hold the same weights" in remark
+    other = load_tensors(primary)
+    other["model.norm.weight"] = other["model.norm.weight"] + 1
+    almost = make_checkpoint(tmp_path / "almost", other)
+    assert plan_of(primary, almost, tmp_path / "child").remarks == ()

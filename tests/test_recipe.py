@@ -492,8 +492,8 @@ def vectors(stacks: Mapping[str, int], parts: Sequence[str], outside: Sequence[s
 
 def hollow_pair(folder: Path, tensors: Mapping[str, torch.Tensor], depth: int) -> tuple[Path, Path]:
     config = {**LLAMA_CONFIG, "num_hidden_layers": depth}
-    left, right = (make_checkpoint(folder / side, tensors, config) for side in ("primary", "secondary"))
-    return left, right
+    others = {name: tensor + 1 for name, tensor in tensors.items()}
+    return make_checkpoint(folder / "primary", tensors, config), make_checkpoint(folder / "secondary", others, config)
 
 
 def planned_t(primary: Path, secondary: Path, **settings: Any) -> dict[str, float]:

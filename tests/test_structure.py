@@ -53,8 +53,9 @@ FLOORS = (
     " slerpkit.evaluation.harness slerpkit.evaluation.objectives slerpkit.evaluation.sweep slerpkit.demo",
     "slerpkit.screen.terminal slerpkit.screen.console slerpkit.screen.panels slerpkit.screen.figures"
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
-    " slerpkit.screen.prompts slerpkit.screen.wizard slerpkit.screen.flags slerpkit.screen.lookahead"
-    " slerpkit.screen.session slerpkit.screen.fetching slerpkit.screen.afterwards",
+    " slerpkit.screen.prompts slerpkit.screen.blend_prompt slerpkit.screen.wizard slerpkit.screen.flag_values"
+    " slerpkit.screen.flags slerpkit.screen.lookahead slerpkit.screen.session slerpkit.screen.fetching"
+    " slerpkit.screen.afterwards",
     "slerpmerge",
 )
 # The package's door hands out merge_models, which it imports when it is asked for.

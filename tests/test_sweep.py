@@ -21,6 +21,7 @@ from slerpkit.evaluation.sweep import (
     describe_best,
     find_t,
     forget_sweep,
+    lost_by,
     remove_trial,
 )
 from slerpkit.files import is_inside
@@ -31,8 +32,9 @@ from slerpkit.recipe import LayerSlice
 from slerpkit.recipe_file import read_recipe
 from slerpkit.schedule import Schedule
 from slerpkit.screen.figures import draw_plot, render_finding
+from slerpkit.screen.flags import build_parser, evaluation_words
 from slerpkit.story import prepare_merge
-from tests.builders import load_tensors, make_pair, make_real_model, merge, plan_of
+from tests.builders import edit_json, load_tensors, make_pair, make_real_model, merge, plan_of
 from tests.pictures import RecordingConsole
 from tests.test_command_line import run  # noqa: F401  (a fixture)
 from tests.test_judgement import write_text
@@ -188,8 +190,18 @@ def test_a_stopped_sweep_goes_on_where_it_was(plan, tmp_path, monkeypatch, stop_
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("change", ["text", "method", "restart", "torn", "empty"])
-def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatch, change):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("text", "the texts were different"),
+        ("method", "the method was different"),
+        ("restart", "as asked"),
+        ("odd", "cannot be read"),
+        ("torn", None),
+        ("empty", None),
+    ],
+)
+def test_what_was_found_for_another_sweep_is_not_used_and_that_is_told(plan, tmp_path, monkeypatch, change, reason):
     tried: list[float] = []
     monkeypatch.setattr(TextLosses, "measure", bowl(0.3, tried))
     objective = Objective((tmp_path / "text-1.txt",))
@@ -202,11 +214,42 @@ def test_what_was_found_for_another_sweep_is_not_used(plan, tmp_path, monkeypatc
         recipe = dataclasses.replace(recipe, method="lerp")
     elif change == "restart":
         options = dataclasses.replace(options, restart=True)
+    elif change == "odd":
+        edit_json(tmp_path / ".child.slerpmerge-sweep" / "journal.json", columns=None)
     else:
         torn = "{}" if change == "torn" else ""
         (tmp_path / ".child.slerpmerge-sweep" / "journal.json").write_text(torn, encoding="utf-8")
-    find_t(prepare_merge(recipe, options), objective, ignore)
+    told: list[object] = []
+    again = prepare_merge(recipe, options)
+    lost = lost_by(again, objective)
+    find_t(again, objective, told.append)
     assert len(tried) == 2 * whole
+    noted = [event.text for event in told if isinstance(event, Noted) and "discarded" in event.text]
+    assert len(noted) == (reason is not None)
+    assert all(reason in text for text in noted)
+    assert lost in (None, *noted)
+    assert (lost is None) == (change in ("odd", "torn", "empty"))
+
+
+def test_texts_given_in_another_order_are_the_same_search(plan, tmp_path, monkeypatch):
+    first, second = tmp_path / "text-1.txt", tmp_path / "text-2.txt"
+    before = find_t(plan, Objective((first, second)), ignore)["figures"]
+    told: list[object] = []
+    monkeypatch.setattr(TextLosses, "measure", None)  # nothing is measured again
+    assert lost_by(plan, Objective((second, first))) is None
+    after = find_t(plan, Objective((second, first)), told.append)["figures"]
+    assert told[0] == Noted(f"Carrying on: {len(before['trials'])} models are measured already.")
+    assert after["names"] == ["text-2.txt", "text-1.txt"]
+    assert after["best_t"] == before["best_t"]
+    for was, now in zip(before["trials"], after["trials"]):
+        assert now["values"] == was["values"][::-1]
+        assert now["loss"] == pytest.approx(was["loss"])
+
+
+def test_the_shown_command_has_the_texts_in_the_order_given():
+    arguments = build_parser().parse_args(["--perplexity", "z.txt"])
+    words = list(evaluation_words(arguments, Objective((Path("y.txt"), Path("z.txt"), Path("a.txt")))))
+    assert words[1:] == ["--perplexity", "z.txt", "--perplexity", "y.txt", "--perplexity", "a.txt"]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from rich.cells import cell_len
@@ -19,17 +20,25 @@ from slerpkit.merge.journal import Leftover
 from slerpkit.merge.plan import MergePlan
 from slerpkit.merge.tensor_plan import MergedTensor
 from slerpkit.messages import SlerpMergeError
-from slerpkit.parents.tensors import layer_positions
+from slerpkit.parents.tensors import find_layer, layer_positions
+from slerpkit.parity.kinship import Kinship
 from slerpkit.parity.report import Mismatch, ParityReport
 from slerpkit.schedule import parse_blend
 from slerpkit.screen.console import render_error
-from slerpkit.screen.panels import draw_curve, next_commands, render_curves, render_parity, render_plan, render_report
-from slerpkit.screen.progress import MergeView
+from slerpkit.screen.panels import (
+    draw_curve,
+    next_commands,
+    render_curves,
+    render_parity,
+    render_plan,
+    render_report,
+)
+from slerpkit.screen.progress import LayerStrip, MergeView
 from slerpkit.threads import BackgroundThread
 from tests.pictures import Clock, RecordingConsole, Scene, draw_pictures, draw_progress, make_scene
 from tests.terminal import words
 
-WIDTHS = (60, 100, 160)
+WIDTHS = (60, 80, 100, 160)
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9\d|10[0-7])[;\dm]")
 
 
@@ -91,35 +100,30 @@ ROPE = Mismatch("blocking", "rope_theta", "10000", "500000", "Equal shapes hide 
 
 
 class TestPlainLines:
-    def percents(self, scene: Scene, console: Console) -> list[int]:
+    def lines_of(self, scene: Scene, seconds: float, steps: int = 1000) -> list[str]:
+        """What is printed of a merge that takes so long, and tells of its work in so many steps."""
+        console = plain_console(get_time=(clock := Clock()))
         with MergeView(console) as view:
-            for event in scene.events:
-                view.observe(event)
-        return [int(percent) for percent in re.findall(r"^ *(\d+) %", written(console), re.MULTILINE)]
+            view.observe(merge_began(scene))
+            for _ in range(steps):
+                clock.now += seconds / steps
+                view.observe(WorkAdvanced(scene.plan.child_bytes // steps + 1))
+        return written(console).splitlines()
 
-    def test_percents_rise_by_about_five_and_end_at_100(self, scene):
-        percents = self.percents(scene, plain_console())
-        assert percents == sorted(set(percents))
-        assert len(percents) == 20
-        assert percents[-1] == 100
+    @pytest.mark.parametrize(("seconds", "lines"), [(1.9, 0), (9, 1), (24, 3), (110, 10), (10_000, 10)])
+    def test_a_line_comes_every_ten_percent_and_ten_seconds_at_most(self, scene, seconds, lines):
+        assert len(self.lines_of(scene, seconds)) == lines
 
     def test_each_line_says_how_much_of_how_much(self, scene):
-        console = plain_console()
-        self.percents(scene, console)
-        assert written(console).splitlines()[-1] == "100 %  14.5 GB of 14.5 GB"
+        lines = self.lines_of(scene, 1000)
+        percents = [int(re.fullmatch(r"Merging: +(\d+) %, [\d.]+ GB of 14.5 GB", line)[1]) for line in lines]
+        assert percents == list(range(10, 101, 10))
 
     def test_one_large_tensor_gives_one_line(self, scene):
-        console = plain_console()
-        view = MergeView(console)
-        view.observe(merge_began(scene))
-        view.observe(WorkAdvanced(scene.plan.child_bytes))
-        assert written(console).splitlines()[-1] == "100 %  14.5 GB of 14.5 GB"
-        assert written(console).count("%") == 1
+        assert self.lines_of(scene, 60, steps=1) == ["Merging: 100 %, 14.5 GB of 14.5 GB"]
 
     def test_a_stream_that_is_no_terminal_gets_no_escape_code(self, scene):
-        console = plain_console()
-        self.percents(scene, console)
-        assert "\x1b" not in written(console) + "".join(screens(console, scene))
+        assert "\x1b" not in "".join((*self.lines_of(scene, 100), *screens(plain_console(), scene)))
 
     def test_a_quiet_view_says_nothing(self, scene):
         console = plain_console()
@@ -210,12 +214,11 @@ class TestPlanPanel:
             "meadow/finch-7b-chat: LlamaForCausalLM, 7.2B parameters, 14.5 GB, bfloat16",
             "meadow/finch-7b-code: LlamaForCausalLM, 7.2B parameters, 14.5 GB, float16",
             "child finch-7b-chat-finch-7b-code-slerp",
-            "blend slerp, t = 0.5",
-            "tensors 291 (291 to slerp)",
-            "files 3 files, 14.5 GB",
+            "blend slerp, even (t = 0.5)",
+            "tensors 291 to slerp; 14.5 GB in 3 files",
             "tokenizer from the primary",
-            "14.5 GB needed, 412 GB free",
-            "at the peak, 8 threads",
+            "needs 14.5 GB of disk, 412 GB are free; ",
+            "time 13 s expected, with 8 threads",
         ):
             assert value in text
 
@@ -229,9 +232,63 @@ class TestPlanPanel:
         plan = dataclasses.replace(scene.plan, threads=1)
         assert "1 thread " in words(shown(lambda console: render_plan(console, plan), 100)) + " "
 
+    @pytest.mark.parametrize(
+        ("degrees", "colour", "told"),
+        [
+            (3.2, "32", "siblings: 3.2 degrees apart, fine-tunes of one base"),
+            (40.0, "33", "relatives: 40.0 degrees apart, more than fine-tunes usually are"),
+            (89.8, "31", "strangers: 89.8 degrees apart, their children seldom speak"),
+            (None, "33", "unknown: no matrices to compare"),
+        ],
+    )
+    def test_kinship_has_its_meaning_and_its_colour(self, scene, degrees, colour, told):
+        plan = dataclasses.replace(scene.plan, kinship=Kinship(degrees, ()))
+        console = RecordingConsole(100)
+        with console.capture() as capture:
+            console.print(render_plan(console, plan))
+        assert f"\x1b[{colour}m{told}" in capture.get()
+
+    @pytest.mark.parametrize(
+        ("angles", "recipe", "advised"),
+        [
+            ((0.5, 1.7, 9.0), {}, True),
+            ((0.5, 9.0, 9.0), {}, False),
+            ((0.0, 0.0, 0.5), {}, False),
+            ((0.5, 1.7, 9.0), {"base": Path("base")}, False),
+            ((0.5, 1.7, 9.0), {"method": "lerp"}, False),
+            ((), {}, False),
+        ],
+    )
+    def test_where_slerp_is_a_straight_line_a_base_is_advised(self, scene, angles, recipe, advised):
+        recipe = dataclasses.replace(scene.plan.recipe, **recipe)
+        plan = dataclasses.replace(scene.plan, recipe=recipe, kinship=Kinship(5.0, (), angles))
+        text = words(shown(lambda console: render_plan(console, plan), 100))
+        assert ("note Most tensors lie less than 1.8 degrees apart" in text) is advised
+
+    @pytest.mark.parametrize(
+        ("answer", "told"),
+        [
+            ("ramp", "slerp, ramp (t = 0, 0.1, 0.5, 0.9, 1)"),
+            ("0.3", "slerp, lean to primary (t = 0.3)"),
+            ("0.31", "slerp, t = 0.31"),
+        ],
+    )
+    def test_a_blend_that_has_a_name_is_called_by_it(self, scene, answer, told):
+        recipe = dataclasses.replace(scene.plan.recipe, schedule=parse_blend(answer))
+        plan = dataclasses.replace(scene.plan, recipe=recipe)
+        assert f"blend {told} kinship" in words(shown(lambda console: render_plan(console, plan), 100))
+
+    def test_why_a_tokenizer_is_taken_is_told_where_it_is_not_simply_the_primarys(self, scene):
+        assert "tokenizer from the primary needs" in words(shown(lambda console: render_plan(console, scene.plan), 100))
+        vocabulary = dataclasses.replace(scene.plan.parity.vocabulary, tokenizer_source="secondary", reason="it alone")
+        parity = dataclasses.replace(scene.plan.parity, vocabulary=vocabulary)
+        plan = dataclasses.replace(scene.plan, parity=parity)
+        text = words(shown(lambda console: render_plan(console, plan), 100))
+        assert "tokenizer from the secondary: it alone needs" in text
+
     def test_where_a_sweep_finds_t_the_plan_says_none(self, scene):
         text = words(shown(lambda console: render_plan(console, scene.plan, warning="It lacks a norm."), 100))
-        assert "mind It lacks a norm." in text
+        assert "note It lacks a norm." in text
         text = words(shown(lambda console: render_plan(console, scene.plan, finds_t=True), 100))
         assert "blend slerp, t to be found" in text
         assert "0.5" not in text.partition("blend")[2].partition("kinship")[0]
@@ -363,18 +420,54 @@ class TestLiveDisplay:
         drawn = written(console).rindex("━")
         assert written(console)[drawn:].count("\x1b[2K") >= 2, "both lines of the display are erased"
 
-    @pytest.mark.parametrize(("width", "broken"), [(100, 0), (120, 0), (60, 1), (45, 2)])
-    def test_what_a_narrower_window_broke_off_the_bar_is_erased(self, scene, width, broken):
-        """A terminal breaks what stands there anew: the bar, as wide as it was, stands on more lines then."""
-        console = plain_console(force_terminal=True)
+    @pytest.mark.parametrize("width", [100, 160])
+    def test_a_window_made_narrower_breaks_no_line_of_it(self, scene, width):
+        """What broke would stay on the screen: nobody is told of the new width before the terminal has broken it."""
+        console = RecordingConsole(width, get_time=(clock := Clock()))
         view = MergeView(console)
-        view.work = merge_began(scene)
-        view.draw()
-        console.width = width
-        view.draw()
-        assert written(console) == "\x1b[2K\x1b[1A" * broken
-        view.draw()
-        assert written(console) == "\x1b[2K\x1b[1A" * broken, "once"
+        draw_progress(view, clock, scene, stop_at=0.5)
+        view.observe(long_named(scene))
+        with console.capture() as capture:
+            console.print(view.render())
+        assert max(map(cell_len, re.sub(r"\x1b\[[^m]*m", "", capture.get()).splitlines())) <= 60
+
+    def test_layers_that_are_copied_are_told_from_those_to_come(self, scene):
+        copied, others = 6, 26  # of 32 layers, each in a cell of its own
+        strip = LayerStrip(merge_began(scene).tensors)
+        for merged in scene.report.merged.tensors:
+            layer = find_layer(merged.tensor.name)
+            if layer is not None and layer[1] < copied:
+                strip.add(dataclasses.replace(merged, weights=TensorWeights(1.0, 0.0, "copy", "t = 0", None)))
+        for encoding, marks in (("utf-8", "░·"), ("ascii", "=.")):
+            strip_text = strip.render(plain_console(100, encoding)).plain
+            assert strip_text.split()[1] == marks[0] * copied + marks[1] * others
+
+    @pytest.mark.parametrize(("work", "told"), [
+        (WorkBegan("Measuring the primary", 40960, unit="tokens"), "12,288 of 40,960 tokens"),
+        (WorkBegan("Finding a good t", 100), "0%"),
+    ])  # fmt: skip
+    def test_what_is_counted_is_said(self, work, told):
+        for width in WIDTHS:
+            console = RecordingConsole(width, get_time=Clock())
+            view = MergeView(console)
+            with mock.patch("rich.live.Live.start"):
+                view.observe(work)
+            if work.unit:
+                view.observe(WorkAdvanced(12288))
+            console.print(view.render())
+            text = console.export_text()
+            assert told in text
+            assert work.what in text
+
+    def test_work_whose_end_is_not_known_has_a_bar_without_figures(self):
+        console = RecordingConsole(80, get_time=Clock())
+        view = MergeView(console)
+        with mock.patch("rich.live.Live.start"):
+            view.observe(WorkBegan("Loading the primary", 0))
+        console.print(view.render())
+        text = console.export_text()
+        assert "Loading the primary" in text
+        assert "%" not in text
 
 
 def test_the_pictures_show_the_whole_session(scene):

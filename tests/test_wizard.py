@@ -28,12 +28,13 @@ from slerpkit.parents.resolver import find_model
 from slerpkit.recipe import MergeRecipe, RunOptions
 from slerpkit.recipe_writer import recipe_text
 from slerpkit.schedule import BLENDS, Schedule, ScheduleRule, order_rules, parse_blend, parse_rule
+from slerpkit.screen.answers import Answers, Blend
+from slerpkit.screen.blend_prompt import OTHER_BLENDS
 from slerpkit.screen.finder import ModelFinder
 from slerpkit.screen.flags import answers_given, build_parser, equivalent_command
 from slerpkit.screen.history import History
 from slerpkit.screen.lookahead import Lookahead
 from slerpkit.screen.session import Session
-from slerpkit.screen.wizard import OTHER_BLENDS
 from slerpkit.story import prepare_merge
 from slerpkit.threads import BackgroundThread
 from tests.builders import (
@@ -68,9 +69,9 @@ def change_secondary_to_third(terminal: Terminal, save_directory: str) -> None:
 
 
 def start_and_leave(terminal: Terminal) -> None:
-    """Answers the last two questions: start the merge, and do not load the child. All must end well."""
-    terminal.answer("Start the merge?", "y")
-    terminal.answer("Load the child with transformers", "n")
+    """Answers the last two questions: start the merge, and do no more with the child. All must end well."""
+    terminal.answer("Start the merge?  (", "y")
+    terminal.answer("What now?  (")
     assert terminal.exit_status() == 0
 
 
@@ -195,7 +196,7 @@ class TestParseBlend:
         rules = (ScheduleRule((0, 1), "self_attn"), ScheduleRule((1, 0), "mlp"), ScheduleRule((0.5,)))
         assert parse_blend(text).rules == rules
 
-    @pytest.mark.parametrize("text", ["self_attn=0,1", "self_attn=0,1 mlp=1,0", " "])
+    @pytest.mark.parametrize("text", ["self_attn=0,1", "self_attn=0,1 mlp=1,0", "mlp= 0.5"])
     def test_nothing_for_the_other_tensors_is_refused(self, text):
         with pytest.raises(SlerpMergeError, match="leaves out the other tensors"):
             parse_blend(text)
@@ -206,7 +207,7 @@ class TestParseBlend:
             parse_blend(text)
 
     @pytest.mark.parametrize(
-        "text", ["odd", "evenly", "primarily", "nan", "inf", "50%", "0.5,", "0.5,,0.6", "mlp=x 0.5", "mlp= 0.5"]
+        "text", ["odd", "evenly", "primarily", "nan", "inf", "50%", "0.5,", "0.5,,0.6", "mlp=x 0.5", " "]
     )
     def test_what_is_no_number_is_refused(self, text):
         with pytest.raises(SlerpMergeError, match="is not a number"):
@@ -323,8 +324,9 @@ class TestSession:
             start_and_leave(terminal)
             text = terminal.text
         order = [
-            "? helps) primary", "? helps)  'second model/'", "? Save directory", "below/child", "? Blend", "0.25",
-            "Parity", "Plan", "t = 0.25", "? Start the merge?  (Y/n/c/i/s/?) y", "The same without questions:", "Done",
+            "? Primary model  primary", "? Secondary model  'second model/'", "? Save directory  below/child",
+            "? Blend  0.25",
+            "Parity", "Plan", "t = 0.25", "? Start the merge?  start", "The same without questions:", "Done",
             "21 slerped", "Try it, convert it, share it:",
         ]  # fmt: skip
         assert "--t=0.25--yes" in "".join(text.split())  # where the line is broken depends on the folder's name
@@ -338,17 +340,17 @@ class TestSession:
         assert names_below(tmp_path) == {"primary", "second model", "below"}
 
     def test_plain_enter_takes_every_default_that_is_shown(self, tmp_path):
+        """Two typed answers and four Enters from the command to the closing hints."""
         make_real_pair(tmp_path)
         with Terminal.start(folder=tmp_path) as terminal:
             terminal.answer_all(("Primary model", "primary"), ("Secondary model", "secondary"))
             terminal.answer("(primary-secondary-slerp)")
             terminal.answer("(even)")
-            terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
-            terminal.answer("Load the child with transformers, to be sure? (Y/n)")
-            terminal.answer("What now?")
+            terminal.answer("Start the merge?  (Enter start")
+            terminal.answer("What now?  (t taste, p perplexity, v verify, Enter leaves")
             assert terminal.exit_status() == 0
             assert "t = 0.5" in terminal.text
-            assert "no missing, unexpected or mismatched key" in terminal.text
+            assert "Try it, convert it, share it:" in terminal.text
         assert (tmp_path / "primary-secondary-slerp" / "model.safetensors").is_file()
         assert names_below(tmp_path) == {"primary", "secondary", "primary-secondary-slerp"}
 
@@ -359,7 +361,7 @@ class TestSession:
             terminal.answer("Start the merge?", "n")
             assert terminal.exit_status() == 0
             assert "Nothing was written" in terminal.text
-            assert "lerp, t = 0.7" in terminal.text
+            assert "lerp, lean to secondary (t = 0.7)" in terminal.text
             for question in ("? Primary", "? Secondary", "? Save"):
                 assert question not in terminal.text
             assert not re.search(r"\x1b\[(?:\d+;)*(?:3[0-8]|9\d)[;m]", terminal.output), "NO_COLOR leaves no colour"
@@ -375,7 +377,6 @@ class TestSession:
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
             terminal.answer("no chat template; take the secondary's?", answer)
             terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
             terminal.answer("What now?")
             assert terminal.exit_status() == 0
         assert (tmp_path / "child" / "chat_template.jinja").exists() is (answer == "y")
@@ -389,7 +390,7 @@ class TestSession:
             terminal.answer("in different ways. Merge all the same?", answer)
             if answer:
                 terminal.answer("Start the merge?", "y")
-                terminal.answer("Load the child with transformers", "n")
+                terminal.answer("What now?")
             assert terminal.exit_status() == (0 if answer else 1)
             assert "--acceptrms_norm_eps" in "".join(terminal.text.split())  # wherever the line was wrapped
         assert (tmp_path / "child").exists() is bool(answer)
@@ -403,7 +404,6 @@ class TestSession:
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
             terminal.answer("in different ways. Merge all the same?", "y")
             terminal.answer("Start the merge?", "y")
-            terminal.answer("Load the child with transformers", "n")
             terminal.answer("What now?", "")
             assert terminal.exit_status() == 0
         shown = " ".join(terminal.text.split())
@@ -415,7 +415,7 @@ class TestSession:
             make_checkpoint(tmp_path / name, llama_tensors(seed, likeness=0))
         parents.watch(tmp_path / "primary", tmp_path / "secondary")
         with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
-            terminal.answer("Start the merge?  (y/N/c/i/s/?)")
+            terminal.answer("Start the merge?  (y start")
             assert terminal.exit_status() == 0
             assert "The parents look like strangers" in terminal.text
             assert "Nothing was written" in terminal.text
@@ -429,7 +429,7 @@ class TestSession:
             terminal.answer("Start the merge?", "y")
             assert "Take it?" not in terminal.text, "its curves were shown in the list"
             assert "self_attn: t = 0, 0.5, 0.3, 0.7, 1; mlp: t = 1, 0.5, 0.7, 0.3, 0; t = 0.5" in words(terminal.text)
-            terminal.answer("Load the child with transformers", "n")
+            terminal.answer("What now?")
             assert terminal.exit_status() == 0
         child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
         for layer, attention, mlp in ((0, primary, secondary), (1, secondary, primary)):
@@ -443,8 +443,7 @@ class TestSession:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "1,0")
             terminal.answer("Take it?", "n")
-            terminal.wait_for("Take it?  (Y/n) n")
-            terminal.answer("Take it?  (Y/n) n\n? Blend", "0,0.5,1")
+            terminal.answer("Take it?  no ? Blend  (", "0,0.5,1")
             terminal.wait_for("all ▁▁▂▂▃▃▄▄▅▅▆▆▇▇██")
             terminal.answer("? Take it? (Y/n)")
             start_and_leave(terminal)
@@ -470,6 +469,21 @@ class TestSession:
         child, primary, secondary = map(load_tensors, (tmp_path / "child", *folders))
         for name, tensor in child.items():
             assert torch.equal(tensor, (secondary if "mlp" in name else primary)[name]), name
+
+    def test_of_a_recipe_for_other_models_its_t_alone_is_offered(self, tmp_path):
+        make_pair(tmp_path)
+        (tmp_path / "mine.yaml").write_text(
+            "merge_method: slerp\nbase_model: finch\nmodels:\n- model: finch\n- model: wren\n"
+            "parameters:\n  t: [0, 0.25]\n"
+        )
+        with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
+            terminal.answer("? Blend", "mine.yaml")
+            terminal.answer("finch at t = 0 and wren at t = 1. Use only its t?", "n")
+            terminal.answer("? Blend  (even)", "mine.yaml")
+            terminal.answer("Use only its t?", "")
+            terminal.answer("Start the merge?", "n")
+            terminal.wait_for("Nothing was written.")
+            assert "t = 0, 0.25" in terminal.text
 
     def test_a_flag_goes_before_a_recipe_file_that_answers_blend(self, tmp_path):
         make_pair(tmp_path)
@@ -505,8 +519,9 @@ class TestSession:
             terminal.answer("Base model", "nowhere")
             terminal.wait_for("The folder nowhere does not exist.")
             terminal.send("\x15origin\r")
+            terminal.answer("What each parent learned since origin is blended. ? Blend  (even)")
             start_and_leave(terminal)
-            assert "slerp of task vectors, t = 0.5" in terminal.text
+            assert "slerp of task vectors, even (t = 0.5)" in terminal.text
         child, primary, secondary, base = (load_tensors(folder) for folder in (tmp_path / "child", *folders))
         for name, tensor in child.items():
             base_tensor = base[name].double()
@@ -551,7 +566,7 @@ class TestKnowing:
             terminal.answer("Start the merge?", "i")
             terminal.wait_for("Norm of the secondary over the primary's")
             assert "Angle between the parents" in terminal.text
-            terminal.wait_for("(Y/n/c/i/s/?)")
+            terminal.wait_for("? Start the merge?  (Enter start")
             terminal.send("n\r")
             assert terminal.exit_status() == 0
             assert terminal.screen.overrun_lines == []
@@ -587,6 +602,32 @@ class TestKnowing:
             assert terminal.exit_status() == 0
         report = json.loads((tmp_path / "child" / "merge_report.json").read_text("utf-8"))
         assert [finding["kind"] for finding in report["findings"]] == ["taste", "perplexity"]
+
+    def test_ctrl_c_ends_a_taste_and_at_a_prompt_the_run(self, tmp_path):
+        make_real_pair(tmp_path)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("What now?", "t")
+            terminal.answer("Prompt", chr(0x4E05))
+            terminal.answer("(Enter: begin)")
+            terminal.wait_for("Loading transformers")
+            terminal.interrupt()
+            terminal.wait_for("Stopped. ? What now?  (")
+            terminal.send("v\r")
+            terminal.wait_for("its tokenizer loads")
+            terminal.wait_for("? What now?  (")
+            assert terminal.stop() == 130
+            assert "Stopped. The child stands in" in words(terminal.text)
+            assert "Traceback" not in terminal.text
+
+    def test_a_child_is_loaded_with_transformers_where_that_is_asked_for(self, tmp_path):
+        make_real_pair(tmp_path)
+        with Terminal.start([*FOLDERS, "--t", "0.5"], folder=tmp_path) as terminal:
+            terminal.answer("Start the merge?", "y")
+            terminal.answer("What now?  (", "v")
+            terminal.wait_for("no missing, unexpected or mismatched key")
+            terminal.answer("its tokenizer loads with 48 tokens ? What now?  (")
+            assert terminal.exit_status() == 0
 
     def test_a_good_blend_is_found_on_a_text(self, tmp_path):
         make_real_pair(tmp_path)
@@ -672,10 +713,10 @@ class TestSixtyColumns:
             terminal.answer("Save directory")
             terminal.answer("? Blend")
             terminal.answer("Start the merge?")
-            terminal.answer("Load the child with transformers", "n")
+            terminal.answer("What now?")
             assert terminal.exit_status() == 0
             text, _, command = terminal.text.partition("Try it")
-            same = text[text.index("The same without questions:") : text.index("Merging on")]
+            same = text[text.index("The same without questions:") : text.index("─ Done")]
             broken = [line for line in terminal.screen.overrun_lines if line not in command + same]
             assert broken == []
             assert max(map(len, terminal.text.splitlines())) <= 60
@@ -787,6 +828,12 @@ class TestFinding:
         assert reasons["deeper"].startswith("num_hidden_layers: 3, not 2")
         assert reasons["primary"] == "the primary itself"
 
+    def test_the_demos_models_are_not_offered(self, tmp_path, hub, monkeypatch):
+        primary, secondary = make_pair(tmp_path)
+        primary.rename(tmp_path / "demo-sailor")
+        monkeypatch.chdir(tmp_path)
+        assert [name for name, _ in self.finder(tmp_path, tmp_path / "demo-sailor").offers("")] == ["secondary"]
+
     @posix_paths
     def test_windows_separators_are_understood(self, tmp_path, monkeypatch):
         make_pair(tmp_path / "models")
@@ -824,7 +871,7 @@ class TestSecondThoughts:
             terminal.answer("? Blend", "0.25")
             terminal.answer("Start the merge?", "c")
             terminal.answer("Change which answer?", "nothing")
-            terminal.wait_for("is none of them. Say blend.")
+            terminal.wait_for("is none of them. Say primary, secondary, save directory, blend, method, base,")
             terminal.send("\x15bl\r")
             terminal.wait_for("t = 0.25")
             terminal.answer("? Blend  (0.25)", "0.75")
@@ -853,7 +900,7 @@ class TestSecondThoughts:
                 terminal.answer(prompt, answer)
                 terminal.wait_for(" ".join(shown.split()))
             start_and_leave(terminal)
-            assert "--primary secondary --secondary third --save-dir two --t=0.5 --yes" in words(terminal.text)
+            assert "--primary secondary --secondary third --save-dir two --t even --yes" in words(terminal.text)
         assert (tmp_path / "two" / "model.safetensors").exists()
 
     def test_a_merge_can_be_saved_as_a_recipe_that_makes_the_same_child(self, tmp_path, parents):
@@ -878,7 +925,7 @@ class TestSecondThoughts:
 
     def test_the_command_that_is_shown_does_the_same(self, tmp_path, parents):
         parents.watch(*make_pair(tmp_path))
-        flags = ("--method", "slerp-norm", "--max-shard-size", "5000", "--dtype", "float16")
+        flags = ("--method", "slerp-norm", "--max-shard-size", "5000B", "--dtype", "float16")
         with Terminal.start((*FOLDERS, *flags), columns=400, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "self_attn=0,1 mlp=0.3 0.123456789")
             terminal.answer("Take it?", "y")
@@ -949,7 +996,7 @@ class TestSecondThoughts:
     def test_an_unfinished_merge_is_carried_on_or_begun_anew(self, tmp_path, answer):
         primary, secondary, child = interrupted(tmp_path, threads=2, device="auto")
         folders = ("--primary", str(primary), "--secondary", str(secondary))
-        with Terminal.start((*folders, "--t", "0.5", "--max-shard-size", "5000"), folder=tmp_path) as terminal:
+        with Terminal.start((*folders, "--t", "0.5", "--max-shard-size", "5000B"), folder=tmp_path) as terminal:
             terminal.answer("? Save directory", str(child))
             terminal.answer("An unfinished merge stands there. Carry on with it? (Y/n)", answer)
             start_and_leave(terminal)
@@ -970,6 +1017,7 @@ class TestWhatAStrangerTried:
             terminal.send("\x15secondary\r")
             terminal.wait_for("secondary is a parent itself.")
             terminal.send("\x15base\r")
+            terminal.answer("since base is blended. ? Blend")
             terminal.answer("Start the merge?", "n")
             assert terminal.exit_status() == 0
         flags = ("--base", "odd", "--yes")
@@ -994,13 +1042,36 @@ class TestWhatAStrangerTried:
 
     def test_a_recipe_that_cannot_be_written_is_asked_for_again(self, tmp_path):
         make_pair(tmp_path)
+        (tmp_path / "merge_recipe.yaml").touch()
         with Terminal.start((*FOLDERS, "--t", "0.5"), folder=tmp_path) as terminal:
             terminal.answer("Start the merge?", "s")
-            terminal.answer("Recipe file", "x" * 250 + ".yaml")  # too long to be written beside its place
+            too_long = "x" * 250 + ".yaml"  # to be written beside its place
+            terminal.answer("Recipe file  (merge_recipe-2.yaml)", too_long)
             terminal.wait_for("Could not write")
-            terminal.answer("File name too long. Check the path. ? Recipe file", "my.yaml")
+            terminal.answer("File name too long. Check the path. ? Recipe file", "")
             assert terminal.exit_status() == 0
-        assert names_below(tmp_path) == {"primary", "secondary", "my.yaml"}
+        assert names_below(tmp_path) == {"primary", "secondary", "merge_recipe.yaml", "merge_recipe-2.yaml"}
+
+    def test_yes_asks_nothing_of_parents_that_do_not_fit(self, tmp_path):
+        make_pair(tmp_path)
+        edit_json(tmp_path / "secondary" / "config.json", model_type="mistral")
+        with Terminal.start((*FOLDERS[:4], "--yes"), folder=tmp_path) as terminal:
+            assert terminal.exit_status() == 1
+            assert "The child goes to primary-secondary-slerp-0.5." in terminal.text
+            assert "These two cannot be merged" in terminal.text
+            assert "?" not in terminal.text
+
+    def test_a_search_takes_the_proposed_save_directory_and_may_be_given_another(self, tmp_path):
+        make_real_pair(tmp_path)
+        (tmp_path / "text.txt").write_text("a b c d e f g h " * 50)
+        with Terminal.start((*FOLDERS[:4], "--sweep", "--perplexity", "text.txt"), folder=tmp_path) as terminal:
+            terminal.wait_for("The child goes to primary-secondary-slerp.")
+            terminal.answer("Start the merge?", "c")
+            terminal.answer("Change which answer?", "save")
+            terminal.answer("? Save directory  (primary-secondary-slerp)", "mine")
+            terminal.wait_for("child mine")
+            terminal.answer("Start the merge?", "n")
+            assert terminal.exit_status() == 0
 
     def test_a_changed_answer_that_does_not_fit_can_be_changed_again(self, tmp_path):
         make_pair(tmp_path)
@@ -1011,7 +1082,7 @@ class TestWhatAStrangerTried:
             terminal.answer("Start the merge?", "c")
             terminal.answer("Change which answer?", "primary")
             terminal.answer("? Primary model  (primary)", "odd")
-            terminal.wait_for("cannot make a right child")
+            terminal.wait_for("These two cannot be merged")
             terminal.answer("Change which answer?", "p")
             terminal.answer("? Primary model  (odd)", "primary")
             start_and_leave(terminal)
@@ -1034,9 +1105,9 @@ class TestWhatAStrangerTried:
         with Terminal.start(("--primary", "primary", "--t", "0.5"), folder=tmp_path) as terminal:
             change_secondary_to_third(terminal, save_directory="third/child")
             terminal.wait_for("overlaps a parent's folder")
-            terminal.answer("Change which answer?", "save")
+            terminal.answer("Change which answer?  (", "save")
             terminal.answer("? Save directory  (primary-third-slerp-0.5)")
-            terminal.wait_for("Start the merge?  (Y/n")
+            terminal.wait_for("Start the merge?  (Enter start")
             assert terminal.stop() == 130
 
     def test_help_is_there_behind_an_answer_that_was_refused(self, tmp_path):
@@ -1047,12 +1118,12 @@ class TestWhatAStrangerTried:
             terminal.send("?\r")
             terminal.wait_for("How much of the secondary each layer gets")
             terminal.send("0.3\r")
-            terminal.wait_for("slerp, t = 0.3")
+            terminal.wait_for("slerp, lean to primary (t = 0.3)")
             assert terminal.stop() == 130
 
     def test_an_interrupted_merge_is_carried_on_by_plain_enters(self, tmp_path):
         child = slow_pair(tmp_path)
-        arguments = ("--max-shard-size", "8000")
+        arguments = ("--max-shard-size", "8000B")
         with Terminal.start(arguments, folder=tmp_path) as terminal:
             terminal.answer_all(
                 ("? Primary", "primary"), ("? Secondary", "secondary"), ("? Save", "child"), ("? Blend", "0.3")
@@ -1066,19 +1137,18 @@ class TestWhatAStrangerTried:
             terminal.answer_all(("Primary", ""), ("Secondary", ""), ("Save", "child"), ("Carry on with it?", ""))
             terminal.answer("? Blend  (0.3)")
             terminal.wait_for("files of an earlier run")
-            terminal.answer("Start the merge?  (Y/n/c/i/s/?)")
+            terminal.answer("Start the merge?  (Enter start")
             terminal.wait_for("Carrying on")
-            terminal.wait_for("Load the child", timeout=120)
-            terminal.send("n\r")
+            terminal.answer("What now?", timeout=120)
             assert terminal.exit_status() == 0
         assert child.exists()
 
     def test_another_blend_does_not_take_finished_files_away_by_a_plain_enter(self, tmp_path):
         primary, secondary, child = interrupted(tmp_path, threads=2, device="auto")
         folders = ("--primary", str(primary), "--secondary", str(secondary), "--save-dir", str(child))
-        with Terminal.start((*folders, "--t", "0.4", "--max-shard-size", "5000"), folder=tmp_path) as terminal:
+        with Terminal.start((*folders, "--t", "0.4", "--max-shard-size", "5000B"), folder=tmp_path) as terminal:
             terminal.wait_for("are of another; they would go")
-            terminal.answer("Start the merge?  (y/N/c/i/s/?)")
+            terminal.answer("Start the merge?  (y start")
             assert terminal.exit_status() == 0
         assert len(list((tmp_path / ".child.slerpmerge-staging").glob("child-*/*"))) == 2
 
@@ -1087,7 +1157,7 @@ class TestWhatAStrangerTried:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0.25")
             terminal.answer("Start the merge?", "c")
-            terminal.answer("Change which answer?  (blend)")  # the only one that no flag gave
+            terminal.answer("Change which answer?  (primary", "bl")
             terminal.answer("? Blend  (0.25)")
             terminal.wait_for("t = 0.25")
             assert terminal.stop() == 130
@@ -1097,7 +1167,7 @@ class TestWhatAStrangerTried:
         with Terminal.start(FOLDERS, folder=tmp_path) as terminal:
             terminal.answer("? Blend", "0,1")
             terminal.answer("Take it?", "?")
-            terminal.wait_for("Type y or n")
+            terminal.wait_for("The bars are t over the layers")
             terminal.send("maybe\r")
             terminal.wait_for("'maybe' is neither yes nor no.")
             assert terminal.stop() == 130
@@ -1215,6 +1285,12 @@ class TestMemory:
             thread.join(30)
         assert finder.offers("") == []
         assert capfd.readouterr().err == ""
+
+    def test_nothing_is_remembered_of_the_demo(self, tmp_path):
+        with Terminal.start(["--demo", "--save-dir", "demo"], folder=tmp_path) as terminal:
+            terminal.wait_for("Try it, convert it, share it:")
+            assert terminal.exit_status() == 0
+        assert list(Path(os.environ["XDG_CONFIG_HOME"]).rglob("*.json")) == []
 
     def test_nothing_is_remembered_of_a_merge_without_a_person(self, tmp_path):
         make_pair(tmp_path)
@@ -1358,7 +1434,7 @@ class TestLookaheadOfASession:
         """Which answers Enter would have given, in turn; found: by the looks at the primary, one after the other."""
         session.lookahead = mock.Mock(look=mock.Mock(side_effect=found))
         session.wizard.decide = mock.Mock(side_effect=decisions)
-        assert slerpmerge.decide(session, plan, None) == (decisions[-1], plan)
+        assert slerpmerge.decide(session, plan, Answers(blend=Blend())) == (decisions[-1], plan)
         return [call.args[0] for call in session.wizard.decide.call_args_list]
 
     def test_enter_starts_no_merge_of_a_primary_that_lacks_something(self, tmp_path, session):

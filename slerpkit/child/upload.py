@@ -22,8 +22,8 @@ MAX_NAME_LENGTH = 96  # as the Hub has it
 def repository_name(text: str) -> str:
     """The part of a repository's name behind the slash that a folder's name makes: letters, digits and . _ - alone."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain)
-    return re.sub(r"([-.]){2,}", r"\1", name).strip("-._")[:MAX_NAME_LENGTH].rstrip("-._") or "child"
+    plain = re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w.-]+", "-", plain))
+    return re.sub(r"(\.git)+$", "", plain[:MAX_NAME_LENGTH].strip("-._")).rstrip("-._") or "child"
 
 
 def parse_repository(text: str, user: str) -> str:

@@ -1,7 +1,8 @@
 """What trial children are measured by: the choice of it (Objective), and the two ways to measure.
 
-TextLosses and TaskScores look alike to whoever searches: each measures one model, says what its figures depend on, and
-describes itself. Neither knows t, nor makes a child. Read perplexity.py and harness.py before this.
+TextLosses and TaskScores look alike to whoever searches: each measures one model, says what its figures depend on and
+in which order they stand (columns), and describes itself. Neither knows t, nor makes a child. Read perplexity.py and
+harness.py before this.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ class Objective:
     tasks: tuple[str, ...] = ()
     include_path: Path | None = None
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What is known without a model of what the figures depend on, as JSON can hold it.
+
+        Raises SlerpMergeError where a text cannot be read.
+        """
+        return {"texts": sorted(map(text_hash, map(read_judged_text, self.texts)))}
+
     def on(
         self, parents: ComparedModels, device: str, dtype: str, advance: Callable[[int], object]
     ) -> TextLosses | TaskScores:
@@ -59,6 +67,11 @@ class Objective:
         if self.texts:
             return TextLosses(self.texts, parents, (device, dtype), advance)
         return TaskScores(self.tasks, self.include_path, parents, device, advance)
+
+
+def text_hash(text: str) -> str:
+    """What tells one text from another, wherever it stands."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class TextLosses:
@@ -76,6 +89,7 @@ class TextLosses:
     ) -> None:
         self.names = tuple(path.name for path in paths)
         self.texts = [read_judged_text(path) for path in paths]
+        self.columns = [text_hash(text) for text in self.texts]
         self.parents = parents
         self.device_and_dtype = device_and_dtype
         self.advance = advance
@@ -86,8 +100,8 @@ class TextLosses:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the figures of a model depend on beside the model, as JSON can hold it."""
-        hashes = [hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
-        return {"texts": hashes, "window": self.window, "device_and_dtype": list(self.device_and_dtype)}
+        conditions = {"window": self.window, "device_and_dtype": list(self.device_and_dtype)}
+        return {"texts": sorted(self.columns), **conditions}
 
     def describe(self) -> str:
         """How models are measured, in a sentence."""
@@ -97,7 +111,10 @@ class TextLosses:
     def measure(self, role: str, folder: Path) -> Measurement:
         """One model, a parent or a child of theirs. Raises SlerpMergeError where it cannot be loaded or asked."""
         models = with_model(self.parents, role, folder)
-        losses = lose_on_texts(models, role, self.texts, self.device_and_dtype, self.window, self.advance)
+        advance = self.advance
+        losses = lose_on_texts(
+            models, role, self.texts, self.device_and_dtype, self.window, lambda _, size: advance(size)
+        )
         return Measurement(
             self.names, tuple(loss.bits_per_byte for loss in losses), tuple(loss.items for loss in losses)
         )
@@ -109,6 +126,7 @@ class TaskScores:
     unit = "the harness's figure"
     less_is_better = False
     work = 1  # model
+    columns: Sequence[str] = ()  # the harness gives figures in an order of its own
 
     def __init__(
         self,
@@ -132,6 +150,7 @@ class TaskScores:
         files = [] if folder is None else [path.name for path in folder.iterdir() if path.is_file()]
         file_stats = {} if folder is None else file_stats_of(folder, files)
         return {
+            "texts": [],
             "tasks": self.tasks,
             "include_path": str(folder),
             "files": {name: list(stat) for name, stat in file_stats.items()},

@@ -125,16 +125,23 @@ def sliding_windows(count: int, window: int) -> Iterator[tuple[int, int, int]]:
             return
 
 
-def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Callable[[int], object]) -> TextLoss:
-    """-log p of every token of a text but the first, each seen with half a window or more before it, where there is.
-
-    As the transformers documentation computes "perplexity of fixed-length models", with a stride of half a window.
-    advance: told the bytes of the text that are done. Raises SlerpMergeError where the text has no two tokens, or a
-    probability is no number.
-    """
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens. Raises SlerpMergeError where there are no two of them."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise SlerpMergeError("The text has fewer than two tokens, so there is none to predict.", "Give a longer one.")
+    return ids
+
+
+def text_loss(
+    model: Any, tokenizer: Any, text: str, ids: Sequence[int], window: int, advance: Callable[[int, int], object]
+) -> TextLoss:
+    """-log p of every token of a text but the first, each seen with half a window or more before it, where there is.
+
+    As the transformers documentation computes "perplexity of fixed-length models", with a stride of half a window.
+    ids: the text's, as token_ids has them. advance: told the tokens and the bytes of the text that each step did.
+    Raises SlerpMergeError where a probability is no number.
+    """
     tokens = torch.tensor(ids, device=model.device)
     size, done = len(text.encode()), 0
     nats, steps = [], []
@@ -149,7 +156,7 @@ def text_loss(model: Any, tokenizer: Any, text: str, window: int, advance: Calla
         )
         steps.append(fresh)
         before, done = done, size * sum(steps) // (len(ids) - 1)
-        advance(done - before)
+        advance(fresh, done - before)
     if not math.fsum(nats) < MAX_NATS * sum(steps):
         what = "A model gives a probability that is no number, or next to none."
         raise SlerpMergeError(what, NO_NUMBERS)
@@ -163,11 +170,17 @@ def lose_on_texts(
     texts: Sequence[str],
     device_and_dtype: tuple[str, str],
     window: int,
-    advance: Callable[[int], object],
+    advance: Callable[[int, int], object],
+    begin: Callable[[int], object] = lambda tokens: None,
 ) -> list[TextLoss]:
-    """One model's losses on several texts; window in tokens, `advance` as in text_loss."""
+    """One model's losses on several texts; window in tokens, `advance` as in text_loss.
+
+    begin: told the tokens that there are to predict, once the model is loaded.
+    """
     with loaded_model(models, role, *device_and_dtype) as (model, tokenizer):
-        return [text_loss(model, tokenizer, text, window, advance) for text in texts]
+        ids = [token_ids(tokenizer, text) for text in texts]
+        begin(sum(map(len, ids)) - len(ids))
+        return [text_loss(model, tokenizer, text, own, window, advance) for text, own in zip(texts, ids)]
 
 
 def compare_perplexity(models: ComparedModels, paths: Sequence[Path], observe: Observer) -> list[Finding]:
@@ -180,13 +193,20 @@ def compare_perplexity(models: ComparedModels, paths: Sequence[Path], observe: O
         check_generates_text(checkpoint, reads_on=True)
     window = window_of(models)
 
+    def losses_of(role: str, device_and_dtype: tuple[str, str]) -> list[TextLoss]:
+        observe(WorkBegan(f"Loading the {role}", 0))
+        return lose_on_texts(
+            models,
+            role,
+            texts,
+            device_and_dtype,
+            window,
+            lambda tokens, _: observe(WorkAdvanced(tokens)),
+            lambda tokens: observe(WorkBegan(f"Measuring the {role}", tokens, unit="tokens")),
+        )
+
     def work(device: str, dtype: str) -> list[Finding]:
-        total = len(models.folders) * sum(len(text.encode()) for text in texts)
-        observe(WorkBegan("Reading the text" + "s" * (len(texts) > 1), total))
-        losses = {
-            role: lose_on_texts(models, role, texts, (device, dtype), window, lambda n: observe(WorkAdvanced(n)))
-            for role, _ in models.folders
-        }
+        losses = {role: losses_of(role, (device, dtype)) for role, _ in models.folders}
         observe(WorkEnded())
         measured = describe_window(window, dtype, device)
         return [

@@ -25,7 +25,7 @@ from slerpkit.evaluation.models import WORKING_BYTES, ComparedModels, with_fallb
 from slerpkit.evaluation.perplexity import error_of_difference, ratio_of
 from slerpkit.files import is_plain_file, is_plain_folder, read_json, replace_files
 from slerpkit.merge.events import Noted, WorkAdvanced, WorkBegan, WorkEnded
-from slerpkit.merge.journal import JOURNAL_NAME
+from slerpkit.merge.journal import JOURNAL_NAME, fingerprint_difference
 from slerpkit.merge.save_directory import WorkFolder, interruptions_held
 from slerpkit.messages import SlerpMergeError, explain_os_error
 from slerpkit.schedule import Schedule
@@ -82,17 +82,62 @@ def sweep_area(save_directory: Path) -> Path:
     return target.with_name(f".{target.name}.slerpmerge-sweep")
 
 
+def sweep_fingerprint(plan: MergePlan, objective: Objective | TextLosses | TaskScores) -> dict[str, Any]:
+    """What the figures of a sweep depend on, as far as the objective knows it yet, as JSON can hold it."""
+    fingerprint = plan.fingerprint
+    del fingerprint["recipe"]["schedule"]
+    return json.loads(json.dumps({**fingerprint, "objective": objective.fingerprint()}))
+
+
+def read_sweep(area: Path) -> dict[str, Any]:
+    """What the journal of a sweep holds; nothing where there is none, or a torn one."""
+    if is_plain_file(area / JOURNAL_NAME):
+        with contextlib.suppress(SlerpMergeError):
+            return read_json(area / JOURNAL_NAME)
+    return {}
+
+
+def describe_loss(content: Mapping[str, Any], fingerprint: Mapping[str, Any], restart: bool) -> str | None:
+    """What goes of a journal's content, and why, where a sweep of this fingerprint begins; None where nothing does."""
+    trials = content.get("trials")
+    if not isinstance(trials, list) or not trials:
+        return None
+    reason = "as asked" if restart else None
+    try:
+        reason = reason or fingerprint_difference(content["fingerprint"], fingerprint)
+        before = content["fingerprint"]["objective"]
+        for name, value in fingerprint["objective"].items() if reason is None else ():
+            if before[name] != value:
+                reason = "the texts were different" if name == "texts" else "they were measured in another way"
+                break
+    except (TypeError, KeyError, AttributeError, ValueError):  # a journal of another making
+        reason = "its journal cannot be read"
+    models = f"{len(trials)} model{'s' * (len(trials) > 1)}"
+    return reason and f"What an earlier search measured there, {models}, will be discarded: {reason}."
+
+
+def lost_by(plan: MergePlan, objective: Objective) -> str | None:
+    """What a sweep that was stopped has kept and this one would discard, and why; None for nothing.
+
+    Told before any model is loaded, so that what only a device or the harness decides is not known yet.
+    """
+    content = read_sweep(sweep_area(plan.options.save_directory))
+    return describe_loss(content, sweep_fingerprint(plan, objective), plan.options.restart)
+
+
 class SweepJournal:
     """What a sweep has measured so far, and the one trial child that is there at a time.
 
-    plan: of the merge whose t is looked for. fingerprint: all that the figures depend on, as JSON can hold it; what
-    was measured for another is not used. Leaving the `with` block removes the trial child; what was measured stays
-    until forget_sweep.
+    plan: of the merge whose t is looked for. What was measured for another objective or merge is discarded, and
+    `observe` is told before. Leaving the `with` block removes the trial child; what was measured stays until
+    forget_sweep.
     """
 
-    def __init__(self, plan: MergePlan, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, plan: MergePlan, objective: TextLosses | TaskScores, observe: Observer) -> None:
         self.plan = plan
-        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.columns = list(objective.columns)
+        self.observe = observe
+        self.fingerprint = sweep_fingerprint(plan, objective)
         self.area = WorkFolder(sweep_area(plan.options.save_directory))
         self.path = self.area.path / JOURNAL_NAME
         self.trials: list[Trial] = []
@@ -101,18 +146,16 @@ class SweepJournal:
 
     def __enter__(self) -> SweepJournal:
         self.area.enter()
-        content: dict[str, Any] = {}
-        if is_plain_file(self.path):
-            with contextlib.suppress(SlerpMergeError):  # a torn one is as good as none
-                content = read_json(self.path)
+        content = read_sweep(self.area.path)
         remove_trial(content.get("storage"))
-        if content.get("fingerprint") == self.fingerprint and not self.plan.options.restart:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a journal of another making begins anew
-                self.trials = [
-                    Trial(entry["role"], entry["t"], tuple(entry["values"]), entry["items"])
-                    for entry in content["trials"]
-                ]
-                self.names = [str(name) for name in content["names"]]
+        loss = describe_loss(content, self.fingerprint, self.plan.options.restart)
+        if loss is None and content.get("trials"):
+            try:
+                self._take_over(content)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # a journal of another making
+                self.trials, loss = [], "What an earlier search measured there cannot be read, and is discarded."
+        if loss is not None:
+            self.observe(Noted(loss))
         try:
             self.storage = trial_storage(self.plan, self.area.path)
             self._write()
@@ -123,11 +166,26 @@ class SweepJournal:
             raise
         return self
 
+    def _take_over(self, content: Mapping[str, Any]) -> None:
+        """Takes what was measured, its figures in this sweep's order: texts may have been given in another."""
+        places = [content["columns"].index(column) for column in self.columns] or range(len(content["names"]))
+        self.names = [str(content["names"][place]) for place in places]
+        self.trials = [
+            Trial(
+                entry["role"],
+                entry["t"],
+                tuple(entry["values"][place] for place in places),
+                tuple(entry["items"][place] for place in places),
+            )
+            for entry in content["trials"]
+        ]
+
     def _write(self) -> None:
         trials = [dataclasses.asdict(trial) for trial in self.trials]
         content = {
             "fingerprint": self.fingerprint,
             "storage": str(self.storage),
+            "columns": self.columns,
             "names": self.names,
             "trials": trials,
         }
@@ -185,16 +243,15 @@ class Sweep:
         self.team = team
         self.objective = objective
         self.observe = observe
-        fingerprint = plan.fingerprint
-        del fingerprint["recipe"]["schedule"]
-        self.journal = SweepJournal(plan, {**fingerprint, "objective": objective.fingerprint()})
+        self.journal = SweepJournal(plan, objective, observe)
+        self.tried: list[Trial] = []  # on the way of a search that was never stopped, in its order
 
     def run(self) -> Finding:
         work = self.objective.work
         with self.journal:
             count = len(self.journal.trials)
             if count:
-                self.observe(Noted(f"Carrying on: {count} models are measured already."))
+                self.observe(Noted(f"Carrying on: {count} model{'s are' if count > 1 else ' is'} measured already."))
             self.observe(WorkBegan("Finding a good t", MAX_TRIALS * work))
             self.observe(WorkAdvanced(count * work))
             for role, t in (("primary", 0.0), ("secondary", 1.0)):
@@ -211,18 +268,23 @@ class Sweep:
 
     def best(self) -> Trial:
         """The child that loses least; of equal ones the one nearest the middle."""
-        children = [trial for trial in self.journal.trials if trial.role == "child"]
+        children = [trial for trial in self.tried if trial.role == "child"]
         return min(children, key=lambda trial: (trial.loss, abs(trial.t - 0.5)))
 
     def try_model(self, role: str, t: float) -> None:
         """Measures a parent, or a child made for it, unless the journal has it."""
-        if any((trial.role, trial.t) == (role, t) for trial in self.journal.trials):
-            return
+        kept = [trial for trial in self.journal.trials if (trial.role, trial.t) == (role, t)]
+        self.tried += kept or [self.measure(role, t)]
+
+    def measure(self, role: str, t: float) -> Trial:
+        """What the objective says of a parent, or of a child made for it; the journal keeps it."""
         folder = self.make_trial(t) if role == "child" else self.plan.parents.by_role[role].folder
         measured = self.objective.measure(role, folder)
-        self.journal.add(Trial(role, t, measured.values, measured.items), measured.names)
+        trial = Trial(role, t, measured.values, measured.items)
+        self.journal.add(trial, measured.names)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in zip(measured.names, measured.values))
         self.observe(Noted(f"t = {t:<6g} {role:<10} {figures}"))
+        return trial
 
     def make_trial(self, t: float) -> Path:
         """A child at t, in place of the one before it."""
@@ -234,7 +296,7 @@ class Sweep:
 
     def finding(self) -> Finding:
         """The curve of a sweep, its trials in the order of t."""
-        best, trials = self.best(), sorted(self.journal.trials, key=lambda trial: trial.t)
+        best, trials = self.best(), sorted(self.tried, key=lambda trial: trial.t)
         steps = f"A grid of t from {SWEEP_GRID[0]} to {SWEEP_GRID[-1]}, then narrowed to steps of {SWEEP_STEPS[-1]}."
         names, unit = self.journal.names, self.objective.unit
         told = [trial.as_dict(best) for trial in trials]
@@ -282,7 +344,7 @@ def describe_best(best: Trial, trials: Sequence[Trial]) -> str:
         and (stderr := trial.stderr_against(best)) is not None
         and trial.loss - best.loss <= 2 * stderr
     ]
-    alike = f" Not to be told from it: t = {', '.join(near)}." if near else ""
+    alike = f" Tied with it: t = {', '.join(near)}." if near else ""
     return f"The best child, at t = {best.t:g}, loses {' and '.join(words)}.{alike}"
 
 

@@ -37,7 +37,6 @@ def taste(models: ComparedModels, prompts: Sequence[str], observe: Observer) -> 
 
     def work(device: str, dtype: str) -> list[Finding]:
         answers: dict[str, list[tuple[str, bool]]] = {}
-        observe(WorkBegan("Tasting", len(models.folders) * len(prompts)))
         for role, _ in models.folders:
             answers[role] = answers_of(models, role, prompts, (device, dtype), observe)
         observe(WorkEnded())
@@ -69,15 +68,41 @@ def answers_of(
 ) -> list[tuple[str, bool]]:
     """One model's answers. A function of its own, so that no name holds on to the model when the next one loads."""
     answers = []
+    observe(WorkBegan(f"Loading the {role}", 0))
     with loaded_model(models, role, *device_and_dtype) as (model, tokenizer):
+        observe(WorkBegan(f"Tasting the {role}", TASTE_TOKENS * len(prompts), unit="tokens"))
         for prompt in prompts:
-            answers.append(answer_to(prompt, model, tokenizer, models.checkpoints[role]))
-            observe(WorkAdvanced(1))
+            watched = WatchedAnswer(observe)
+            answers.append(answer_to(prompt, model, tokenizer, models.checkpoints[role], watched))
+            watched.finish()
     return answers
 
 
-def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -> tuple[str, bool]:
-    """(a model's greedy answer, whether its chat template was applied).
+class WatchedAnswer:
+    """Tells of each token of one answer; generate() calls it a streamer."""
+
+    def __init__(self, observe: Observer) -> None:
+        self.observe = observe
+        self.tokens = -1  # the first call brings the prompt
+
+    def put(self, tokens: Any) -> None:
+        """Told of the prompt, then of each token."""
+        self.tokens += 1
+        if self.tokens:
+            self.observe(WorkAdvanced(1))
+
+    def end(self) -> None:
+        """Told of the answer's end."""
+
+    def finish(self) -> None:
+        """Counts what a short answer left as done."""
+        self.observe(WorkAdvanced(TASTE_TOKENS - max(self.tokens, 0)))
+
+
+def answer_to(
+    prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint, streamer: WatchedAnswer | None = None
+) -> tuple[str, bool]:
+    """(a model's greedy answer, whether its chat template was applied). streamer: told of it while it grows.
 
     Raises SlerpMergeError where the template or the model's context cannot take the prompt.
     """
@@ -101,7 +126,12 @@ def answer_to(prompt: str, model: Any, tokenizer: Any, checkpoint: Checkpoint) -
     padding = model.generation_config.pad_token_id
     padding = padding if padding is not None else ends[0] if isinstance(ends, list) else ends
     output = model.generate(
-        **inputs.to(model.device), max_new_tokens=room, do_sample=False, num_beams=1, pad_token_id=padding
+        **inputs.to(model.device),
+        max_new_tokens=room,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=padding,
+        streamer=streamer,
     )
     start = 0 if is_encoder_decoder(checkpoint) else count
     return tokenizer.decode(output[0][start:], skip_special_tokens=True).strip(), by_template

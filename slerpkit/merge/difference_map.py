@@ -78,6 +78,8 @@ class DifferenceMap:
 
 ANGLE_RAMP = ((38, 70, 120), (42, 140, 150), (140, 190, 90), (250, 200, 70), (225, 85, 55))  # near to far
 RATIO_RAMP = ((50, 100, 180), (235, 235, 230), (200, 90, 50))  # the secondary shorter, alike, longer
+FULL_RATIO = 1.5  # has the full colour, so that one of 1.01 is pale in every map
+ALIKE_RATIO = 1.05  # up to this norms are as good as equal
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class MapScale:
     place: Callable[[float], float]  # 0 to 1 along the ramp
     ramp: tuple[tuple[int, int, int], ...]
     range_text: str  # in words
+    all_alike: str = ""  # where no cell says more than this: a line in place of the map
 
     def colour(self, value: float) -> tuple[int, int, int]:
         """Red, green and blue, 0 to 255."""
@@ -114,19 +117,23 @@ def angle_scale(angles: Sequence[float], subject: str = "parents") -> MapScale:
 
 
 def map_scales(found: DifferenceMap) -> tuple[MapScale, MapScale]:
-    """Scales for the angles and for the norm ratios of a map, each from its own least to its greatest."""
+    """Scales for the angles of a map, from its own least to its greatest, and for its norm ratios, always the same."""
     angles = [cell.degrees for cell in found.cells if cell.degrees is not None]
-    ratios = [cell.norm_ratio for cell in found.cells if cell.norm_ratio] or [1.0]
-    widest = max(max(abs(math.log(ratio)) for ratio in ratios), 1e-3)
+    known = [cell.norm_ratio for cell in found.cells if cell.norm_ratio is not None]
+    ratios = [ratio for ratio in known if ratio] or [1.0]
+    range_text = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    widest = max(abs(math.log(ratio)) for ratio in ratios)
+    is_alike = known and all(known) and widest <= math.log(ALIKE_RATIO)
     return (
         angle_scale(angles, "parents" if found.vectors == "weights" else "task vectors"),
         MapScale(
             "Norm of the secondary over the primary's",
             lambda cell: cell.norm_ratio,
             lambda value: f"{value:.2f}" if value < 9.995 else f"{value:.0f}",
-            lambda value: 0.5 + math.log(value) / widest / 2 if value > 0 else 0.0,
+            lambda value: 0.5 + math.log(value) / math.log(FULL_RATIO) / 2 if value > 0 else 0.0,
             RATIO_RAMP,
-            f"{min(ratios):.3f} to {max(ratios):.3f}",
+            range_text,
+            f"Norms: {range_text} of the primary's, all within 5 %" if is_alike else "",
         ),
     )
 

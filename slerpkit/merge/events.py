@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkBegan:
-    """A stretch of work whose end can be foreseen."""
+    """A stretch of work."""
 
     what: str
-    total: int
-    in_bytes: bool = False  # what `total` counts, and WorkAdvanced.amount
+    total: int  # 0 where its end cannot be foreseen
+    unit: str = ""  # what `total` counts, and WorkAdvanced.amount: "bytes", "tokens", or nothing to speak of
     tensors: tuple[str, ...] = ()  # of a merge: the names of those that MergedTensor will tell of, in order
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from slerpkit.recipe import MergeRecipe, RunOptions
 
 JOURNAL_NAME = "journal.json"
+# What people call a setting whose name is another.
+WORDS = {"schedule": "t", "vectors": "the granularity", "max_shard_bytes": "the largest size of a file"}
 MAX_JOURNAL_BYTES = 64_000_000  # some hundred for each tensor; the largest models have a thousandth of them
 
 
@@ -61,7 +63,7 @@ def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) ->
         return f"slerpmerge {before['version']} began it"
     for name, value in now["recipe"].items():
         if before["recipe"].get(name) != value:
-            return f"its {'granularity' if name == 'vectors' else name.replace('_', ' ')} was another"
+            return f"{WORDS.get(name, f'the {name}').replace('_', ' ')} was different"
     for role, file_stats in now["parents"].items():
         changed = [name for name, _ in stat_items(file_stats) ^ stat_items(before["parents"].get(role, {}))]
         if changed:

@@ -36,7 +36,7 @@ from slerpkit.parents.tensors import (
     stands_before_layers,
 )
 from slerpkit.parity.copied_files import check_links, copied_files
-from slerpkit.parity.kinship import Kinship, measure_kinship
+from slerpkit.parity.kinship import Kinship, have_same_bytes_in_the_middle, measure_kinship
 from slerpkit.parity.modules import modules_source
 from slerpkit.recipe import MAX_THREADS, PARENTS, check_t
 from slerpkit.recipe_identity import recorded_differences
@@ -338,7 +338,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
             *recipe.origin.remarks,
             *recorded_differences(recipe.origin.recorded, parents.by_role),
             *unmatched_filters(recipe, pairs),
-            *(() if download else remarks_on_base(pairs)),
+            *(() if download else (*remarks_on_base(pairs), *remarks_on_twins(parents, pairs))),
         ),
         read_bytes_per_second=rate,
         expected_seconds=sum(tensor.source_bytes for tensor in unfinished) / rate
@@ -384,6 +384,13 @@ def remarks_on_base(pairs: Sequence[TensorSources]) -> Iterator[str]:
     kinship = measure_kinship([dataclasses.replace(pair, secondary=pair.base) for pair in pairs if pair.base])
     if kinship.verdict == "strangers":
         yield f"The base and the primary look like {kinship.describe()}. It is hardly what the parents learned from."
+
+
+def remarks_on_twins(parents: Parents, pairs: Sequence[TensorSources]) -> Iterator[str]:
+    """Two folders with the same weights: one model, uploaded twice. Parity speaks of one folder given twice."""
+    is_one_folder = parents.primary.folder.resolve() == parents.secondary.folder.resolve()
+    if not is_one_folder and have_same_bytes_in_the_middle(pairs):
+        yield "The parents hold the same weights, as far as a sample of each tensor tells; blending changes nothing."
 
 
 def unmatched_filters(recipe: MergeRecipe, pairs: Sequence[TensorSources]) -> Iterator[str]:

@@ -254,6 +254,10 @@ def proposed_save_directory(primary: Path, secondary: Path, blend: Sequence[str]
     """A readable name under the current folder that is not taken yet: of both parents, and of the blend."""
     whole = [public_name(folder.resolve(), {}).rpartition("/")[2] for folder in (primary, secondary)]
     names = [re.sub(r"[^\w.-]+", "-", name) or "model" for name in whole]
-    first = "-".join([*names, *blend])
-    numbered = (Path(f"{first}-{number}") for number in range(2, 1000))
-    return next(path for path in (Path(first), *numbered) if not path.exists())
+    return free_path("-".join([*names, *blend]))
+
+
+def free_path(stem: str, suffix: str = "") -> Path:
+    """A path below the current folder where nothing stands: the stem itself, or the first number behind it."""
+    numbered = (Path(f"{stem}-{number}{suffix}") for number in range(2, 1000))
+    return next(path for path in (Path(f"{stem}{suffix}"), *numbered) if not os.path.lexists(path))

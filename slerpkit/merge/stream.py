@@ -336,12 +336,13 @@ def stream_merge(
     """
     kept = len(child.journal.finished)
     child.journal.device = team.device
-    observe(Noted(f"Merging on {team.device} with {team.count} worker{'s' * (team.count > 1)}."))
+    if team.device != "cpu":  # which goes without saying
+        observe(Noted(f"Merging on {team.device}."))
     names = tuple(tensor.name for tensor in plan.tensors)
     unfinished = (shard for shard in plan.shards if shard.file_name not in child.journal.finished)
     fetched = supply.bytes_to_fetch(tensor for shard in unfinished for tensor in shard.tensors) if supply else 0
     what = "Fetching and merging" if fetched else "Merging"
-    observe(WorkBegan(what, plan.child_bytes + fetched, in_bytes=True, tensors=names))
+    observe(WorkBegan(what, plan.child_bytes + fetched, unit="bytes", tensors=names))
     await_workers(team, observe)
     started = time.perf_counter()
     try:

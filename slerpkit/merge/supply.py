@@ -41,7 +41,7 @@ def fetch_parents(parents: Parents, observe: Observer) -> None:
     """Fetches all weights that are not here. Raises SlerpMergeError as fetch_files does; whole files are kept."""
     for remote in awaited_models(parents):
         awaited = remote.awaited
-        observe(WorkBegan(f"Fetching {remote.named.name}", sum(awaited.values()), in_bytes=True))
+        observe(WorkBegan(f"Fetching {remote.named.name}", sum(awaited.values()), unit="bytes"))
         try:
             fetch_files(remote, list(awaited), lambda amount: observe(WorkAdvanced(amount)))
         finally:

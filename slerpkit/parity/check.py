@@ -27,7 +27,7 @@ from slerpkit.parity.modules import pair_modules
 from slerpkit.parity.names import rename_to_match
 from slerpkit.parity.pairing import DIFFERENT_VOCABULARIES, check_dtypes, check_slices, pair_tensors
 from slerpkit.parity.quantisation import check_quantisation, stored_scheme
-from slerpkit.parity.report import Mismatch, ParityReport
+from slerpkit.parity.report import OF_BASE, Mismatch, ParityReport
 from slerpkit.parity.segmentation import compare_segmentation
 from slerpkit.parity.soundness import check_soundness, check_wrappers
 from slerpkit.parity.vocabulary import align_vocabularies
@@ -56,7 +56,7 @@ def check_base(primary: Checkpoint, base: Checkpoint | None, recipe: MergeRecipe
     broken = [*check_quantisation(primary, base), *check_soundness(primary, base)]
     settings = accept(compare_configs(primary, base, any_depth=bool(recipe.slices)), recipe.accept)
     mismatches = [m for m in broken if m.subject not in of_primary] + settings
-    return [dataclasses.replace(m, subject=f"{m.subject} of the base") for m in mismatches if m.severity == "blocking"]
+    return [dataclasses.replace(m, subject=m.subject + OF_BASE) for m in mismatches if m.severity == "blocking"]
 
 
 def check_same_model(primary: Checkpoint, secondary: Checkpoint, slices: Sequence[LayerSlice]) -> list[Mismatch]:
@@ -97,8 +97,9 @@ def incompatibility(primary: Checkpoint, other: Checkpoint) -> str | None:
 def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
     """Every difference between the parents, each blocking, resolved or a notice; and the pairs of tensors.
 
-    Of the recipe it follows dtype, slices, tokenizer and chat template. Reads headers and small files; of weights,
-    only a head that should not be there. Raises SlerpMergeError where a tokenizer that is asked for is not there.
+    Where the architectures differ, that alone. Of the recipe it follows dtype, slices, tokenizer and chat template.
+    Reads headers and small files; of weights, only a head that should not be there. Raises SlerpMergeError where a
+    tokenizer that is asked for is not there.
     """
     primary, secondary, base = parents.primary, parents.secondary, parents.base
     slices = recipe.slices
@@ -135,6 +136,8 @@ def check_parity(parents: Parents, recipe: MergeRecipe) -> ParityReport:
         *check_same_model(primary, secondary, slices),
         *check_common_base(primary, secondary, base),
     ]
+    of_kind = [mismatch for mismatch in mismatches if mismatch.is_of_kind]
+    mismatches = [m for m in of_kind if not m.is_of_base] or of_kind or mismatches
     mismatches.sort(key=lambda mismatch: ("blocking", "resolved", "notice").index(mismatch.severity))
     return ParityReport(tuple(mismatches), (*pairs, *module_pairs), vocabulary, template)
 

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
 MAX_KINSHIP_MATRICES = 96  # sampled, spread over the layers
 KINSHIP_ELEMENTS = 1 << 16  # of each, from its middle: 25 MB of both parents together in 16 bits
+TWIN_BYTES = 4096  # of each tensor, to see whether two models are one
 SIBLINGS_DEGREES = 30  # fine-tunes of one base lie nearer than this, by far
 STRANGERS_DEGREES = 70  # models with nothing in common lie at ninety, give or take a degree
+IDENTICAL_DEGREES = 1e-3  # what rounding makes of an angle of nothing is less
+# What each verdict means to who has to decide.
+MEANINGS = {
+    "siblings": "fine-tunes of one base",
+    "relatives": "more than fine-tunes usually are",
+    "strangers": "their children seldom speak",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Kinship:
 
     degrees: float | None  # over all that was sampled; None where there was nothing to compare
     by_component: tuple[tuple[str, float], ...]  # (attention, mlp or other; degrees)
+    angles: tuple[float, ...] = ()  # degrees, of each matrix of the sample
     unknown_because: str = "no matrices to compare"
 
     @property
@@ -43,10 +52,19 @@ class Kinship:
             return "siblings"
         return "relatives" if self.degrees < STRANGERS_DEGREES else "strangers"
 
+    @property
+    def meaning(self) -> str:
+        """What that means to who has to decide, or why it is not known."""
+        return MEANINGS.get(self.verdict, self.unknown_because)
+
+    def are_mostly_within(self, degrees: float) -> bool:
+        """Whether most matrices of the sample lie less than so many degrees apart, and are not the same."""
+        return 2 * sum(IDENTICAL_DEGREES < angle < degrees for angle in self.angles) > len(self.angles)
+
     def describe(self) -> str:
         """The verdict in words, with the figures."""
         if self.degrees is None:
-            return f"unknown: {self.unknown_because}"
+            return f"{self.verdict}: {self.unknown_because}"
         angles = ", ".join(f"{component} {degrees:.1f}" for component, degrees in self.by_component)
         return f"{self.verdict}: {self.degrees:.1f} degrees apart ({angles})"
 
@@ -78,6 +96,7 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
     ]
     matrices = [pair for pair in matrices if find_layer(pair.name)] or matrices
     sums: dict[str, list[float]] = {}
+    alone: list[float] = []
     with TensorReader() as reader, numpy.errstate(all="ignore"):  # what is not finite is left out
         for pair in matrices[:: -(-len(matrices) // MAX_KINSHIP_MATRICES) or 1]:
             v0, v1 = (read_middle(reader, info) for info in (pair.primary, pair.secondary))
@@ -87,8 +106,27 @@ def measure_kinship(pairs: Sequence[TensorSources]) -> Kinship:
             totals = [total + product for total, product in zip(sums.get(component, (0.0, 0.0, 0.0)), products)]
             if math.isfinite(sum(totals)):
                 sums[component] = totals
+                alone += [angle for angle in [angle_of(*products)] if angle is not None]
     angles = [(component, angle) for component in sums if (angle := angle_of(*sums[component])) is not None]
-    return Kinship(angle_of(*map(sum, zip(*sums.values()))) if sums else None, tuple(angles))
+    return Kinship(angle_of(*map(sum, zip(*sums.values()))) if sums else None, tuple(angles), tuple(alone))
+
+
+def have_same_bytes_in_the_middle(pairs: Sequence[TensorSources]) -> bool:
+    """Whether the parents hold the same weights, as far as some bytes of each pair tell. Stops at the first others.
+
+    Raises SlerpMergeError where a file cannot be read.
+    """
+    with TensorReader() as reader:
+        for first, second in ((pair.primary, pair.secondary) for pair in pairs if pair.secondary is not None):
+            count = min(TWIN_BYTES, first.byte_count)
+            samples = [bytearray(count), bytearray(count)]
+            if (first.dtype, first.shape) != (second.dtype, second.shape):
+                return False
+            for info, sample in zip((first, second), samples):
+                reader.read_into(info, (info.byte_count - count) // 2, memoryview(sample))
+            if samples[0] != samples[1]:
+                return False
+    return bool(pairs)
 
 
 def is_matrix(info: TensorInfo) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slerpkit.lazy import numpy
 from slerpkit.messages import format_names
 from slerpkit.parents.tensors import natural_order
-from slerpkit.parity.report import Labels, Mismatch, RowMap
+from slerpkit.parity.report import OF_BASE, Labels, Mismatch, RowMap
 
 if TYPE_CHECKING:
     from slerpkit.parents.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ def align_labels(
             continue
         is_classified = has_labels(primary) or has_labels(models[number])
         found = tensors[number] and tensors[0]
-        order, mismatch = judge_labels(labels[0], other, found, is_classified, " of the base" * (number > 1))
+        order, mismatch = judge_labels(labels[0], other, found, is_classified, OF_BASE * (number > 1))
         orders.append(order)
         mismatches += [mismatch] if mismatch else []
     if not any(orders):

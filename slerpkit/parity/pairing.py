@@ -6,6 +6,7 @@ Read report.py and embeddings.py before this.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from slerpkit.parity.configs import have_other_classes, stated_depth
 from slerpkit.parity.embeddings import (
     UNSTORED_HEAD,
     find_tied_source,
+    has_token_rows,
     lacks_head,
     row_count,
     shape_per_token,
@@ -24,7 +26,7 @@ from slerpkit.parity.embeddings import (
 )
 from slerpkit.parity.labels import is_last_layer
 from slerpkit.parity.prediction import judge_predictions, prediction_tensors
-from slerpkit.parity.report import LayerSource, Mismatch, TensorSources
+from slerpkit.parity.report import OF_BASE, LayerSource, Mismatch, TensorSources
 from slerpkit.recipe import PARENTS
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ LEFT_OVER = (
     (re.compile("ForMaskedLM$"), re.compile(r"(^|\.)pooler\.dense\.|^cls\.seq_relationship\.")),
     (re.compile("^M?T5For"), re.compile(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.")),
 )
+MAX_ALONE = 3  # tensors that block for the same reason, each in a line of its own
 VALUE_HEAD = (
     "A value head, as TRL trains it beside a policy; the other parent has none. Take the tensors of v_head out of that "
     "model's weights, and of their index if there is one, and merge the policies."
@@ -221,7 +224,8 @@ def pair_tensors(
     left_out = [name for name in only_secondary if name in predicting[1]]
     only_secondary = [name for name in only_secondary if name not in predicting[1]]
     kept, told = judge_predictions(alone, len(left_out), [*map(len, predicting)], vocabulary)
-    return pairs + kept, mismatches + told + judge_unpaired(primary, secondary, only_primary, only_secondary)
+    unpaired = judge_unpaired(primary, secondary, only_primary, only_secondary)
+    return pairs + kept, [*group_tensors(mismatches), *told, *unpaired]
 
 
 def unused_names(secondary: Checkpoint, used_names: set[str], is_sliced: bool) -> list[str]:
@@ -249,8 +253,8 @@ def check_base_tensor(
     if base_tensor is not None and same_shape(primary_tensor, base_tensor, rows):
         return []
     base_shape = "missing" if base_tensor is None else str(list(base_tensor.shape))
-    why = "The base model must hold every tensor that both parents learned on."
-    subject, primary_shape = f"{primary_tensor.name} of the base", str(list(primary_tensor.shape))
+    why = "The base model must hold every tensor that both parents learned on, in the same shape."
+    subject, primary_shape = primary_tensor.name + OF_BASE, str(list(primary_tensor.shape))
     return [Mismatch("blocking", subject, primary_shape, base_shape, why)]
 
 
@@ -272,13 +276,30 @@ def compare_tensors(primary: TensorInfo, secondary: TensorInfo, rows: RowMap | N
         shapes = str(list(primary.shape)), str(list(secondary.shape))
         rows_only = len(primary.shape) == len(secondary.shape) and primary.shape[1:] == secondary.shape[1:]
         why = "Tensors of different shape cannot be blended."
-        if rows_only:
-            why = DIFFERENT_HEADS if is_last_layer(primary.name) else DIFFERENT_VOCABULARIES
+        if rows_only and is_last_layer(primary.name):
+            why = DIFFERENT_HEADS
+        elif rows_only and has_token_rows(primary, row_count(primary)):
+            why = DIFFERENT_VOCABULARIES
         mismatches.append(Mismatch("blocking", primary.name, *shapes, why))
     if primary.dtype != secondary.dtype and not (primary.is_float and secondary.is_float):
         why = "Only real numbers of different dtypes can be blended."
         mismatches.append(Mismatch("blocking", primary.name, primary.dtype, secondary.dtype, why))
     return mismatches
+
+
+def group_tensors(mismatches: Iterable[Mismatch]) -> list[Mismatch]:
+    """One line with an example for more than a few tensors that block for the same reason."""
+    groups: dict[tuple[str, str], list[Mismatch]] = {}
+    for m in mismatches:
+        groups.setdefault((m.severity, m.consequence), []).append(m)
+    grouped = []
+    for (severity, _), group in groups.items():
+        first = group[0]
+        if severity == "blocking" and len(group) > MAX_ALONE:
+            grouped.append(dataclasses.replace(first, subject=f"{len(group)} tensors, such as {first.subject}"))
+        else:
+            grouped += group
+    return grouped
 
 
 def judge_unpaired(

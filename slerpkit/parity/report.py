@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from slerpkit.parents.tensors import TensorInfo
 
 
+OF_BASE = " of the base"  # ends the subject where it is the base that is held against the primary
+KINDS = ("model_type", "architectures")  # config keys that say what a model is
+MAX_BLOCKING = 8  # lines of a refusal
+
+
 @dataclass(frozen=True)
 class Mismatch:
-    """One difference between the parents and what follows from it."""
+    """One difference between the parents, or of the base, and what follows from it."""
 
     severity: str  # "blocking", "resolved" or "notice"
     subject: str  # the config key, tensor or file
@@ -31,7 +36,19 @@ class Mismatch:
     accepted_as: str | None = None  # the name by which the person may let it pass; None: nobody can
 
     def __str__(self) -> str:
-        return f"{self.subject}: primary {self.primary}, secondary {self.secondary}. {self.consequence}"
+        other = "base" if self.is_of_base else "secondary"
+        return f"{self.subject}: primary {self.primary}, {other} {self.secondary}. {self.consequence}"
+
+    @property
+    def is_of_base(self) -> bool:
+        """Whether it is the base's; `secondary` is then what the base has."""
+        return self.subject.endswith(OF_BASE)
+
+    @property
+    def is_of_kind(self) -> bool:
+        """Whether the models are of two architectures: then nothing else is worth telling."""
+        key = self.subject.removesuffix(OF_BASE).rpartition(".")[2]
+        return self.severity == "blocking" and key in KINDS
 
     def as_dict(self) -> dict[str, str]:
         """What reports hold of it."""
@@ -245,11 +262,16 @@ class ParityReport:
         blocking = self.of_severity("blocking")
         if not blocking:
             return
-        lines = [printable(str(mismatch)) for mismatch in blocking]
+        lines = [printable(str(mismatch)) for mismatch in blocking[:MAX_BLOCKING]]
+        lines += [f"and {len(blocking) - MAX_BLOCKING} more"] * (len(blocking) > MAX_BLOCKING)
+        what = "These two cannot be merged"
         hint = "Choose two models of the same architecture and shape, such as two fine-tunes of one base model."
+        if all(mismatch.is_of_base for mismatch in blocking):
+            what = "This base does not go with these two"
+            hint = "Choose as base the model that both were fine-tuned from, or leave it out."
         if self.acceptable:
             flags = " ".join(f"--accept {shlex.quote(name)}" for name in self.acceptable)
             hint += f" If you know that the child comes out right all the same: {printable(flags)}"
         if any(m.subject == "quantisation" for m in blocking):
             hint = "Choose the original, unquantised models; quantise the child afterwards."
-        raise SlerpMergeError("These parents cannot make a right child:\n  " + "\n  ".join(lines), hint)
+        raise SlerpMergeError(f"{what}:\n  " + "\n  ".join(lines), hint)

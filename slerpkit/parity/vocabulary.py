@@ -17,7 +17,7 @@ from slerpkit.lazy import numpy, tokenizers
 from slerpkit.messages import SlerpMergeError, format_bytes, is_utf8, library_faults_named
 from slerpkit.parents.checkpoint import TOKENIZER_CORE_FILES, has_tokenizer
 from slerpkit.parity.embeddings import row_count, token_tensors, vocabulary_rows
-from slerpkit.parity.report import NO_ROW, AppendedToken, Mismatch, RowMap, Vocabulary
+from slerpkit.parity.report import NO_ROW, OF_BASE, AppendedToken, Mismatch, RowMap, Vocabulary
 from slerpkit.parity.sentencepiece_file import find_sentencepiece, read_pieces
 from slerpkit.parity.token_sources import pad_rows, place_given_rows, row_of
 from slerpkit.parity.tokenizer_source import choose_tokenizer
@@ -257,12 +257,12 @@ def judge_unread_tokens(
     if asked == "union":
         severity, why = "blocking", f"There is no union of tokens that cannot be read: {reason}."
     elif None not in rows and len(set(rows)) > 1:
-        base_rows = f" (the base has {rows[2]})" if len(rows) > 2 else ""
-        severity, why = "blocking", f"Rows differ in number{base_rows}, and tokens cannot be compared: {reason}."
+        severity, why = "blocking", f"Rows differ in number, and tokens cannot be compared: {reason}."
     elif not any_tokenizer:
         return []
-    counts = (f"{count} rows" if count is not None else "unknown" for count in rows[:2])
-    return [Mismatch(severity, "vocabulary", *counts, why)]
+    is_of_base = severity == "blocking" and len(rows) > 2 and rows[0] == rows[1] != rows[2]
+    counts = (f"{count} rows" if count is not None else "unknown" for count in (rows[0], rows[1 + is_of_base]))
+    return [Mismatch(severity, "vocabulary" + OF_BASE * is_of_base, *counts, why)]
 
 
 def match_rows(

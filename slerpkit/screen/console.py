@@ -5,6 +5,7 @@ Knows nothing of models; every function takes the console that it draws for.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from slerpkit.screen.terminal import drop_output
 if TYPE_CHECKING:
     from slerpkit.messages import SlerpMergeError
 
+UNREAD = "Nobody reads the output any more; the run goes on without it."
 WIDEST_PANEL = 110  # longer lines are hard to read
 NARROW_COLUMNS = 80  # below this, tables become stacked lines
 MARKS = {"blocking": ("✗", "x", "red"), "resolved": ("✓", "+", "green"), "notice": ("•", "-", "yellow")}
@@ -30,6 +32,7 @@ class OutputStream:
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
+        self.is_unread = False  # whether its reader went
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -38,23 +41,42 @@ class OutputStream:
         """Writes a text, or drops it."""
         try:
             return self.stream.write(text)
-        except OSError:
-            drop_output(self.stream)
+        except OSError as error:
+            self.drop(error)
             return len(text)
 
     def flush(self) -> None:
         """Writes what the stream still holds, or drops it."""
         try:
             self.stream.flush()
-        except OSError:
-            drop_output(self.stream)
+        except OSError as error:
+            self.drop(error)
+
+    def drop(self, error: OSError) -> None:
+        """Lets all that follows go nowhere; where the reader went, that is said where errors go."""
+        drop_output(self.stream)
+        if isinstance(error, BrokenPipeError) and self.stream is not sys.stderr and not self.is_unread:
+            self.is_unread = True
+            tell_errors(UNREAD)
 
 
 class OutputConsole(Console):
     """A console on which words mean themselves: no markup, no emoji. The run goes on where nobody can read them."""
 
     def __init__(self, file: IO[str]) -> None:
-        super().__init__(file=OutputStream(file), highlight=False, markup=False, emoji=False)
+        self.stream = OutputStream(file)
+        super().__init__(file=self.stream, highlight=False, markup=False, emoji=False)
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether its reader went, as `head` does."""
+        return self.stream.is_unread
+
+
+def tell_errors(line: str) -> None:
+    """A line where errors go, for who looks there; where nobody can, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def is_unicode(console: Console) -> bool:
@@ -83,13 +105,13 @@ def panel(console: Console, content: RenderableType, title: str) -> RenderableTy
     return Panel(content, title=Text(title), title_align="left", border_style="cyan", padding=(0, 1), width=width)
 
 
-def fact_table(console: Console, facts: Iterable[tuple[str, str]]) -> Table:
+def fact_table(console: Console, facts: Iterable[tuple[str, str | Text]]) -> Table:
     """Two columns: what, and its value."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(name, Text(displayable(console, value)))
+        table.add_row(name, value if isinstance(value, Text) else Text(displayable(console, value)))
     return table
 
 

@@ -5,6 +5,7 @@ How a file comes here is merge/supply.py's business; whether two models fit is k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from slerpkit.lazy import huggingface_hub
 from slerpkit.merge.save_directory import free_bytes
 from slerpkit.merge.supply import DiskTooSmall, download_bytes, fetch_parents
 from slerpkit.messages import SlerpMergeError, format_bytes
+from slerpkit.screen.prompts import GoBack
 
 if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
@@ -33,7 +35,10 @@ def plan_within_disk(
     try:
         return story.plan_merge(recipe, options, parents, parity)
     except DiskTooSmall as error:
-        if not error.can_stream or not session.offers(f"{error.message} Fetch and drop them file by file?"):
+        if not (error.can_stream and session.asks):
+            raise
+        question = f"{error.message} Fetch and drop them file by file?"
+        if not session.wizard.prompt.confirm(question, "stream", default=True):
             raise
     return story.plan_merge(recipe, dataclasses.replace(options, stream_parents=True), parents, parity)
 
@@ -56,7 +61,10 @@ def consent(session: Session, byte_count: int) -> bool:
     if not session.asks:
         what = f"{size} of the parents' weights are still on the Hub."
         raise SlerpMergeError(what, f"Add --download to fetch them{known and f'; {known} at {cache}'}.")
-    return session.wizard.prompt.confirm(f"Fetch {size} from the Hub?{known and f' {known}.'}", default=True)
+    with contextlib.suppress(GoBack):
+        question = f"Fetch {size} from the Hub?{known and f' {known}.'}"
+        return session.wizard.prompt.confirm(question, "fetch", default=True)
+    return False
 
 
 def with_weights(session: Session, plan: MergePlan) -> MergePlan:

@@ -29,9 +29,12 @@ FIGURE = re.compile(r"[-+]?[\d,.]+( (±|\+-) [\d.]+)?")
 
 
 def render_map(console: Console, differences: DifferenceMap) -> RenderableType:
-    """Two heat maps, layer by component: angles, then norm ratios; then the tensors outside layers."""
+    """Heat maps, layer by component: angles, then norm ratios unless all are alike; then what is outside layers."""
     parts: list[RenderableType] = []
     for scale in map_scales(differences):
+        if scale.all_alike:
+            parts.append(Text(scale.all_alike))
+            continue
         lines: list[RenderableType] = []
         if differences.cells:
             lines.append(Text(scale.range_text, style="dim"))  # not in the title, which may be cut

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,18 @@ from slerpkit.messages import SlerpMergeError, format_bytes, format_count, print
 from slerpkit.threads import BackgroundThread
 
 if TYPE_CHECKING:
+    from slerpkit import demo
     from slerpkit.parents import adapters, checkpoint, hub_cache, resolver
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity import check
 else:  # not before the first prompt stands
     adapters, checkpoint = lazy_modules("slerpkit.parents", "adapters", "checkpoint")
     hub_cache, resolver = lazy_modules("slerpkit.parents", "hub_cache", "resolver")
-    check = LazyModule("slerpkit.parity.check")
+    check, demo = LazyModule("slerpkit.parity.check"), LazyModule("slerpkit.demo")
 
 FOUND_LEVELS = 2  # folders below the current one that are looked into for models
 FOUND_ENTRIES = 2000  # entries of folders that are looked at, at most
+TELL_SECONDS = 0.3  # between two tellings that there are more models
 
 
 class ModelFinder:
@@ -38,6 +41,8 @@ class ModelFinder:
     def __init__(self, recent: Sequence[Path]) -> None:
         self.recent = recent
         self.models: list[Checkpoint] = []
+        self.is_looking = True
+        self.on_change: Callable[[], object] = lambda: None  # told, in the finder's thread, of more models and the end
         self.primary: Path | None = None  # once it is answered, what fits it comes first
         self.adapter_bases: dict[Path, Path] = {}  # as MergeRecipe.adapter_bases; the wizard's
         self._reasons: dict[tuple[Path, Path], str | None] = {}  # by primary and other
@@ -53,7 +58,14 @@ class ModelFinder:
             BackgroundThread(look)
 
     def _look(self) -> None:
-        seen = set()
+        try:
+            self._find_models()
+        finally:
+            self.is_looking = False
+            self.on_change()
+
+    def _find_models(self) -> None:
+        seen, told = set(), time.monotonic()
         for folder in self._folders():
             with contextlib.suppress(OSError, SlerpMergeError):
                 real = folder.resolve()
@@ -64,8 +76,14 @@ class ModelFinder:
                     if (model := checkpoint.open_if_whole(folder)) is not None:
                         self.models.append(model)
                         self.incompatibility_of(model)
+                        if time.monotonic() - told > TELL_SECONDS:
+                            told = time.monotonic()
+                            self.on_change()
 
     def _folders(self) -> Iterator[Path]:
+        return (folder for folder in self._all_folders() if folder.name not in demo.DEMO_MODELS)
+
+    def _all_folders(self) -> Iterator[Path]:
         yield from self.recent
         yield from folders_below(Path(), FOUND_LEVELS)
         yield from folders_below(Path("models"), FOUND_LEVELS)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from slerpkit import __version__
 from slerpkit.files import given_path
 from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.maths import COLINEAR_DOT, TINY_NORM
-from slerpkit.messages import SlerpMergeError, is_utf8, shortest_number
+from slerpkit.messages import SlerpMergeError, shortest_number
 from slerpkit.recipe import (
     CHILD_DTYPES,
     DEVICES,
@@ -38,8 +36,18 @@ from slerpkit.recipe import (
     check_recipe,
     granularity_of,
 )
-from slerpkit.schedule import order_rules, parse_rule
+from slerpkit.schedule import BLEND_NAMES, name_of_blend, order_rules
 from slerpkit.screen.answers import QUESTIONS, Answers, Blend
+from slerpkit.screen.flag_values import (
+    format_size,
+    parse_map_path,
+    parse_prompt,
+    parse_size,
+    parse_t,
+    parse_tasks,
+    parse_within,
+    usage_type,
+)
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file
@@ -82,63 +90,13 @@ def refusals_are_wrong_usage() -> Iterator[None]:
         raise WrongUsage(error.message, error.hint) from error
 
 
-def parse_size(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` or plain bytes. Raises SlerpMergeError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise SlerpMergeError(f"{text!r} is not a size.", "Write it like 5GB, 500MB or 2GiB.")
-    base = 1024 if match[3] else 1000
-    size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if size < 1:
-        raise SlerpMergeError(f"{text!r} is not a size.", "It is less than a byte.")
-    return size
+EXAMPLES = """examples:
+  python slerpmerge.py --primary A --secondary B --yes
+  python slerpmerge.py --primary A --secondary B --t ramp --taste "The sea"
+  python slerpmerge.py --primary A --secondary B --sweep --perplexity text.txt
 
-
-def parse_within(kind: Callable[[str], Any], lowest: float, highest: float, what: str) -> Callable[[str], Any]:
-    """A flag's type: a number from `lowest` to `highest`, or wrong usage that says `what` it should be."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
-
-
-def usage_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Lets argparse show a SlerpMergeError of a value's parser as wrong usage of its flag."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except SlerpMergeError as error:
-            raise argparse.ArgumentTypeError(f"{error.message} {error.hint}") from error
-
-    return convert
-
-
-def parse_prompt(text: str) -> str:
-    """A prompt. Raises SlerpMergeError where it is empty, or no text."""
-    if not text.strip() or not is_utf8(text):
-        raise SlerpMergeError("The prompt is empty, or not UTF-8.", "Give a question, or the beginning of a sentence.")
-    return text
-
-
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """Names of tasks, separated by commas."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
-
-
-def parse_map_path(text: str) -> Path:
-    """A file for a map. Raises SlerpMergeError where its ending names no format."""
-    path = given_path(text)
-    if path.suffix.lower() not in (".svg", ".json"):
-        raise SlerpMergeError(f"{text!r} ends neither in .svg nor in .json.", "The ending says what is saved.")
-    return path
+Exit status: 0 done, 1 refused or failed, 2 wrong usage,
+130 interrupted."""
 
 
 def find_given(text: str) -> tuple[Path, Path | None]:
@@ -147,67 +105,95 @@ def find_given(text: str) -> tuple[Path, Path | None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag, with its help."""
+    """Every flag, with its help, in groups."""
     parser = FlagParser(
         prog="slerpmerge.py",
-        description="Merge two language-model checkpoints by spherical linear interpolation (SLERP). "
-        "What no flag gives is asked for.",
-        epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.",
+        usage="python slerpmerge.py [flags]",
+        description="Merge two language models by SLERP.\nWhat no flag gives is asked for.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    add = parser.add_argument
-    folder = usage_type(given_path)
+    for title, add_flags in FLAG_GROUPS.items():
+        add_flags(parser.add_argument_group(title).add_argument)
+    return parser
+
+
+def add_what_to_merge(add: Callable[..., object]) -> None:
+    """Flags for the models."""
     model = {"type": usage_type(find_given), "action": KeepModel, "metavar": "MODEL"}
     add("--primary", **model, help="the primary (t = 0): a folder, or org/name[@revision]; BASE+ADAPTER for an adapter")
     add("--secondary", **model, help="the secondary (t = 1)")
-    add("--save-dir", dest="save_directory", type=folder, metavar="FOLDER", help="where the child goes")
-    add("--recipe", type=folder, metavar="FILE", help="a mergekit recipe: slerp, nuslerp, linear or passthrough")
     add("--base", **model, help="blend what both parents learned since this model")
-    add("--t", dest="rules", type=usage_type(parse_rule), action="append", metavar="[FILTER=]T",
-        help="0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors whose name "
-        "holds it (default 0.5)")  # fmt: skip
-    add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
+    add("--recipe", type=usage_type(given_path), metavar="FILE",
+        help="a mergekit recipe: slerp, nuslerp, linear or passthrough")  # fmt: skip
+
+
+def add_how_to_blend(add: Callable[..., object]) -> None:
+    """Flags for t, and for what is done with it."""
+    add("--t", dest="rules", type=usage_type(parse_t), action="extend", metavar="[FILTER=]T",
+        help=f"{BLEND_NAMES}; or 0 to 1, or a comma list: a gradient over the layers; again with a filter for tensors "
+        "whose name holds it (default even)")  # fmt: skip
+    add("--sweep", action="store_true", help="find t by the --perplexity texts, or else the --score tasks, and make it")
     add("--method", choices=METHODS, help="default slerp; slerp-norm also interpolates the norms")
     add("--granularity", dest="vectors", choices=VECTORS, help="what nuslerp takes as one vector (default tensor)")
+    add("--extrapolate", action="store_true", default=None, help="allow t outside 0 to 1")
     cosine = parse_within(float, sys.float_info.min, 1, "a cosine above 0, up to 1")
     norm = parse_within(float, 0, sys.float_info.max, "a norm from 0 on")
     add("--dot-threshold", type=cosine, metavar="COSINE", help=f"straight line above this (default {COLINEAR_DOT})")
     add("--epsilon", type=norm, metavar="NORM", help=f"a smaller norm counts as zero (default {TINY_NORM:g})")
-    add("--dtype", choices=CHILD_DTYPES, help="of the child (default auto: the primary's)")
+
+
+def add_the_child(add: Callable[..., object]) -> None:
+    """Flags for where the child goes, and what it is like."""
+    add("--save-dir", dest="save_directory", type=usage_type(given_path), metavar="FOLDER",
+        help="where the child goes (default with --yes, --dry-run or --sweep: a new folder here)")  # fmt: skip
+    add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
+    add("--dtype", choices=CHILD_DTYPES, help="default auto: the primary's")
     add("--max-shard-size", dest="max_shard_bytes", type=usage_type(parse_size), metavar="SIZE", help="default 5GB")
     add("--tokenizer", choices=TOKENIZER_CHOICES, help="whose tokenizer the child gets; union: with the other's tokens")
     add("--chat-template", choices=TEMPLATE_CHOICES[1:], help="whose, or which, it gets (default: the tokenizer's)")
     add("--accept", action="append", metavar="KEY", help="let a setting differ; refusals name it; may be given again")
-    add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
-    count = parse_within(int, 1, 1024, "a number of threads from 1 on")
-    add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
+
+
+def add_before_and_after(add: Callable[..., object]) -> None:
+    """Flags for what is known before a merge, and of a child."""
+    add("--dry-run", action="store_true", help="check and plan, write nothing")
     add("--inspect", action="store_true", help="measure how the parents differ, layer by component; write no child")
     add("--map", dest="maps", type=usage_type(parse_map_path), action="append", default=[], metavar="FILE",
         help="save that map as FILE, .svg or .json")  # fmt: skip
+    add("--verify", choices=("quick", "full"), help="full: transformers must load the child, or it is not kept")
     add("--taste", dest="prompts", type=usage_type(parse_prompt), action="append", default=[], metavar="PROMPT",
         help="let parents and child answer it side by side; may be given again")  # fmt: skip
-    add("--perplexity", dest="texts", type=folder, action="append", default=[], metavar="FILE",
+    add("--perplexity", dest="texts", type=usage_type(given_path), action="append", default=[], metavar="FILE",
         help="compare how well parents and child predict a text; may be given again")  # fmt: skip
     add("--score", dest="tasks", type=parse_tasks, default=(), metavar="TASKS",
         help="evaluate all three on tasks of lm-eval, separated by commas")  # fmt: skip
-    add("--include-path", type=folder, metavar="FOLDER", help="where YAML tasks of your own for --score are")
-    add("--sweep", action="store_true", help="find t by the --perplexity texts, or else the --score tasks, and make it")
-    add("--child", type=folder, metavar="FOLDER", help="taste, measure or score a child that stands already")
-    add("--dry-run", action="store_true", help="check and plan, write nothing")
+    add("--include-path", type=usage_type(given_path), metavar="FOLDER",
+        help="where YAML tasks of your own for --score are")  # fmt: skip
+    add("--upload", metavar="NAME", help="upload the child to the Hugging Face Hub, for you alone to see")
+    add("--public", action="store_true", help="let everybody see what is uploaded")
+    add("--child", type=usage_type(given_path), metavar="FOLDER",
+        help="taste, measure or score a child that stands already")  # fmt: skip
+
+
+def add_how_it_runs(add: Callable[..., object]) -> None:
+    """Flags that make no difference to the child, or need none."""
     add("--yes", action="store_true", help="take every default and start without asking")
-    add("--overwrite", action="store_true", default=None, help="replace a model that stands in the save directory")
     add("--restart", action="store_true", default=None, help="discard what an earlier run left unfinished")
-    add("--verify", choices=("quick", "full"), help="full: transformers must load the child, or it is not kept")
+    add("--device", choices=DEVICES, help="where the arithmetic runs (default auto)")
+    count = parse_within(int, 1, 1024, "a number of threads from 1 on")
+    add("--threads", type=count, metavar="N", help=f"default: the cores, up to {MAX_THREADS}")
     add("--json", action="store_true", help="print the report as one JSON object, alone on stdout")
     add("--quiet", action="store_true", help="say nothing but errors")
     add("--no-color", action="store_true", help="no colours; the environment's NO_COLOR does the same")
     add("--forget", action="store_true", help="forget the folders and answers of earlier runs")
     add("--demo", action="store_true", help="make two tiny models, merge them and let the child speak")
-    add("--version", action="version", version=f"slerpmerge {__version__}")
-    add_hub_flags(add)
-    return parser
+    add("--version", action="version", version=f"slerpmerge {__version__}", help="print the version")
+    add("-h", "--help", action="help", help="print this")
 
 
-def add_hub_flags(add: Callable[..., Any]) -> None:
+def add_hub_flags(add: Callable[..., object]) -> None:
     """The flags for parents that are not on this machine, or not in one place."""
     add("--download", action="store_true", help="fetch parents that are only on the Hugging Face Hub, without asking")
     add("--stream-parents", action="store_true", default=None,
@@ -215,11 +201,20 @@ def add_hub_flags(add: Callable[..., Any]) -> None:
     add("--follow-links", action="store_true", default=None, help="copy what links in a parent's folder lead to, too")
 
 
+FLAG_GROUPS = {
+    "what to merge": add_what_to_merge,
+    "parents that are not here": add_hub_flags,
+    "how to blend": add_how_to_blend,
+    "the child": add_the_child,
+    "before and after": add_before_and_after,
+    "how it runs": add_how_it_runs,
+}
+
 EVALUATION_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
 EVALUATED = {"taste", "perplexity", "score"}
 CLASHING_FLAGS = {
     "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
-    "child": {"demo", "sweep", "dry_run", "map"},
+    "child": {"demo", "sweep", "dry_run", "map", "upload"},
     "demo": {"sweep", "dry_run", "taste", "perplexity", "score", "map"},
     "dry_run": {"map"},
 }
@@ -263,6 +258,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.stream_parents and (arguments.sweep or arguments.inspect or EVALUATED & given):
         what = "Streamed parents are gone when their child stands: nothing can be held against them, or made anew."
         raise WrongUsage(what, "Leave out --stream-parents, or --sweep, --inspect, --taste, --perplexity and --score.")
+    if arguments.public and arguments.upload is None:
+        raise WrongUsage("--public goes with --upload.", "Name the repository too: --upload NAME.")
     if arguments.child is not None and not (arguments.prompts or arguments.texts or arguments.tasks):
         raise WrongUsage("There is nothing to ask the child.", "Give --taste, --perplexity or --score.")
 
@@ -318,8 +315,13 @@ def answers_of_recipe(path: Path, given: Answers) -> Answers:
     return dataclasses.replace(given, primary=recipe.primary, secondary=recipe.secondary, blend=blend)
 
 
+def proposes_save_directory(arguments: argparse.Namespace) -> bool:
+    """Whether the proposed save directory is taken without asking, where no flag gives one."""
+    return arguments.yes or arguments.dry_run or arguments.sweep
+
+
 def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
-    """What flags answer, with what --yes and --dry-run take without asking.
+    """What flags answer, with what --yes and --dry-run take without asking, but for the save directory.
 
     Raises WrongUsage where more must be known and nobody can be asked, and as answers_given does.
     """
@@ -332,9 +334,9 @@ def settle(arguments: argparse.Namespace, interactive: bool) -> Answers:
 
 def check_nothing_is_missing(arguments: argparse.Namespace, given: Answers) -> None:
     """Raises WrongUsage where flags leave a question open, or whether to start."""
-    unneeded = {"save_directory"} if arguments.inspect else set()
     takes_defaults = arguments.yes or arguments.dry_run or arguments.inspect
-    unneeded |= {"blend"} if takes_defaults else set()
+    unneeded = {"blend"} if takes_defaults else set()
+    unneeded |= {"save_directory"} if arguments.inspect or proposes_save_directory(arguments) else set()
     missing = [ANSWER_FLAGS[name] for name in given.unanswered() if name not in unneeded]
     missing += [] if takes_defaults else ["--yes"]
     if missing:
@@ -362,7 +364,8 @@ def equivalent_command(
         value = chosen[name]
         if value != usual[name]:
             flag = "max-shard-size" if name == "max_shard_bytes" else name.replace("_", "-")
-            words += [f"--{flag}", shortest_number(value) if isinstance(value, float) else str(value)]
+            said = shortest_number(value) if isinstance(value, float) else str(value)
+            words += [f"--{flag}", format_size(value) if name == "max_shard_bytes" else said]
     words += [word for key in recipe.accept if recipe.accept != defaults.accept for word in ("--accept", key)]
     words += [
         f"--{name.replace('_', '-')}"
@@ -378,7 +381,10 @@ def model_words(recipe: MergeRecipe, options: RunOptions, is_swept: bool) -> Ite
     yield from ("--primary", model_word(recipe.primary, recipe))
     yield from ("--secondary", model_word(recipe.secondary, recipe))
     yield from ("--save-dir", str(options.save_directory))
-    for rule in () if is_swept else recipe.schedule.rules:
+    name = name_of_blend(recipe.schedule)
+    if name is not None and not is_swept:
+        yield from ("--t", name)
+    for rule in () if is_swept or name is not None else recipe.schedule.rules:
         values = ",".join(map(shortest_number, rule.gradient))
         yield f"--t={values}" if rule.name_filter == "*" else f"--t={rule.name_filter}={values}"
     if recipe.base is not None:
@@ -395,11 +401,13 @@ def evaluation_words(arguments: argparse.Namespace, objective: objectives.Object
     """The flags for what follows a merge, or comes before it: a sweep, verification, tastes and figures."""
     if arguments.verify:
         yield from ("--verify", arguments.verify)
+    if arguments.upload is not None:
+        yield from ("--upload", arguments.upload, *(["--public"] if arguments.public else []))
     if objective is not None:
         yield "--sweep"
     for prompt in arguments.prompts:
         yield from ("--taste", prompt)
-    for path in sorted({*arguments.texts, *(objective.texts if objective is not None else ())}):
+    for path in dict.fromkeys((*arguments.texts, *(objective.texts if objective is not None else ()))):
         yield from ("--perplexity", str(path))
     if arguments.tasks:
         yield from ("--score", ",".join(arguments.tasks))

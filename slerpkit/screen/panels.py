@@ -16,15 +16,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from slerpkit.child.upload import repository_name
 from slerpkit.messages import format_bytes, format_count, format_names, format_seconds
 from slerpkit.parents.checkpoint import describe_checkpoint
 from slerpkit.parents.tensors import component_of, find_layer
+from slerpkit.schedule import name_of_blend
 from slerpkit.screen.console import NARROW_COLUMNS, displayable, fact_table, is_unicode, mark_of, panel
 
 if TYPE_CHECKING:
     from slerpkit.child.report import MergeReport
     from slerpkit.merge.plan import MergePlan
+    from slerpkit.parity.kinship import Kinship
     from slerpkit.parity.report import Mismatch, ParityReport
+    from slerpkit.recipe import MergeRecipe
     from slerpkit.schedule import Schedule
 
 MAX_NOTICES = 12
@@ -67,10 +71,11 @@ def stacked_mismatches(console: Console, mismatches: Iterable[Mismatch]) -> Rend
     return Group(*lines)
 
 
-def describe_rules(plan: MergePlan) -> str:
-    """How many tensors there are, and how many fall to each rule."""
+def describe_tensors(plan: MergePlan) -> str:
+    """How many tensors fall to each rule, and in how many files they come."""
     parts = [f"{plan.count(rule)} to {rule}" for rule in ("slerp", "lerp", "copy") if plan.count(rule)]
-    return f"{sum(1 for _ in plan.tensors)} ({', '.join(parts)})"
+    files = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
+    return f"{', '.join(parts)}; {format_bytes(plan.child_bytes)} in {files}"
 
 
 SHOWN_ORDER = ("attention", "mlp", "other")  # of components
@@ -138,36 +143,68 @@ def render_curves(console: Console, plan: MergePlan) -> RenderableType:
     return panel(console, Group(*lines), "t of every tensor")
 
 
+KINSHIP_COLOURS = {"siblings": "green", "relatives": "yellow", "strangers": "red", "unknown": "yellow"}
+
+
+def render_kinship(console: Console, kinship: Kinship) -> Text:
+    """How near the parents are, in the colour of what that means for their child."""
+    apart = "" if kinship.degrees is None else f" {kinship.degrees:.1f} degrees apart,"
+    text = displayable(console, f"{kinship.verdict}:{apart} {kinship.meaning}")
+    return Text(text, style=KINSHIP_COLOURS[kinship.verdict])
+
+
+def describe_blend(recipe: MergeRecipe) -> str:
+    """A blend by its name where it has one, with its t."""
+    has_own = recipe.slices or recipe.weights is not None
+    name = None if has_own else name_of_blend(recipe.schedule)
+    return recipe.describe_blend() if name is None else f"{name} ({recipe.describe_blend()})"
+
+
+def describe_tokenizer(plan: MergePlan) -> str:
+    """Whose tokenizer the child has; and why, where it is not simply the primary's, which has the other's tokens."""
+    vocabulary, role = plan.parity.vocabulary, plan.tokenizer_role
+    if role == "primary" and vocabulary.row_map is None and plan.recipe.tokenizer == "auto":
+        return "from the primary"
+    return f"{f'from the {role}' if role else 'none'}: {vocabulary.reason}"
+
+
 def render_plan(console: Console, plan: MergePlan, finds_t: bool = False, warning: str | None = None) -> RenderableType:
     """What will be made, from what, and what it will cost.
 
     finds_t: a sweep will decide on t, not the plan. warning: of what was found of the parents meanwhile.
     """
     recipe = plan.recipe
-    shards = f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}"
     threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
-    speed = format_bytes(plan.read_bytes_per_second)
-    source = f"from the {plan.tokenizer_role}: " if plan.tokenizer_role else "none: "
-    free = "" if plan.disk_free_bytes is None else f", {format_bytes(plan.disk_free_bytes)} free"
-    facts = [
+    free = "" if plan.disk_free_bytes is None else f", {format_bytes(plan.disk_free_bytes)} are free"
+    disk = f"{format_bytes(plan.disk_needed_bytes)} of disk{free}"
+    facts: list[tuple[str, str | Text]] = [
         ("primary", describe_checkpoint(plan.parents.primary)),
         ("secondary", describe_checkpoint(plan.parents.secondary)),
         ("child", str(plan.options.save_directory)),
-        ("blend", f"{recipe.describe_method()}, {'t to be found' if finds_t else recipe.describe_blend()}"),
+        ("blend", f"{recipe.describe_method()}, {'t to be found' if finds_t else describe_blend(recipe)}"),
         *([("base", describe_checkpoint(plan.parents.base))] if plan.parents.base is not None else []),
-        ("kinship", plan.kinship.describe()),
-        ("tensors", describe_rules(plan)),
-        ("files", f"{shards}, {format_bytes(plan.child_bytes)}"),
-        ("tokenizer", source + plan.parity.vocabulary.reason),
-        ("disk", f"{format_bytes(plan.disk_needed_bytes)} needed{free}"),
-        ("memory", f"about {format_bytes(plan.peak_memory_bytes)} at the peak, {threads}"),
-        ("time", f"{format_seconds(plan.expected_seconds)} expected, reading {speed}/s"),
+        ("kinship", render_kinship(console, plan.kinship)),
+        ("tensors", describe_tensors(plan)),
+        ("tokenizer", describe_tokenizer(plan)),
+        ("needs", f"{disk}; {format_bytes(plan.peak_memory_bytes)} of memory"),
+        ("time", f"{format_seconds(plan.expected_seconds)} expected, with {threads}"),
     ]
     facts[-1:-1] = [("fetch", describe_download(plan))] if plan.download_bytes else []
-    facts += [("mind", remark) for remark in plan.remarks]
-    facts += [("mind", warning)] if warning is not None else []
-    facts += [("mind", plan.leftover.describe())] if plan.leftover is not None else []
+    notes = (*plan.remarks, warning, advice_on_base(plan), plan.leftover and plan.leftover.describe())
+    facts += [("note", note) for note in notes if note is not None]
     return panel(console, fact_table(console, facts), "Plan")
+
+
+def advice_on_base(plan: MergePlan) -> str | None:
+    """Plain words where most tensors are so near each other that SLERP has nothing to follow."""
+    recipe, straight = plan.recipe, math.degrees(math.acos(plan.recipe.dot_threshold))
+    if recipe.base is not None or recipe.method == "lerp" or not plan.kinship.are_mostly_within(straight):
+        return None
+    return (
+        f"Most tensors lie less than {straight:.1f} degrees apart, where SLERP is a straight line. What each parent"
+        " learned since their common base lies further apart: to blend that, name the base (`task vectors` at Blend,"
+        " or --base)."
+    )
 
 
 def describe_download(plan: MergePlan) -> str:
@@ -214,22 +251,7 @@ def render_report(console: Console, report: MergeReport) -> RenderableType:
     if len(report.verified.warnings) > MAX_NOTICES:
         warnings.append(f"and {len(report.verified.warnings) - MAX_NOTICES} more; --json lists them all")
     lines += [Text.assemble(mark_of(console, "notice"), " ", displayable(console, warning)) for warning in warnings]
-    if (advice := near_parallel_advice(report)) is not None:
-        lines.append(Text.assemble(mark_of(console, "notice"), " ", advice))
     return panel(console, Group(*lines), "Done")
-
-
-def near_parallel_advice(report: MergeReport) -> str | None:
-    """Plain words where most tensors were so near each other that SLERP had nothing to follow."""
-    recipe, tensors = report.plan.recipe, report.merged.tensors
-    near = sum(merged.weights.reason == "parallel" for merged in tensors)
-    if recipe.base is not None or 2 * near < len(tensors):
-        return None
-    return (
-        f"{near} of {len(tensors)} tensors lie less than {math.degrees(math.acos(recipe.dot_threshold)):.1f} degrees "
-        "apart, where SLERP is a straight line. What each parent learned since their common base lies further apart: "
-        "to blend that, name the base with --base."
-    )
 
 
 def next_commands(report: MergeReport) -> list[str]:
@@ -246,5 +268,5 @@ def next_commands(report: MergeReport) -> list[str]:
     return [
         speak,
         *([f"python llama.cpp/convert_hf_to_gguf.py {folder}"] if report.plan.tokenizer_role else []),
-        f"hf upload {shlex.quote(report.child.name)} {folder}",
+        f"hf upload {repository_name(report.child.name)} {folder}",
     ]

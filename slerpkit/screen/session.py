@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,9 @@ from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError
 from slerpkit.screen import flags
 from slerpkit.screen.answers import QUESTIONS, Answers
-from slerpkit.screen.console import OutputConsole, displayable
+from slerpkit.screen.console import UNREAD, OutputConsole, displayable, tell_errors
 from slerpkit.screen.history import History
-from slerpkit.screen.terminal import drop_output, stdout_alone
+from slerpkit.screen.terminal import Terminated, drop_output, stdout_alone
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from slerpkit.merge.team import WorkerTeam
     from slerpkit.parents.checkpoint import Checkpoint
     from slerpkit.parity.report import ParityReport
-    from slerpkit.recipe import RunOptions
+    from slerpkit.recipe import MergeRecipe, RunOptions
     from slerpkit.screen import finder, progress, prompts, wizard
     from slerpkit.screen import lookahead as lookaheads
     from slerpkit.screen.lookahead import Lookahead
@@ -73,6 +73,7 @@ class Session:
         self.history = History()
         self.workers: WorkerTeam | None = None
         self.lookahead: Lookahead | None = None  # at the primary, while the person reads
+        self.settled: dict[tuple[Any, ...], bool] = {}  # what was asked once and for all, and the answer
         self.findings: list[Finding] = []  # of the child; --json prints them
         self.deferred_error: SlerpMergeError | None = None  # of something that did not keep the run from its end
 
@@ -98,11 +99,9 @@ class Session:
     def wizard(self) -> Wizard:
         """The questions; models are looked for once the first prompt stands."""
         models = finder.ModelFinder(self.history.recent)
-        return wizard.Wizard(
-            prompts.Prompter(self.console, models.start),
-            models,
-            lambda primary, answers: self.prepare_for(primary, answers.options),
-        )
+        prompter = prompts.Prompter(self.console, models.start)
+        models.on_change = prompter.refresh
+        return wizard.Wizard(prompter, models, lambda primary, answers: self.prepare_for(primary, answers.options))
 
     def ask(self, given: Answers, questions: tuple[str, ...] = tuple(QUESTIONS)) -> Answers:
         """What was given, and the person's answers for the rest; the last run's are offered again."""
@@ -111,7 +110,7 @@ class Session:
             return given
         if unanswered != {"blend"}:
             name = (f"slerpmerge {__version__}", "bold")
-            self.show(Text.assemble(name, "  two parents, one child. Tab completes, Ctrl-C leaves."))
+            self.show(Text.assemble(name, "  Tab completes, ? helps, Esc goes back, Ctrl-C leaves."))
         return self.wizard.complete(given, self.history.answers(), questions)
 
     def prepare_for(self, primary: Checkpoint, options: RunOptions) -> None:
@@ -159,17 +158,39 @@ class Session:
         self.end_workers()
         self._at_the_end.close()
 
-    def offers(self, what: str) -> bool:
-        """Whether the person takes what is offered, as Enter alone does; nobody is asked who does not want to be."""
-        return self.asks and self.wizard.prompt.confirm(what, default=True)
+    def offers_template(self, role: str, recipe: MergeRecipe) -> bool:
+        """Whether the person takes a parent's chat template, as Enter alone does; asked once for a pair of parents."""
+        about = "template", recipe.primary, recipe.secondary, role
+        if about not in self.settled and self.asks:
+            question = f"The child has no chat template; take the {role}'s?"
+            self.settled[about] = self.wizard.prompt.confirm(question, "template_offer", default=True)
+        return self.settled.get(about, False)
 
-    def accepts(self, parity: ParityReport) -> bool:
-        """Whether the person lets pass the settings that alone forbid the merge; Enter alone does not."""
+    def accepts(self, parity: ParityReport, recipe: MergeRecipe) -> bool:
+        """Whether the person lets pass the settings that alone forbid the merge; Enter alone does not.
+
+        Once they may pass, they may for this pair of parents.
+        """
         if not self.asks or self.arguments.dry_run:
             return False
-        for mismatch in parity.of_severity("blocking"):
-            self.show(f"  {mismatch}")
-        return self.wizard.prompt.confirm("The parents use their weights in different ways. Merge all the same?", False)
+        about = "accept", recipe.primary, recipe.secondary, parity.acceptable
+        if not self.settled.get(about):
+            for mismatch in parity.of_severity("blocking"):
+                self.show(f"  {mismatch}")
+            question = "The parents use their weights in different ways. Merge all the same?"
+            self.settled[about] = self.wizard.prompt.confirm(question, "differences", default=False)
+        return self.settled[about]
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Work that is watched and that Ctrl-C ends alone, where somebody is asked again after it."""
+        try:
+            with self.view:
+                yield
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated) or not self.asks:
+                raise
+            self.show("Stopped.")
 
     def show(self, picture: RenderableType, **how: Any) -> None:
         """Prints for people; nothing with --quiet or --json."""
@@ -192,6 +213,7 @@ class Session:
                 print(json_text(content), file=self.output, flush=True)
             except BrokenPipeError:  # what was to be made is there all the same
                 drop_output(self.output)
+                tell_errors(UNREAD)
             except OSError as error:
                 drop_output(self.output)
                 what = f"The JSON object could not be written to stdout: {error.strerror or error}."

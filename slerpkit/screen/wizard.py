@@ -5,52 +5,36 @@ Merges nothing, and knows no flag. How a prompt behaves is said in prompts.py, w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from prompt_toolkit.completion import WordCompleter
-from questionary.prompts.path import GreatUXPathCompleter
-from rich.padding import Padding
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from slerpkit.files import clean_path, existing_folder, is_plain_file, replace_files
 from slerpkit.lazy import LazyModule, lazy_modules
 from slerpkit.messages import SlerpMergeError, format_bytes, printable
-from slerpkit.schedule import BLENDS, Schedule, order_rules, parse_blend, parse_rule
-from slerpkit.screen.answers import QUESTIONS, Answers, Blend
-from slerpkit.screen.console import WIDEST_PANEL
+from slerpkit.recipe import PARENTS, check_recipe
+from slerpkit.schedule import parse_number
+from slerpkit.screen.answers import CHOICES, QUESTIONS, SETTINGS, Answers, words_of_blend
+from slerpkit.screen.blend_prompt import NOTHING, BlendQuestion
 from slerpkit.screen.finder import ModelCompleter, ModelFinder
-from slerpkit.screen.prompts import Prompter, answer_check
+from slerpkit.screen.prompts import GoBack, Prompter, answer_check
 
 if TYPE_CHECKING:
     from slerpkit import recipe_file, story
-    from slerpkit.evaluation import objectives, perplexity
     from slerpkit.merge import journal, save_directory
     from slerpkit.parents import adapters, checkpoint, hub, resolver
     from slerpkit.parents.checkpoint import Checkpoint
-    from slerpkit.parity import check
-    from slerpkit.screen import panels
 else:  # the first prompt waits for none of them
-    objectives, perplexity = LazyModule("slerpkit.evaluation.objectives"), LazyModule("slerpkit.evaluation.perplexity")
     journal, save_directory = LazyModule("slerpkit.merge.journal"), LazyModule("slerpkit.merge.save_directory")
     adapters, checkpoint, hub = lazy_modules("slerpkit.parents", "adapters", "checkpoint", "hub")
-    resolver, story = LazyModule("slerpkit.parents.resolver"), LazyModule("slerpkit.story")
-    check = LazyModule("slerpkit.parity.check")
-    recipe_file, panels = LazyModule("slerpkit.recipe_file"), LazyModule("slerpkit.screen.panels")
+    (resolver,) = lazy_modules("slerpkit.parents", "resolver")
+    recipe_file, story = lazy_modules("slerpkit", "recipe_file", "story")
 
-OTHER_BLENDS = (
-    ("a number", "or a gradient of your own, such as 0,0.5,1"),
-    ("filter=gradient ...", "one for each component, such as self_attn=0,1 mlp=1,0 0.5"),
-    ("task vectors", "blend what each parent learned since a common base"),
-    ("find a good blend", "on a text of yours: tries several, and makes the best"),
-    ("a recipe file", "its path, ending in .yaml or .yml"),
-)
-TASK_VECTORS = "task vectors"
-FIND_BLEND = "find a good blend"
+DECISIONS = ("start", "leave", "change", "inspect", "save")
 
 
 class Wizard:
@@ -61,42 +45,87 @@ class Wizard:
     ) -> None:
         self.prompt = prompt
         self.finder = finder
+        self.blend = BlendQuestion(prompt, self.ask_model, self.open)
         self.on_primary = on_primary  # told the primary once it is known; the person thinks on meanwhile
         self.adapter_bases = finder.adapter_bases  # of models that were named with their base before them
         self.proposed: Path | None = None  # the last proposed save directory
+        self.last_question = "primary"  # that was answered
 
-    def complete(self, answers: Answers, before: Answers, questions: Sequence[str] = tuple(QUESTIONS)) -> Answers:
-        """The answers with those that are missing. before: an earlier run's, or those to be changed; offered again."""
+    def complete(
+        self,
+        answers: Answers,
+        before: Answers,
+        questions: Sequence[str] = tuple(QUESTIONS),
+        leads_back: bool = False,
+    ) -> Answers:
+        """The answers with those that are missing. before: an earlier run's, or those to be changed; offered again.
+
+        leads_back: whether there is something before the first question that is missing; GoBack is then raised there.
+        """
         self.adapter_bases.update(answers.settings.get("adapter_bases", {}))
-        for question in questions:
-            if getattr(answers, question) is None:
+        missing = [question for question in questions if getattr(answers, question) is None]
+        number = 0
+        while number < len(missing):
+            question = missing[number]
+            try:
                 answers = getattr(self, f"ask_{question}")(answers, before)
-        if not self.adapter_bases:
-            return answers
-        return dataclasses.replace(answers, settings={**answers.settings, "adapter_bases": dict(self.adapter_bases)})
+                self.last_question = question
+                number += 1
+            except GoBack:
+                if number == 0 and leads_back:
+                    raise
+                if number == 0:
+                    self.prompt.say("  This is the first question. Ctrl-C leaves.")
+                    continue
+                number -= 1
+                before = dataclasses.replace(before, **{missing[number]: getattr(answers, missing[number])})
+                answers = answers.without(missing[number])
+        return answers.with_setting("adapter_bases", dict(self.adapter_bases)) if self.adapter_bases else answers
 
     def open(self, folder: Path) -> Checkpoint:
         """A model that was named. Raises SlerpMergeError as open_checkpoint does."""
         base = self.adapter_bases.get(folder)
         return checkpoint.open_checkpoint(folder, base and hub.locate_base(folder, base))
 
-    def change(self, answers: Answers, changeable: Sequence[str]) -> Answers:
-        """One of the answers given anew; a save directory that was named after the parents follows them."""
-        question = self.which_answer(changeable)
-        if question in ("primary", "secondary") and answers.save_directory == self.proposed:
-            answers = answers.without("save_directory")
-        return self.complete(answers.without(question), before=answers)
+    def change(self, answers: Answers, is_planned: bool) -> Answers | None:
+        """The answers with one given anew; None where the person thinks better of it.
+
+        A save directory that was named after the parents follows them. is_planned: whether there is a plan to return
+        to; where there is none, the last question is the one before.
+        """
+        try:
+            question = self.which_answer(answers.changeable())
+        except GoBack:
+            if is_planned:
+                return None
+            question = self.last_question
+        with contextlib.suppress(GoBack):
+            if question in SETTINGS:
+                return self.ask_setting(question, answers)
+            if question in PARENTS and answers.save_directory == self.proposed:
+                answers = answers.without("save_directory")
+            return self.complete(answers.without(question), before=answers, leads_back=True)
+        return None
 
     def ask_model(
-        self, question: str, message: str, check_folder: Callable[[Path], object], default: Path | None
-    ) -> Path:
-        """The folder of a model that passes a check; Tab completes those that were found."""
+        self,
+        question: str,
+        message: str,
+        check_folder: Callable[[Path], object],
+        default: Path | None,
+        is_needed: bool = True,
+    ) -> Path | None:
+        """The folder of a model that passes a check; Tab completes those that were found.
+
+        None where it is not needed, and the person wants none. Raises GoBack.
+        """
         if default is not None and answer_check(check_folder)(default) is not True:
             default = None
-        shown = resolver.short_name(default) if default is not None else "Tab lists what is here, ? helps"
-        completer = ModelCompleter(self.finder)
+        shown = resolver.short_name(default) if default is not None else None
 
-        def find(text: str) -> Path:
+        def find(text: str) -> Path | None:
+            if not is_needed and text.strip().lower() == NOTHING:
+                return None
             # Looked up late, so that the first prompt does not wait for it.
             folder, base = adapters.find_with_base(text)
             if base is None:
@@ -105,13 +134,20 @@ class Wizard:
                 self.adapter_bases[folder] = base
             return folder
 
-        def check_what_is_here(folder: Path) -> None:
-            if not hub.must_be_looked_up(folder):
+        def check_what_is_here(folder: Path | None) -> None:
+            if folder is not None and not hub.must_be_looked_up(folder):
                 check_folder(folder)
 
+        def hint() -> str:
+            found = "still looking for models" if self.finder.is_looking else "Tab lists what is here"
+            return shown or f"{found}, ? helps"
+
+        completer = ModelCompleter(self.finder)
         while True:
-            folder = self.prompt.path(message, find, question, shown, completer, check_what_is_here, default)
-            if not hub.must_be_looked_up(folder):
+            folder = self.prompt.path(
+                message, question, find, hint, completer, check_what_is_here, default, shown, is_needed
+            )
+            if folder is None or not hub.must_be_looked_up(folder):
                 return folder
             self.prompt.say(f"  Looking at {resolver.short_name(folder)} on the Hub ...")
             try:
@@ -158,194 +194,132 @@ class Wizard:
         proposed = before.save_directory or self.proposed
         if answer_check(check_folder)(proposed) is not True:
             proposed = self.proposed
+        completer = ModelCompleter(None)
         while True:
+            hint = functools.partial(str, proposed)
             folder = self.prompt.path(
-                "Save directory",
-                clean_path,
-                "save_directory",
-                str(proposed),
-                ModelCompleter(None),
-                check_folder,
-                proposed,
+                "Save directory", "save_directory", clean_path, hint, completer, check_folder, proposed, hint()
             )
-            answers = dataclasses.replace(answers, save_directory=folder)
-            if not (folder.is_dir() and any(folder.iterdir())) or answers.overwrite:
-                break
-            if self.prompt.confirm(f"{folder} holds a model; replace it once the child is whole?", default=False):
-                return dataclasses.replace(answers, overwrite=True)
+            with contextlib.suppress(GoBack):
+                settled = self.settle_what_stands(dataclasses.replace(answers, save_directory=folder))
+                if settled is not None:
+                    return settled
             proposed = self.proposed
+
+    def settle_what_stands(self, answers: Answers) -> Answers | None:
+        """What is to happen to a model or an unfinished one at the child's place; None where another is wanted."""
+        folder = answers.save_directory
+        if folder.is_dir() and any(folder.iterdir()) and not answers.overwrite:
+            question = f"{folder} holds a model; replace it once the child is whole?"
+            is_replaced = self.prompt.confirm(question, "overwrite", default=False)
+            return dataclasses.replace(answers, overwrite=True) if is_replaced else None
         unfinished = is_plain_file(save_directory.staging_area(folder) / journal.JOURNAL_NAME)
         if unfinished and answers.restart is None:
-            carries_on = self.prompt.confirm("An unfinished merge stands there. Carry on with it?", default=True)
-            return dataclasses.replace(answers, restart=not carries_on)
+            question = "An unfinished merge stands there. Carry on with it?"
+            return dataclasses.replace(answers, restart=not self.prompt.confirm(question, "carry_on", default=True))
         return answers
 
     def ask_blend(self, answers: Answers, before: Answers) -> Answers:
-        """How the parents are blended. What is drawn before it is taken."""
-        self.show_blends()
-        common = self.common_base(answers)
-        if common is not None:
-            name = resolver.short_name(common)
-            self.prompt.say(f"  Both are adapters of {name}; {TASK_VECTORS} blend what each of them learned.")
-        names = [name for name, _, _ in BLENDS] + [TASK_VECTORS, FIND_BLEND]
-        completer = WordCompleter(names, sentence=True, ignore_case=True)
+        """How the parents are blended."""
+        return self.blend.ask(answers, before)
+
+    def ask_setting(self, name: str, answers: Answers) -> Answers:
+        """The answers with one setting given anew. Raises GoBack."""
+        if name == "base":
+            return answers.with_setting(name, self.blend.ask_base(answers))
+        message = SETTINGS[name].capitalize()
+        now = getattr(answers.recipe, name)
+
+        def check_setting(value: Any) -> None:
+            check_recipe(answers.with_setting(name, value).recipe)
+
+        if name in CHOICES:
+            known = CHOICES[name]
+            default = next((word for word, value in known.items() if value == now), None)
+            hint = ", ".join(known) + ("" if default is None else f"; Enter: {default}")
+            words = {word: word for word in known}
+            word = self.prompt.choose(
+                message, name, words, hint, default, check=lambda word: check_setting(known[word])
+            )
+            return answers.with_setting(name, known[word])
+        default = " ".join(now) or NOTHING if name == "accept" else f"{now:g}"
+
+        def parse(text: str) -> Any:
+            text = text.strip() or default
+            if name == "accept":
+                return None if text == NOTHING else tuple(text.split())
+            return parse_number(text)
+
+        value = self.prompt.text(message, name, parse, lambda: default, default, check=check_setting)
+        return answers.with_setting(name, value)
+
+    def ask_next(self, choices: Mapping[str, str]) -> str:
+        """After a merge: one of the choices, or "leave". choices: what each is asked for by, and is."""
+        hint = "".join(f"{word[0]} {word}, " for word in choices)
+        every = {**choices, "leave": "leave"}
+        try:
+            return self.prompt.choose("What now?", "next", every, f"{hint}Enter leaves, ? helps", "leave")
+        except GoBack:
+            return "leave"
+
+    def ask_upload(self, proposed: str, parse: Callable[[str], str]) -> tuple[str, bool]:
+        """(a name on the Hub, whether only its owner sees it). Raises GoBack."""
+
+        def find(text: str) -> str:
+            return parse(text) if text.strip() else proposed
+
         while True:
-            default = TASK_VECTORS if common is not None and before.blend is None else usable_blend(before.blend)
-            parse = functools.partial(self.parse_blend, default, answers)
-            blend = self.prompt.text("Blend", parse, "blend", f"({default})", completer)
-            before = dataclasses.replace(before, blend=blend)
-            if blend.text == TASK_VECTORS:
-                blend = dataclasses.replace(blend, base=self.ask_base(answers, common))
-            elif blend.text == FIND_BLEND:
-                blend = dataclasses.replace(blend, objective=objectives.Objective(self.ask_texts()))
-            elif blend.recipe is None and blend.text.lower() not in names and not self.accept_curves(blend.schedule):
-                continue
-            return dataclasses.replace(answers, blend=blend)
-
-    @staticmethod
-    def parse_blend(default: str, answers: Answers, text: str) -> Blend:
-        """What a text typed at `Blend` means. Raises SlerpMergeError where it means nothing."""
-        text = text.strip() or default
-        for name in (TASK_VECTORS, FIND_BLEND):
-            if len(text) > 1 and name.startswith(text.lower()):
-                return Blend(text=name)
-        if not text.strip("'\"").lower().endswith((".yaml", ".yml")):
-            return Blend(parse_blend(text), text=text)
-        path = clean_path(text)
-        if clashing := answers.words_of_recipes():
-            raise SlerpMergeError(
-                f"A recipe already says what {', '.join(f'--{word}' for word in clashing)} would.",
-                "Answer with another blend, or start again without.",
-            )
-        recipe = recipe_file.read_recipe(path)
-        named, given = (recipe.primary, recipe.secondary), (answers.primary, answers.secondary)
-        if [folder.resolve() for folder in named] != [folder.resolve() for folder in given]:
-            raise SlerpMergeError(
-                f"The recipe has {named[0]} at t = 0 and {named[1]} at t = 1, not the models you gave.",
-                "Run it as it is with --recipe, or answer with another blend.",
-            )
-        return Blend(recipe.schedule, recipe=recipe, recipe_file=path, text=text)
-
-    def common_base(self, answers: Answers) -> Path | None:
-        """The model that both parents are adapters of; None where they are not."""
-        bases = [self.open(folder).base for folder in (answers.primary, answers.secondary)]
-        folders = [model.folder for model in bases if model is not None]
-        return folders[0] if len({folder.resolve() for folder in folders}) == 1 and len(folders) == 2 else None
-
-    def ask_base(self, answers: Answers, default: Path | None) -> Path:
-        """The model that both parents come from; neither of them, since nothing was learned from a model by itself."""
-        parents = (answers.primary.resolve(), answers.secondary.resolve())
-        self.finder.primary = answers.primary
-
-        def check_base(folder: Path) -> None:
-            if folder.resolve() in parents:
-                raise SlerpMergeError(f"{folder} is a parent itself.", "Give the model that both were fine-tuned from.")
-            check.check_fit_of_base(self.open(answers.primary), self.open(folder))
-
-        return self.ask_model("base", "Base model", check_base, default)
-
-    def ask_texts(self) -> tuple[Path, ...]:
-        """One text file to find a blend on, or two for its balance."""
-        first = self.ask_text_file("Text file")
-        second = self.ask_text_file("A second one, for the other parent's skill", optional=True)
-        return (first,) if second is None else (first, second)
-
-    def ask_text_file(self, message: str, optional: bool = False) -> Path | None:
-        """A text that can be predicted; None where it may be left out, and was."""
-
-        def parse(text: str) -> Path | None:
-            if not text.strip() and not optional:
-                raise SlerpMergeError("A text file is needed.", "Type or paste its path; Tab completes it, ? helps.")
-            return clean_path(text) if text.strip() else None
-
-        def check_text(path: Path | None) -> None:
-            if path is not None:
-                perplexity.read_judged_text(path)
-
-        shown = "(Enter: none)" if optional else "(Tab completes, ? helps)"
-        return self.prompt.text(message, parse, "text", shown, GreatUXPathCompleter(expanduser=True), check_text)
-
-    def ask_next(self) -> str:
-        """After a merge: "taste", "perplexity" or "leave"."""
-        choices = {"taste": "taste", "perplexity": "perplexity", "leave": "leave"}
-        return self.prompt.choose("What now?", choices, "next", "t taste, p perplexity, Enter leaves, ?", "leave")
+            name = self.prompt.text("Name on the Hub", "upload", find, lambda: proposed, proposed)
+            with contextlib.suppress(GoBack):
+                return name, self.prompt.confirm("Private?", "private", default=True)
 
     def ask_prompts(self) -> list[str]:
-        """Prompts for a taste, until an empty one."""
+        """Prompts for a taste, until an empty one. Raises GoBack where there is none."""
         prompts: list[str] = []
-        while answer := self.prompt.text(
-            "Prompt", str.strip, "prompt", "(Enter: begin)" if prompts else "(Enter: none)"
-        ):
-            prompts.append(answer)
-        return prompts
-
-    def show_blends(self) -> None:
-        """Every blend with its curve over the layers, so that none is taken unseen."""
-        rows = []
-        for name, text, meaning in BLENDS:
-            curves = panels.schedule_curves(self.prompt.console, order_rules(map(parse_rule, text.split())), layers=8)
-            drawn = curves[0][1] if len(curves) == 1 else "  ".join(f"{part} {curve}" for part, curve in curves)
-            rows.append((f"{name:<22}{drawn}", meaning))
-        for line, meaning in [*rows, *((f"{name:<22}", meaning) for name, meaning in OTHER_BLENDS)]:
-            text = Text(f"  {line:<32}", style="bold")
-            if len(text) + len(meaning) < min(self.prompt.console.width, WIDEST_PANEL):
-                self.prompt.console.print(text.append(f"  {meaning}", style="not bold"))
-            else:
-                self.prompt.console.print(text, Padding(Text(meaning), (0, 0, 0, 6)))
-
-    def accept_curves(self, schedule: Schedule) -> bool:
-        """Draws a schedule; whether it is taken. One t for everything needs no picture."""
-        for component, curve in panels.schedule_curves(self.prompt.console, schedule):
-            self.prompt.say(f"    {component:<12}{curve}")
-        one_t = len(schedule.rules) == 1 and len(schedule.rules[0].gradient) == 1
-        return one_t or self.prompt.confirm("Take it?", True)
+        while True:
+            default, shown = ("begin", "Enter: begin") if prompts else (None, "Enter: back")
+            prompt = self.prompt.text("Prompt", "prompt", str.strip, functools.partial(str, shown), default)
+            if not prompt:
+                return prompts
+            prompts.append(prompt)
 
     def decide(self, default_start: bool) -> str:
         """After the panels: "start", "leave", "change", "inspect" or "save"."""
-        choices = {"yes": "start", "no": "leave", "change": "change", "inspect": "inspect", "save": "save"}
-        shown, default = ("Y/n/c/i/s/?", "yes") if default_start else ("y/N/c/i/s/?", "no")
-        return self.prompt.choose("Start the merge?", choices, "start", shown, default)
+        choices = {"yes": "start", "no": "leave", "s": "save", **{name: name for name in DECISIONS}}
+        starts, leaves = ("Enter start", "n leave") if default_start else ("y start", "Enter leave")
+        hint = f"{starts}, c change, i inspect, s save recipe, {leaves}"
+        try:
+            return self.prompt.choose("Start the merge?", "start", choices, hint, "yes" if default_start else "no")
+        except GoBack:
+            return "change"
 
-    def which_answer(self, questions: Sequence[str]) -> str:
-        """The question to be answered anew."""
-        choices = {QUESTIONS[question]: question for question in questions}
-        shown = ", ".join(choices)
-        only = shown if len(choices) == 1 else None  # Enter alone takes it, as it stands there like a default
-        return self.prompt.choose("Change which answer?", choices, "change", shown, only, "is none of them")
+    def which_answer(self, names: Sequence[str]) -> str:
+        """The question or setting to be answered anew. Raises GoBack."""
+        words = {name: {**QUESTIONS, **SETTINGS}[name] for name in names}
+        shown, choices = ", ".join(words.values()), {word: word for word in words.values()}
+        word = self.prompt.choose(
+            "Change which answer?", "change", choices, shown, complaint="is none of them", remedy=f"Say {shown}."
+        )
+        return next(name for name in words if words[name] == word)
 
     def save_recipe(self, text_in: Callable[[Path], str]) -> Path:
-        """Asks for a new file until one takes the recipe. text_in: the recipe's text for a folder that it stands in."""
+        """Asks for a new file until one takes the recipe. text_in: the recipe's text for a folder that it stands in.
+
+        Raises GoBack.
+        """
+        usual = Path(recipe_file.RECIPE_NAME)
+        proposed = save_directory.free_path(usual.stem, usual.suffix)
 
         def parse(text: str) -> Path:
-            path = clean_path(text) if text.strip() else Path(recipe_file.RECIPE_NAME)
+            path = clean_path(text) if text.strip() else proposed
             if path.suffix not in (".yaml", ".yml") or os.path.lexists(path) or not path.parent.is_dir():
                 raise SlerpMergeError(f"{path} is no new .yaml file in a folder that is there.", "Give another name.")
             return path
 
         while True:
-            path = self.prompt.text("Recipe file", parse, "recipe", f"({recipe_file.RECIPE_NAME})").resolve()
+            path = self.prompt.text("Recipe file", "recipe", parse, lambda: str(proposed), str(proposed)).resolve()
             try:
                 replace_files({path: text_in(path.parent).encode("utf-8", "backslashreplace")})
                 return path
             except SlerpMergeError as error:
                 self.prompt.say(printable(f"  {error.message} {error.hint}"))
-
-
-def words_of_blend(answers: Answers) -> list[str]:
-    """What a proposed save directory is called after, beside the parents: the method, and t where it is one."""
-    words = [answers.recipe.method]
-    if answers.blend is not None and answers.blend.objective is None:
-        values = list(answers.blend.schedule.values())
-        words += [f"{values[0]:g}"] if len(values) == 1 else []
-    return words
-
-
-def usable_blend(last: Blend | None) -> str:
-    """The words of the last blend, where they can be used again; else those of the even one."""
-    text = last.text if last is not None else None
-    try:
-        if text is not None and (text in (TASK_VECTORS, FIND_BLEND) or parse_blend(text)):
-            return text
-    except SlerpMergeError:  # a recipe file, or from an older version, or from a stranger's hand
-        pass
-    return "even"
