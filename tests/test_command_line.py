@@ -587,7 +587,7 @@ class TestWithoutTorch:
     def test_a_dry_run_prints_the_plan(self, run, pair):
         outcome = run("--primary", "primary", "--secondary", "secondary", "--save-dir", "child", "--dry-run")
         assert outcome.status == 0
-        for part in ("Plan", "LlamaForCausalLM", "child", "t = 0.5", "21 to slerp", "needed", "tokenizer"):
+        for part in ("Plan", "LlamaForCausalLM", "child", "t = 0.5", "21 to slerp", "of disk", "tokenizer"):
             assert part in outcome.out
 
 
@@ -1235,7 +1235,7 @@ def test_a_parent_that_changes_underway_is_told_so(run, pair, tmp_path, monkeypa
         weights.write_bytes(weights.read_bytes()[:-600])
         return plan
 
-    monkeypatch.setattr(slerpmerge.story, "plan_merge", plan_then_cut)
+    monkeypatch.setattr("slerpkit.story.plan_merge", plan_then_cut)
     assert_refused(run(*MERGE), "became shorter while it was read", "Let nothing write to it")
     assert {path.name for path in tmp_path.iterdir()} == {"primary", "secondary"}
 

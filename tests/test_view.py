@@ -225,7 +225,7 @@ class TestPlanPanel:
     def test_a_disk_that_does_not_tell_has_no_free_room_in_the_plan(self, scene):
         plan = dataclasses.replace(scene.plan, disk_free_bytes=None)
         text = words(shown(lambda console: render_plan(console, plan), 100))
-        assert "14.5 GB needed" in text
+        assert "14.5 GB of disk;" in text
         assert "free" not in text
 
     def test_one_thread_is_one(self, scene):

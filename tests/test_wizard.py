@@ -347,7 +347,7 @@ class TestSession:
             terminal.answer("(primary-secondary-slerp)")
             terminal.answer("(even)")
             terminal.answer("Start the merge?  (Enter start")
-            terminal.answer("What now?  (t taste, p perplexity, v verify, Enter leaves")
+            terminal.answer("What now?  (t taste, p perplexity, v verify, u upload, Enter leaves")
             assert terminal.exit_status() == 0
             assert "t = 0.5" in terminal.text
             assert "Try it, convert it, share it:" in terminal.text

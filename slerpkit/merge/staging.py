@@ -184,7 +184,7 @@ class StagedChild:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            if not isinstance(error, (SlerpMergeError, OSError, MemoryError, KeyboardInterrupt)):
+            if not isinstance(error, (SlerpMergeError, OSError, MemoryError, ImportError, KeyboardInterrupt)):
                 self.distrust()  # a fault of a library's, or of ours, which the same command would only meet again
             with interruptions_held() as held:
                 # A person who pressed Ctrl-C does not wait for the disk.

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 
 from slerpkit import story
 from slerpkit.files import existing_folder
-from slerpkit.lazy import huggingface_hub
+from slerpkit.lazy import huggingface_hub, lazy_modules
 from slerpkit.merge.save_directory import free_bytes
 from slerpkit.merge.supply import DiskTooSmall, download_bytes, fetch_parents
 from slerpkit.messages import SlerpMergeError, format_bytes
-from slerpkit.screen.prompts import GoBack
 
 if TYPE_CHECKING:
     from slerpkit.merge.plan import MergePlan
     from slerpkit.parents.checkpoint import Parents
     from slerpkit.parity.report import ParityReport
     from slerpkit.recipe import MergeRecipe, RunOptions
+    from slerpkit.screen import prompts
     from slerpkit.screen.session import Session
+else:  # a run without questions loads no prompt
+    (prompts,) = lazy_modules("slerpkit.screen", "prompts")
 
 FETCHED_KEPT = "No child was made. What was fetched of the parents is kept; the same command carries on."
 
@@ -61,7 +63,7 @@ def consent(session: Session, byte_count: int) -> bool:
     if not session.asks:
         what = f"{size} of the parents' weights are still on the Hub."
         raise SlerpMergeError(what, f"Add --download to fetch them{known and f'; {known} at {cache}'}.")
-    with contextlib.suppress(GoBack):
+    with contextlib.suppress(prompts.GoBack):
         question = f"Fetch {size} from the Hub?{known and f' {known}.'}"
         return session.wizard.prompt.confirm(question, "fetch", default=True)
     return False

@@ -87,15 +87,15 @@ class History:
 
     def remember(self, recipe: MergeRecipe, options: RunOptions, blend: str | None) -> None:
         """Keeps what a merge was made of. A disk that does not take it is no reason to stop."""
-        used = [lasting_name(folder) for folder in (recipe.primary, recipe.secondary)]
-        recent = [*used, str(options.save_directory.resolve()), *map(lasting_name, self.recent)]
-        content = {
-            "primary": used[0],
-            "secondary": used[1],
-            "blend": blend or self.content.get("blend"),
-            "places": list(dict.fromkeys(recent))[: self.max_recent],
-        }
         with contextlib.suppress(OSError, SlerpMergeError):
+            used = [lasting_name(folder) for folder in (recipe.primary, recipe.secondary)]
+            recent = [*used, str(options.save_directory.resolve()), *map(lasting_name, self.recent)]
+            content = {
+                "primary": used[0],
+                "secondary": used[1],
+                "blend": blend or self.content.get("blend"),
+                "places": list(dict.fromkeys(recent))[: self.max_recent],
+            }
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, content)
 
