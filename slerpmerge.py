@@ -61,31 +61,26 @@ if sys.version_info < (3, 10):  # noqa: UP036  before modules are loaded that it
 from slerpkit.lazy import lazy_modules
 from slerpkit.messages import SlerpMergeError, explain_import_error, explain_refusal, format_names
 from slerpkit.recipe import check_options, check_recipe
-from slerpkit.schedule import Schedule
 from slerpkit.screen import flags
 from slerpkit.screen.answers import Answers, Blend, words_of_blend
 
 if TYPE_CHECKING:
     from slerpkit import demo, recipe_file, recipe_writer, story
-    from slerpkit.child.findings import Finding
     from slerpkit.child.report import MergeReport
-    from slerpkit.evaluation import sweep
-    from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge import save_directory
     from slerpkit.merge.plan import MergePlan
-    from slerpkit.screen import afterwards, console, fetching, figures, panels, prompts, terminal
+    from slerpkit.screen import afterwards, console, errands, fetching, figures, panels, prompts, searching, terminal
     from slerpkit.screen import session as sessions
     from slerpkit.screen.session import Session
 else:  # each is loaded when the story comes to it: --help needs none, the first prompt next to none
     demo, recipe_file, recipe_writer, story = lazy_modules("slerpkit", "demo", "recipe_file", "recipe_writer", "story")
-    (sweep,) = lazy_modules("slerpkit.evaluation", "sweep")
     (save_directory,) = lazy_modules("slerpkit.merge", "save_directory")
     afterwards, console, fetching = lazy_modules("slerpkit.screen", "afterwards", "console", "fetching")
-    figures, panels, prompts = lazy_modules("slerpkit.screen", "figures", "panels", "prompts")
+    errands, figures, panels = lazy_modules("slerpkit.screen", "errands", "figures", "panels")
+    prompts, searching = lazy_modules("slerpkit.screen", "prompts", "searching")
     sessions, terminal = lazy_modules("slerpkit.screen", "session", "terminal")
 
 CLEANED_UP = "The unfinished child was removed; both parents are as they were."
-SWEEP_KEPT = "The child was not made. What the sweep measured is kept; the same command carries on."
 PATIENCE_SECONDS = 0.5  # that a plan waits for a look at the primary to end
 
 
@@ -132,9 +127,9 @@ def run(session: Session) -> None:
     if arguments.forget:
         session.show("Forgotten." if session.history.forget() else "There was nothing to forget.")
     elif arguments.inspect:
-        inspect_parents(session)
+        errands.inspect_parents(session)
     elif arguments.child is not None:
-        evaluate_standing_child(session)
+        errands.evaluate_standing_child(session)
     elif arguments.demo:
         merge(session, make_demo_parents(session))
     else:
@@ -156,10 +151,10 @@ def merge(session: Session, given: Answers) -> None:
     if session.interactive and not session.arguments.demo:
         session.history.remember(plan.recipe, plan.options, answers.blend.text)
     if objective is not None:
-        plan, curve = find_good_t(session, plan, objective)
+        plan, curve = searching.find_good_t(session, plan, objective)
     report = make_child(session, plan)
     if objective is not None:
-        keep_sweep(session, report, curve)
+        searching.keep_sweep(session, report, curve)
     afterwards.save_maps_of_merge(session, report)
     compared = afterwards.models_to_compare(plan.recipe, report.child, plan.options.device)
     afterwards.evaluate_as_flags_ask(session, compared, objective)
@@ -258,14 +253,14 @@ def decide(session: Session, plan: MergePlan, answers: Answers) -> tuple[str, Me
         return "print", plan
     if objective is not None:
         names = [path.name for path in objective.texts] or list(objective.tasks)
-        made = f"up to {sweep.MAX_TRIALS - 2} children are made one after the other, and the best again"
+        made = f"up to {searching.MAX_TRIALS - 2} children are made one after the other, and the best again"
         session.show(f"t will be found on {format_names(names)}: {made}.")
     if plan.kinship.warning:
         session.show(plan.kinship.warning, style="yellow")
     if session.arguments.yes:
         fetching.may_fetch(session, plan)
         return "start", fetching.with_weights(session, plan)
-    lost = what_would_go(plan, objective)
+    lost = searching.what_would_go(plan, objective)
     for loss in lost:
         session.show(loss, style="yellow")
     lacks = session.what_primary_lacks()
@@ -295,13 +290,6 @@ def decide(session: Session, plan: MergePlan, answers: Answers) -> tuple[str, Me
             return decision, plan
 
 
-def what_would_go(plan: MergePlan, objective: Objective | None) -> list[str]:
-    """What a start would discard of earlier runs into the same place."""
-    files = "The finished files of the merge that stands there are of another; they would go."
-    loss = sweep.lost_by(plan, objective) if objective is not None else None
-    return [files] * (plan.leftover is not None and plan.leftover.reason != "") + [loss] * (loss is not None)
-
-
 def save_recipe(session: Session, plan: MergePlan, answers: Answers) -> None:
     """The merge as a recipe instead, and the commands that follow it. Raises GoBack where the person wants none."""
     settled, roles = dataclasses.replace(plan, recipe=plan.settled_recipe), plan.parents.by_role
@@ -312,26 +300,6 @@ def save_recipe(session: Session, plan: MergePlan, answers: Answers) -> None:
     if answers.blend.objective is not None:
         session.show("It has t = 0.5, where a search begins. The command that searches:")
         session.show_command(plan, answers.blend.objective)
-
-
-def find_good_t(session: Session, plan: MergePlan, objective: Objective) -> tuple[MergePlan, Finding]:
-    """(the plan for the t that a sweep finds best, its curve). What was measured stays until the child stands."""
-    try:
-        with session.view:
-            curve = sweep.find_t(plan, objective, session.observe, session.workers_for(plan))
-    finally:
-        if sweep.sweep_area(plan.options.save_directory).is_dir():
-            session.leave(SWEEP_KEPT)
-    session.show(figures.render_finding(session.console, curve))
-    recipe = dataclasses.replace(plan.recipe, schedule=Schedule.constant(curve["figures"]["best_t"]))
-    return story.prepare_merge(recipe, plan.options), curve
-
-
-def keep_sweep(session: Session, report: MergeReport, curve: Finding) -> None:
-    """A sweep's curve joins the report of the child that it found; its own notes are then of no more use."""
-    afterwards.add_to_report(session, report.child, [curve])
-    if session.deferred_error is None:
-        sweep.forget_sweep(report.plan.options.save_directory)
 
 
 def make_child(session: Session, plan: MergePlan) -> MergeReport:
@@ -354,34 +322,6 @@ def make_demo_parents(session: Session) -> Answers:
     primary, secondary = demo.make_demo_parents(session.arguments.save_directory)
     session.leave(f"The two parents stand in {primary.parent}.")
     return Answers(primary, secondary, primary.with_name(demo.DEMO_CHILD), Blend(), overwrite=True)
-
-
-def inspect_parents(session: Session) -> None:
-    """--inspect: how the parents differ. Two questions, no child and no save directory."""
-    given = flags.settle(session.arguments, session.interactive)
-    answers = session.ask(given, ("primary", "secondary"))
-    recipe = fetching.with_parents_here(session, answers.recipe)
-    afterwards.check_maps(session, answers.recipe)
-    terminal.collect_garbage_again()
-    with session.view:
-        found = story.inspect_parents(recipe, answers.options, session.observe)
-    session.show(figures.render_map(session.console, found))
-    afterwards.save_maps(session, found)
-    session.print_json(found.as_dict())
-
-
-def evaluate_standing_child(session: Session) -> None:
-    """--child: a child that stands already is held against the parents that its recipe names."""
-    child = session.arguments.child
-    path = child / recipe_file.RECIPE_NAME
-    if not path.is_file():
-        what = f"{child} has no {path.name}, so its parents are not known."
-        raise SlerpMergeError(what, "Give the folder of a child that slerpmerge made.")
-    recipe = fetching.with_parents_here(session, recipe_file.read_recipe(path))
-    compared = afterwards.models_to_compare(recipe, child, session.arguments.device or "auto")
-    afterwards.check_evaluation(session, [compared.checkpoints[role] for role in ("primary", "secondary")], None)
-    afterwards.evaluate_as_flags_ask(session, compared)
-    session.print_json({"findings": session.findings})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ FLOORS = (
     " slerpkit.screen.progress slerpkit.screen.answers slerpkit.screen.history slerpkit.screen.finder"
     " slerpkit.screen.prompts slerpkit.screen.blend_prompt slerpkit.screen.wizard slerpkit.screen.flag_values"
     " slerpkit.screen.flags slerpkit.screen.lookahead slerpkit.screen.session slerpkit.screen.fetching"
-    " slerpkit.screen.afterwards",
+    " slerpkit.screen.afterwards"
+    " slerpkit.screen.errands slerpkit.screen.searching",
     "slerpmerge",
 )
 # The package's door hands out merge_models, which it imports when it is asked for.
