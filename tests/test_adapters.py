@@ -497,7 +497,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 3}, "the rank 3"),
     "rank-pattern": ({"rank_pattern": {"q_proj": 1}}, "self_attn.q_proj has the rank 1"),
     "no-number": ({"lora_alpha": "16"}, "no number"),
-    "endless-number": ({"lora_alpha": 10**400}, "no number"),
+    "endless-number": ({"lora_alpha": 10**400}, "a number in it has 401 digits"),
     "bad-pattern": ({"alpha_pattern": {"q_proj(": 1}}, "a pattern that is none"),
     "endless-pattern": ({"alpha_pattern": {"(.+)+x": 1}}, "take for ever"),
     "endless-choice": ({"alpha_pattern": {"(.|.)*x": 1}}, "take for ever"),

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from slerpkit import __version__
 from slerpkit.files import MAX_OPEN_FILES, FileHandles
 from slerpkit.merge import staging
-from slerpkit.merge.events import ChildPublished, MergeStopped, Noted, WorkAdvanced, ignore
+from slerpkit.merge.events import ChildPublished, MergeStopped, Noted, WorkAdvanced, WorkBegan, ignore
 from slerpkit.merge.journal import Journal, Leftover
 from slerpkit.merge.save_directory import WorkFolder, staging_area
 from slerpkit.merge.staging import StagedChild
@@ -60,7 +60,7 @@ COPY_MATCHING, VERIFY_CHILD = "slerpkit.child.companions.copy_matching", "slerpk
 # What an observer is told, or a function that is done, and for the how manieth time.
 MOMENTS: list[tuple[type | str, int]] = [
     ("slerpkit.parents.checkpoint.open_checkpoint", 1), ("slerpkit.parents.checkpoint.open_checkpoint", 2),
-    ("slerpkit.story.check_parity", 1), ("slerpkit.story.plan_merge", 1), (Noted, 1), (WorkAdvanced, 1),
+    ("slerpkit.story.check_parity", 1), ("slerpkit.story.plan_merge", 1), (WorkBegan, 1), (WorkAdvanced, 1),
     (MergedTensor, 1), (MergedTensor, 11), (MergedTensor, 21), (FINISH_FILE, 1), (FINISH_FILE, 2),
     ("slerpkit.child.companions.write_child_config", 1), (COPY_MATCHING, 1), (COPY_MATCHING, 3),
     ("slerpkit.story.copy_companions", 1), (VERIFY_CHILD, 1), ("slerpkit.story.write_report", 1),
@@ -398,7 +398,7 @@ def test_folders_made_on_the_way_are_removed_where_the_last_cannot_be(tmp_path, 
 # ── A child that stands there already ───────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("moment", "number"), [(Noted, 1), (MergedTensor, 11), (VERIFY_CHILD, 1)])
+@pytest.mark.parametrize(("moment", "number"), [(WorkBegan, 1), (MergedTensor, 11), (VERIFY_CHILD, 1)])
 def test_an_existing_child_survives_a_failed_merge_and_gives_way_to_a_good_one(tmp_path, moment, number):
     primary, secondary = make_pair(tmp_path)
     child = merge(primary, secondary, tmp_path / "child", 0.2, max_shard_bytes=5000).child
@@ -501,7 +501,7 @@ def test_a_parent_that_breaks_during_the_merge_is_named(tmp_path, storage, role,
     primary, secondary = make_pair(tmp_path, storage=storage)
     (file,) = (path for path in (tmp_path / role).iterdir() if path.suffix in (".safetensors", ".bin"))
     with pytest.raises(SlerpMergeError, match=re.escape(str(file))) as caught:
-        merge(primary, secondary, tmp_path / "child", observe=at(Noted, 1, lambda: how(file)))
+        merge(primary, secondary, tmp_path / "child", observe=at(WorkBegan, 1, lambda: how(file)))
     assert caught.value.hint
     assert names(tmp_path) == ["primary", "secondary"]
 
@@ -800,11 +800,11 @@ def test_killed_at_any_moment_a_merge_goes_on_to_the_same_bits(tmp_path, parents
                     json.dumps([str(primary), str(secondary), str(child), DEVICE, 2000]), file=server.stdin, flush=True
                 )
                 process = int(server.stdout.readline())
-                if chance.random() < 0.5:  # on a busy disk, nothing would be finished by then
-                    limit = time.monotonic() + 2
-                    while not (staging_area(child) / "journal.json").exists() and time.monotonic() < limit:
-                        time.sleep(0.001)
-                time.sleep(chance.uniform(0.005, 0.25))
+                waits = chance.random() < 0.5  # on a busy disk, nothing would be finished otherwise
+                limit = time.monotonic() + 2
+                while waits and not (staging_area(child) / "journal.json").exists() and time.monotonic() < limit:
+                    time.sleep(0.001)
+                time.sleep(chance.uniform(0, 0.03) if waits else chance.uniform(0.005, 0.25))
                 with contextlib.suppress(ProcessLookupError):  # it was faster
                     os.kill(process, signal.SIGKILL)
                 kills += int(server.stdout.readline()) == signal.SIGKILL
@@ -1115,7 +1115,7 @@ def test_a_child_of_an_image_is_back_when_a_step_fails(tmp_path, image, monkeypa
     assert is_dead or fingerprint(child) == before
     assert not child.exists() or (child / "config.json").exists()  # else the next run takes it for no model's
     with pytest.raises(KeyboardInterrupt):  # the next run puts it back before anything else
-        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(Noted, 1, interrupt))
+        merge(primary, secondary, child, 0.7, overwrite=True, observe=at(WorkBegan, 1, interrupt))
     assert fingerprint(child) == before
     assert merge(primary, secondary, child, 0.7, overwrite=True).as_dict()["resumed_files"] == 1
     assert names(child.parent) == ["child"]
@@ -1428,7 +1428,7 @@ def test_an_old_child_that_is_half_removed_is_not_taken_for_one(tmp_path, monkey
     assert names(tmp_path) != ["child", "primary", "secondary"]
     child.rename(tmp_path / "elsewhere")
     with pytest.raises(KeyboardInterrupt):
-        merge(primary, secondary, child, observe=at(Noted, 1, interrupt))
+        merge(primary, secondary, child, observe=at(WorkBegan, 1, interrupt))
     assert names(tmp_path) == ["elsewhere", "primary", "secondary"]
 
 

@@ -353,8 +353,10 @@ class DiskWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.005):
-            files = self.bench.weights_here()
-            sizes = []
+            try:
+                files, sizes = self.bench.weights_here(), []
+            except OSError:  # a folder of the cache went meanwhile
+                continue
             for name in ("finch", "wren"):
                 own = [path for path in files if f"--{name}" in str(path)]
                 self.most[name] = max(self.most.get(name, 0), len(own))
