@@ -332,7 +332,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         streamed_disk_bytes=peak_parent_bytes(unfinished, streamed_sizes(parents)),
         disk_needed_bytes=unfinished_bytes + bytes_beside_weights(shards, parents, parity),
         disk_free_bytes=free_bytes(existing_folder(options.save_directory)),
-        kinship=Kinship(None, (), "the weights are still on the Hub") if download else measure_kinship(pairs),
+        kinship=Kinship(None, (), unknown_because="the weights are still on the Hub") if download else measure_kinship(pairs),
         leftover=leftover,
         remarks=(
             *recipe.origin.remarks,
