@@ -169,6 +169,7 @@ SPELT_OUT = 4  # times what it was may tokenizer.json take that is written again
 # Rough costs behind the expected time, measured on one core of a 2023 server.
 ARITHMETIC_SECONDS_PER_ELEMENT = 1.9e-9
 WRITE_BYTES_PER_SECOND = 1.5e9
+NOT_HERE = Kinship(None, (), unknown_because="the weights are still on the Hub")
 USUAL_READ_BYTES_PER_SECOND = 1.5e9  # where nothing is here that could be read
 
 
@@ -332,7 +333,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
         streamed_disk_bytes=peak_parent_bytes(unfinished, streamed_sizes(parents)),
         disk_needed_bytes=unfinished_bytes + bytes_beside_weights(shards, parents, parity),
         disk_free_bytes=free_bytes(existing_folder(options.save_directory)),
-        kinship=Kinship(None, (), unknown_because="the weights are still on the Hub") if download else measure_kinship(pairs),
+        kinship=NOT_HERE if download else measure_kinship(pairs),
         leftover=leftover,
         remarks=(
             *recipe.origin.remarks,
