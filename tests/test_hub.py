@@ -338,6 +338,28 @@ def test_paths_of_a_repository_that_lead_out_of_its_folder_are_not_fetched() -> 
     assert not any(map(is_plain, ("../config.json", "/etc/passwd", "a/../../b", "", "a\\b", "./a")))
 
 
+def test_a_model_that_is_half_here_says_what_is_missing_where_the_hub_cannot_be_asked(bench: Bench) -> None:
+    assert bench.merge("ada/finch", "ada/wren", "--yes", "--download")[0] == 0
+    weights = sorted(path for path in bench.weights_here() if "--wren" in str(path) and path.is_symlink())
+    if not weights:
+        pytest.skip("the cache has no links there")
+    weights[2].unlink()
+    status, _, err = bench.merge("ada/finch", "ada/wren", "--yes", "--overwrite", HF_HUB_OFFLINE="1")
+    assert (
+        status,
+        f"ada/wren is only half downloaded: model.safetensors.index.json names {weights[2].name}" in err,
+    ) == (
+        1,
+        True,
+    )
+    assert "hf download ada/wren" in err
+    weights[1].resolve().unlink()
+    status, _, err = bench.merge("ada/finch", "ada/wren", "--yes", "--overwrite", HF_HUB_OFFLINE="1")
+    assert f"what {weights[1].name} lead to in the cache is not there any more" in err
+    status, _, err = bench.merge("ada/finch", "ada/wren", "--yes", "--overwrite", "--download")
+    assert status == 0, err
+
+
 # ── Small disks ──
 
 

@@ -30,6 +30,8 @@ def half_downloaded(folder: Path, error: SlerpMergeError) -> SlerpMergeError | N
     if named is None or "GGUF" in error.message:
         return None
     reason = error.message.replace(f"{folder}{os.sep}", "").replace(str(folder), "its folder").rstrip(".")
+    if lost := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()):
+        reason = f"what {format_names(lost)} lead to in the cache is not there any more"
     revision = "" if HubName(named.name).snapshot == folder else f" --revision {named.revision}"
     return SlerpMergeError(
         f"{named.name} is only half downloaded: {reason}.", f"Fetch the rest: hf download {named.name}{revision}"

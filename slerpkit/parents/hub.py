@@ -25,6 +25,7 @@ from slerpkit.parents.checkpoint import (
     WEIGHTS_INDEX,
     WEIGHTS_SINGLE,
     find_weight_files,
+    open_checkpoint,
     read_index,
 )
 from slerpkit.parents.hub_cache import COMMIT, REMOTE_MODELS, HubName, RemoteModel, cached_names
@@ -47,7 +48,18 @@ def locate(folder: Path) -> Path:
     if named is None:
         return folder
     here = named.snapshot or folder  # perhaps it came meanwhile
-    return look_up(named).folder if must_be_looked_up(here) else here
+    if not must_be_looked_up(here):
+        return here
+    try:
+        return look_up(named).folder
+    except SlerpMergeError as error:
+        if not here.is_dir():
+            raise
+        try:
+            open_checkpoint(here)  # which says what of it is not here
+        except SlerpMergeError as lack:
+            raise SlerpMergeError(lack.message, f"{lack.hint}. {error.message}") from error
+        raise
 
 
 def locate_base(folder: Path, given: Path | None) -> Path | None:
