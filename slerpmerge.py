@@ -230,7 +230,7 @@ def prepare_plan(session: Session, answers: Answers) -> MergePlan:
     if role is not None and session.offers_template(role, recipe):
         recipe = dataclasses.replace(recipe, chat_template=role)
         parity = story.check_parity(parents, recipe)
-    plan = fetching.plan_within_disk(session, recipe, options, parents, parity)
+    plan = fetching.plan_within_disk(session, recipe, options, parents, parity, answers.blend.objective)
     objective, lacks = answers.blend.objective, session.what_primary_lacks(PATIENCE_SECONDS)
     session.show(panels.render_plan(session.console, plan, objective is not None, lacks))
     if objective is None and (arguments.dry_run or len({tensor.t for tensor in plan.tensors}) > 1):
@@ -266,6 +266,9 @@ def decide(session: Session, plan: MergePlan, answers: Answers) -> tuple[str, Me
     lacks = session.what_primary_lacks()
     while True:
         decision = session.wizard.decide(plan.kinship.warning is None and not lost and lacks is None)
+        if decision == "inspect" and plan.options.stream_parents and plan.download_bytes:
+            session.show("Parents that are fetched file by file are never here whole, so they cannot be inspected.")
+            continue
         if decision in ("start", "inspect"):
             if not fetching.may_fetch(session, plan):
                 continue

@@ -61,6 +61,11 @@ def given_path(text: str) -> Path:
     return Path(text) if os.path.lexists(text) else clean_path(text)
 
 
+def written_path(text: str) -> Path:
+    """A path that a file names: with `~`, and with nothing of this person's environment put in for a stranger's $."""
+    return Path(os.path.expanduser(text.strip()))  # noqa: PTH111  which leaves the home of nobody as it is
+
+
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """A small file, whole. Raises SlerpMergeError where it cannot be read or is larger than `limit` bytes."""
     try:
@@ -426,22 +431,3 @@ def make_writable(folder: Path) -> None:
     with contextlib.suppress(OSError):  # another person's: it stays
         if is_plain_folder(folder):
             folder.chmod(stat.S_IRWXU)
-
-
-def move_contents(source: Path, target: Path, last: str = "", first: str = "") -> None:
-    """Moves the files of a folder into another, one by one, and removes the folders that they leave.
-
-    For disks that do not rename some folders, such as those of a container's image. last, first: the names of files
-    that are to be the last, or the first, to move. Raises OSError where one cannot be moved; those before it are then
-    moved.
-    """
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
-        place = target / path.name
-        if is_plain_folder(path):
-            move_contents(path, place)
-        elif os.path.lexists(place):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
-        else:
-            path.rename(place)
-    source.rmdir()

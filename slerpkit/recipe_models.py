@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slerpkit.files import check_path, clean_path
+from slerpkit.files import check_path, written_path
 from slerpkit.messages import SlerpMergeError
 from slerpkit.parents.adapters import find_with_base
 from slerpkit.parents.resolver import find_model, hub_name_of
@@ -99,9 +99,9 @@ class RecipeModels:
         return folder
 
     def look_for(self, text: str, revision: str | None) -> Path:
-        beside = self.file.path.parent / clean_path(text)
+        beside = self.file.path.parent / written_path(text)
         check_path(beside, "folder")
-        return beside if beside.exists() else find_model(text, revision)
+        return beside if beside.exists() else find_model(text, revision, written_path)
 
     def sides(self, method: str, cuts: Sequence[Cut], stated: Path | None, node: Any) -> tuple[Path, Path]:
         """(t = 0, t = 1) of what a recipe lists. stated: its base_model. node: of the lists, for complaints."""

@@ -4,6 +4,7 @@
     python tests/bench_merge.py --layers 70                 one three times as large
     python tests/bench_merge.py --method lerp --t 0,0.5,1   another blend
     python tests/bench_merge.py --also "--method lerp" "--t 0,0.5,1"   more blends, held against the first
+    python tests/bench_merge.py --adapter 8 64              adapters of the primary, held against a plain parent
     python tests/bench_merge.py --sync                      until everything is on the disk
     python tests/bench_merge.py --inspect                   also inspection, against reading both parents once
     python tests/bench_merge.py --script OTHER/slerpmerge.py   another version on the same pair, run by run
@@ -98,6 +99,24 @@ def build_parents(folder: Path, layers: int) -> None:
         for role in pair:
             index = {"metadata": {}, "weight_map": weight_map}
             (folder / role / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def build_adapter(folder: Path, rank: int) -> None:
+    """A LoRA adapter of the primary, on every matrix of its layers."""
+    import torch
+    from safetensors.torch import save_file
+
+    (folder / f"adapter-{rank}").mkdir()
+    primary = json.loads((folder / "primary" / "config.json").read_text())
+    tensors = {}
+    for name, shape in shapes(primary["num_hidden_layers"]).items():
+        if ".layers." in name and len(shape) == 2:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, shape[1]) / rank
+            tensors[f"{module}.lora_B.weight"] = torch.randn(shape[0], rank) * 0.01
+    save_file(tensors, folder / f"adapter-{rank}" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": str(folder / "primary")}
+    (folder / f"adapter-{rank}" / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def build_hollow_parents(folder: Path, layers: int = 32) -> None:
@@ -453,6 +472,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--t", default="0.5")
     parser.add_argument("--method", default="slerp")
     parser.add_argument("--also", nargs="+", default=[], metavar="FLAGS", help="flags of other blends to measure")
+    parser.add_argument("--adapter", nargs="+", type=int, default=[], metavar="RANK", help="adapters for secondary")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--script", type=Path, help="the slerpmerge.py of another version, to be measured too")
@@ -472,6 +492,8 @@ def main() -> None:
         task, folder, value = arguments.task
         if task == "build":
             build_parents(Path(folder), int(value))
+        elif task == "adapter":
+            build_adapter(Path(folder), int(value))
         elif task == "inspect":
             print(json.dumps(measure_inspection(Path(folder), int(value))))
         else:
@@ -485,6 +507,9 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
     in_own_process("build", str(folder), str(arguments.layers))
     measure_floor(folder)  # brings the parents into the cache, as a second run would find them
     plain = f"--method {arguments.method} --t {arguments.t}"
+    for rank in arguments.adapter:
+        in_own_process("adapter", str(folder), str(rank))
+        arguments.also.append(f"--secondary {folder}/adapter-{rank}")
     floors, synced, peers, others = [], [], [], []
     merges: dict[str, list[dict[str, float]]] = {blend: [] for blend in [plain, *arguments.also]}
     for number in range(arguments.runs):
@@ -537,9 +562,10 @@ def bench(folder: Path, arguments: argparse.Namespace) -> None:
         result["synced_over_floor"] = round(statistics.median(ratios), 2)
     if arguments.also:
         result["also"] = {
-            blend: {
+            blend.replace(f"{folder}/", ""): {
                 "merge_seconds": round(median(rows, "merge"), 3),
                 "merge_over_first": round(statistics.median(a["merge"] / b["merge"] for a, b in zip(rows, ours)), 2),
+                "whole_over_first": round(statistics.median(a["whole"] / b["whole"] for a, b in zip(rows, ours)), 2),
                 "peak_megabytes": round(median(rows, "peak") / 1e6),
             }
             for blend, rows in merges.items()

@@ -772,9 +772,10 @@ def test_the_wizard_offers_what_two_adapters_learned(own, tmp_path):
         terminal.wait_for("Both are adapters of base; task vectors blend")
         terminal.answer("? Blend  (task vectors)", "")
         terminal.answer("? Base model  (base)", "")
+        terminal.answer("? Blend  (even)", "")
         terminal.answer("Start the merge?", "y")
         terminal.wait_for("--secondary base+second")
-        terminal.answer("Load the child with transformers", "n")
+        terminal.answer("What now?", "")
         assert terminal.exit_status() == 0
     expected = merge(
         adapter, tmp_path / "second", tmp_path / "expected", base=base, adapter_bases={tmp_path / "second": base}

@@ -196,7 +196,7 @@ def test_two_names_make_the_child_that_their_folders_make(bench: Bench) -> None:
 def test_weights_are_fetched_once_and_nothing_that_a_merge_does_not_need(bench: Bench) -> None:
     folder = bench.folder / "published" / "ada" / "finch"
     unneeded = ("pytorch_model.bin", "model.gguf", "original/consolidated.00.pth", "consolidated.safetensors",
-                "optimizer.pt", "onnx/model.onnx", "README.md", "tf_model.h5")  # fmt: skip
+                "optimizer.pt", "onnx/model.onnx", "notes.md", "tf_model.h5")  # fmt: skip
     for name in unneeded:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(bytes(50_000))
@@ -270,6 +270,32 @@ def test_a_disk_that_is_too_small_is_known_before_and_streaming_offered(bench: B
     done = subprocess.run([sys.executable, "-c", code, *words, "--stream-parents"], env=environment, text=True,
                           cwd=bench.folder, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_modules_of_an_embedding_model_come_whole_streamed_or_not(bench: Bench) -> None:
+    for seed, name in enumerate(("finch", "wren")):
+        folder = bench.folder / "published" / "ada" / name
+        dense = folder / "2_Dense"
+        dense.mkdir()
+        save_file({"linear.weight": torch.full((64, 64), float(seed))}, dense / "model.safetensors")
+        (dense / "config.json").write_text('{"in_features": 64, "out_features": 64}')
+        (dense / "notes.txt").write_text("kept")
+        kinds = {"": "Transformer", "2_Dense": "Dense"}
+        modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+        (folder / "modules.json").write_text(json.dumps(modules))
+    for how in ("--stream-parents", "--download"):
+        status, _, err = bench.merge("ada/finch", "ada/wren", "--yes", how, "--overwrite")
+        assert status == 0, err
+        (weight,) = load_file(bench.here / "child" / "2_Dense" / "model.safetensors").values()
+        assert torch.equal(weight, torch.full((64, 64), 0.5))
+        assert (bench.here / "child" / "2_Dense" / "notes.txt").read_text() == "kept"
+
+
+def test_the_licences_of_parents_by_name_are_held_against_each_other(bench: Bench) -> None:
+    for name, licence in (("finch", "mit"), ("wren", "apache-2.0")):
+        (bench.folder / "published" / "ada" / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    status, out, err = bench.merge("ada/finch", "ada/wren", "--dry-run")
+    assert (status, "apache-2.0" in out) == (0, True), err
 
 
 # ── What keeps from it ──
@@ -481,6 +507,15 @@ def test_a_child_is_uploaded_whole_and_private(bench: Bench) -> None:
     own = {path.relative_to(child).as_posix(): path.read_bytes() for path in child.rglob("*") if path.is_file()}
     own = {name: data for name, data in own.items() if not name.startswith(".cache/")}
     assert {name: data for name, data in uploaded.items() if name != ".gitattributes"} == own
+
+
+def test_a_child_that_is_to_be_private_goes_into_no_public_repository(bench: Bench) -> None:
+    bench.hub.made_private["ada/child"] = False
+    code = f"upload(Path({str(bench.folder / 'published' / 'ada' / 'finch')!r}), 'ada/child', True)"
+    (bench.folder / "published" / "ada" / "finch" / "README.md").write_text("---\ntags:\n- merge\n---\n")
+    done = call(bench, code, bench.hub.token)
+    assert "ada/child stands on the Hub already, where everybody can see it" in done.stderr
+    assert bench.hub.uploads == {}
 
 
 def test_without_a_login_an_upload_says_how_to_get_one(bench: Bench) -> None:

@@ -24,7 +24,6 @@ from slerpkit.parents.checkpoint import GENERATION_NAME, WEIGHTS_INDEX
 from slerpkit.parity.chat import child_generation_config, follow_tokens
 from slerpkit.parity.configs import DEPTH_KEY, DTYPE_KEYS, LANGUAGE_CONFIGS, language_scopes, stated_depth
 from slerpkit.parity.embeddings import PER_LAYER_KEY, PER_LAYER_NAME, belied_sizes, head_is_tied, is_tied
-from slerpkit.parity.tokenizer_source import code_of_tokenizer
 from slerpkit.parity.vocabulary import add_configured_tokens, extend_tokenizer, open_tokenizer
 from slerpkit.recipe_file import RECIPE_NAME
 from slerpkit.recipe_writer import recipe_text
@@ -42,9 +41,6 @@ def copy_companions(plan: MergePlan, child: StagedChild) -> None:
     for group in plan.copied_files:
         copy_matching(group.folder, child.folder, group.patterns)
         copy_files(group.folder, child.folder, group.nested)
-    if plan.tokenizer_role == "secondary":
-        primary, secondary = plan.parents.primary.companion_folder, plan.parents.secondary.companion_folder
-        copy_files(secondary, child.folder, code_of_tokenizer(primary, secondary)[0])
     adapt_tokenizer(plan, child.folder)
     write_generation_config(plan, child.folder)
     write_text(child.folder / RECIPE_NAME, recipe_text(plan.settled_recipe, plan.parents.by_role, child.target))

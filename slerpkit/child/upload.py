@@ -57,6 +57,14 @@ def check_card(folder: Path) -> None:
         raise SlerpMergeError(f"The Hub does not take the child's {CARD_NAME}: {reason}", "Mend its head.") from error
 
 
+def stands_in_public(name: str) -> bool:
+    """Whether a repository is there already, and is not private."""
+    try:
+        return not huggingface_hub.HfApi().model_info(name).private
+    except huggingface_hub.utils.RepositoryNotFoundError:
+        return False
+
+
 def upload(folder: Path, name: str, is_private: bool) -> str:
     """Uploads a child's folder under a name that it makes where there is none; returns its page's address.
 
@@ -65,6 +73,9 @@ def upload(folder: Path, name: str, is_private: bool) -> str:
     api = huggingface_hub.HfApi()
     with errors_explained(HubName(name), shows_bars=True):
         check_card(folder)
+        if is_private and stands_in_public(name):
+            what = f"{name} stands on the Hub already, where everybody can see it."
+            raise SlerpMergeError(what, "Give another name, or say that the child may be public too.")
         api.create_repo(name, private=is_private, exist_ok=True)
         # Older versions have another function for uploads that are taken up again.
         whole = getattr(api, "upload_large_folder", None)

@@ -350,7 +350,7 @@ def plan_merge(recipe: MergeRecipe, options: RunOptions, parents: Parents, parit
     streamed, needed = plan.streamed_disk_bytes, plan.disk_needed_bytes
     check_download_space(download, streamed, needed, options.save_directory, options.stream_parents)
     if not options.follow_links:
-        check_links(plan.copied_files, parents.primary)
+        check_links(plan.copied_files, parents.primary, parents.secondary)
     return plan
 
 

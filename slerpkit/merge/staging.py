@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slerpkit import devices
-from slerpkit.files import is_plain_folder, move_contents, nested_files, remove_folder, sync_to_disk
+from slerpkit.files import is_plain_folder, nested_files, remove_folder, sync_to_disk
 from slerpkit.merge.events import ChildPublished, MergeStopped, Noted
 from slerpkit.merge.journal import Journal
 from slerpkit.merge.save_directory import (
@@ -320,3 +320,22 @@ def check_parents_unchanged(plan: MergePlan, child: StagedChild) -> None:
                 f"{parent.folder} changed during the merge: {format_names(sorted({name for name, _ in changed}))}.",
                 "Nothing was saved, for the child would be of neither. Leave the parents alone and run it again.",
             )
+
+
+def move_contents(source: Path, target: Path, last: str = "", first: str = "") -> None:
+    """Moves the files of a folder into another, one by one, and removes the folders that they leave.
+
+    For disks that do not rename some folders, such as those of a container's image. last, first: the names of files
+    that are to be the last, or the first, to move. Raises OSError where one cannot be moved; those before it are then
+    moved.
+    """
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
+        place = target / path.name
+        if is_plain_folder(path):
+            move_contents(path, place)
+        elif os.path.lexists(place):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+        else:
+            path.rename(place)
+    source.rmdir()

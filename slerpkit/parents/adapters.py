@@ -8,6 +8,7 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slerpkit.files import check_kind, read_json
+from slerpkit.files import check_kind, read_json, written_path
 from slerpkit.messages import SlerpMergeError, format_names, shorten
 from slerpkit.parents.adapted_tensor import AdaptedTensor
+from slerpkit.parents.hub_cache import REMOTE_MODELS
 from slerpkit.parents.pickle_header import read_pickle_header
 from slerpkit.parents.resolver import find_model
 from slerpkit.parents.safetensors_header import read_header
@@ -53,8 +55,9 @@ TRAINED_WHOLE = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 UNTRAINED = re.compile(r"\.original_module\.")
 UNSTORED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 # A group that is repeated, or many repetitions: it can take a lifetime to find that such a pattern does not match.
-REPEATED_GROUP, REPETITION = re.compile(r"\)\s*[*+{]"), re.compile(r"[*+{]")
+REPEATED_GROUP, REPETITION = re.compile(r"\)\s*[*+?{]"), re.compile(r"[*+?{]")
 MAX_REPETITIONS = 4
+MAX_PATTERNS = 2000  # the largest models have a few hundred modules that an adapter changes
 TOKEN_TABLE = re.compile(r"emb|wte|shared|head|output|logits")
 MAX_NUMBER = 1e9
 
@@ -83,18 +86,23 @@ def find_with_base(text: str, find: Callable[[str], Path] = find_model) -> tuple
 
     find: for each of the two. Raises SlerpMergeError as that does.
     """
+    whole = find(text)
+    if whole.exists():
+        return whole, None
     bare = text.strip().strip("'\"")
     cuts = [match.start() for match in re.finditer(r"(?<=.)\+(?=.)", bare)]
     found = [(find(bare[cut + 1 :]), find(bare[:cut])) for cut in cuts]
     both = next((pair for pair in found if pair[0].exists() and pair[1].exists()), None)
-    if both is not None or not cuts or (whole := find(text)).exists():
-        return both or (find(text), None)
+    if both is not None or not cuts:
+        return both or (whole, None)
     return found[0] if "://" not in bare else (whole, None)
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter; a whole model may stand beside one, and is then what counts."""
     whole = ("model*.safetensors*", "pytorch_model*.bin*")
+    if folder in REMOTE_MODELS and REMOTE_MODELS[folder].weights:  # of a whole model, still to be fetched
+        return False
     return (folder / CONFIG_NAME).is_file() and not any(path for pattern in whole for path in folder.glob(pattern))
 
 
@@ -140,7 +148,7 @@ def named_base(adapter: Adapter) -> Path:
     if not isinstance(named, str) or not named.strip():
         what = f"does not say what its base is ({CONFIG_NAME}: base_model_name_or_path)"
         raise adapter.refuse(what, adapter.way_to_name_base)
-    return find_model(named, revision if isinstance(revision, str) and revision else None)
+    return find_model(named, revision if isinstance(revision, str) and revision else None, written_path)
 
 
 def base_of(adapter: Adapter) -> Path:
@@ -236,6 +244,8 @@ def scale_of(adapter: Adapter, module: str, factors: Mapping[str, TensorInfo]) -
 def number_of(adapter: Adapter, what: str, patterns: Any, module: str, otherwise: Any) -> float:
     """A module's own rank or alpha: that of the first pattern that its name ends with, as peft has it."""
     found = otherwise
+    if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
+        raise adapter.refuse(f"has {len(patterns):,} patterns for {what}, more than any model has modules")
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if ends_with(adapter, pattern, module):
             found = value
@@ -245,12 +255,18 @@ def number_of(adapter: Adapter, what: str, patterns: Any, module: str, otherwise
     return found
 
 
+@functools.lru_cache(maxsize=2 * MAX_PATTERNS)  # each is held against every module
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern, ready to match. Raises re.error and the like where it is none."""
+    return re.compile(pattern)
+
+
 def ends_with(adapter: Adapter, pattern: str, module: str) -> bool:
     """Whether a pattern of a stranger's config is the end of a module's name, behind a dot, or all of it."""
     if REPEATED_GROUP.search(pattern) or len(REPETITION.findall(pattern)) > MAX_REPETITIONS:
         raise adapter.refuse(f"has a pattern that could take for ever to match: {shorten(pattern, 60)!r}")
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        return compiled(rf"(.*\.)?({pattern})$").match(module) is not None
     except (re.error, RecursionError, OverflowError) as error:
         raise adapter.refuse(f"has a pattern that is none: {shorten(pattern, 60)!r} ({error})") from error
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+from slerpkit.files import read_json_list
 from slerpkit.lazy import huggingface_hub
-from slerpkit.messages import SlerpMergeError, explain_os_error, format_names, printable, shorten
+from slerpkit.messages import SlerpMergeError, explain_os_error, format_bytes, format_names, printable, shorten
 from slerpkit.parents.adapters import CONFIG_NAME as ADAPTER_CONFIG
 from slerpkit.parents.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from slerpkit.parents.adapters import is_adapter, named_base, open_adapter
 from slerpkit.parents.checkpoint import (
+    CARD_NAME,
     PARENT_FILES,
     PICKLE_INDEX,
     PICKLE_SINGLE,
@@ -31,12 +34,21 @@ from slerpkit.parents.checkpoint import (
 from slerpkit.parents.hub_cache import COMMIT, REMOTE_MODELS, HubName, RemoteModel, cached_names
 from slerpkit.parents.modules import MODULES_NAME
 from slerpkit.parents.resolver import hub_name_of
-from slerpkit.parents.tensors import DTYPE_BYTES, TensorInfo, broken_file
+from slerpkit.parents.safetensors_header import check_layout, parse_header_entry
+from slerpkit.parents.tensors import TensorInfo
+
+T = TypeVar("T")
 
 CONNECTIONS = 8  # at once, for small files and headers
-TOLD_FIRST = ("config.json", ADAPTER_CONFIG, WEIGHTS_INDEX, MODULES_NAME, "*/config.json")
+MAX_UNASKED_BYTES = 100_000_000  # of a model's files beside its weights; some tokenizers have a third of that
+MAX_CARD_BYTES = 1_000_000  # a larger one is no card
+TOLD_FIRST = ("config.json", ADAPTER_CONFIG, WEIGHTS_INDEX, MODULES_NAME)
 NEVER_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.md", "*.safetensors")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+class HubUnreachable(SlerpMergeError):
+    """The Hub cannot be asked, or may not be."""
 
 
 def locate(folder: Path) -> Path:
@@ -52,7 +64,7 @@ def locate(folder: Path) -> Path:
         return here
     try:
         return look_up(named).folder
-    except SlerpMergeError as error:
+    except HubUnreachable as error:
         if not here.is_dir():
             raise
         try:
@@ -114,23 +126,51 @@ def look_up(named: HubName) -> RemoteModel:
         raise refuse_contents(named, listed)
     fetch_small(named, first[:1])  # by the branch's or the tag's name, which the cache then knows
     fetch_small(found, first[1:])
-    if is_of_adapter(listed):
-        fetch_small(found, [name for name in listed if name in ADAPTER_WEIGHTS][:1])  # whole: it is small
-        names = []
-    else:
-        names = weight_names(found, listed)
-    with ThreadPoolExecutor(CONNECTIONS) as pool, errors_explained(named):
-        tables = list(pool.map(lambda name: read_remote_header(found, name, listed[name]), names))
+    names = [] if is_of_adapter(listed) else weight_names(found, listed)
+    nested = module_files(found, listed) + [name for name in ADAPTER_WEIGHTS if name in listed and not names][:1]
+    check_small({name: listed[name] for name in nested}, found)
+    fetch_small(found, nested)  # whole: without them it is not known whether two models fit
+    with errors_explained(named):
+        tables = at_once(lambda name: read_remote_header(found, name, listed[name]), names)
     small = [name for name in listed if matches(name, PARENT_FILES) and not matches(name, NEVER_NEEDED)]
-    sizes = {name: listed[name] for name in (*dict.fromkeys([*first, *small]), *names)}
+    small += [CARD_NAME] if listed.get(CARD_NAME, MAX_CARD_BYTES + 1) <= MAX_CARD_BYTES else []
+    sizes = {name: listed[name] for name in (*dict.fromkeys([*first, *nested, *small]), *names)}
     remote = REMOTE_MODELS[found.snapshot_of(commit)] = RemoteModel(found, sizes, dict(zip(names, tables)))
     return remote
 
 
 def look_closer(remote: RemoteModel) -> None:
     """Fetches all else that a model has beside its weights: tokenizer, template, code. Raises as look_up does."""
-    small = remote.sizes.keys() - remote.weights.keys()
-    fetch_small(remote.named, sorted(name for name in small if not (remote.folder / name).is_file()))
+    names = [name for name in remote.sizes if name not in remote.weights and not (remote.folder / name).is_file()]
+    check_small({name: remote.sizes[name] for name in names}, remote.named)
+    fetch_small(remote.named, names)
+
+
+def module_files(found: HubName, listed: Mapping[str, int]) -> list[str]:
+    """What lies in the folders that a list of modules, which is here, names: settings, and weights in one format."""
+    index = found.snapshot_of(found.revision or "") / MODULES_NAME
+    entries = read_json_list(index) if MODULES_NAME in listed else []
+    places = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    folders = tuple(f"{place}/" for place in places if isinstance(place, str) and place)
+    inside = [name for name in listed if folders and name.startswith(folders)]
+    return [name for name in inside if name.removesuffix(PICKLE_SINGLE) + WEIGHTS_SINGLE not in listed]
+
+
+def check_small(sizes: Mapping[str, int], named: HubName) -> None:
+    """Raises SlerpMergeError where what is fetched before anybody is asked is no small matter."""
+    if (total := sum(sizes.values())) > MAX_UNASKED_BYTES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        what = f"{named.name} has {format_bytes(total)} beside its weights, {largest} the largest of it."
+        raise SlerpMergeError(what, f"If that is as it should be: hf download {named.name}")
+
+
+def at_once(work: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """What some requests yield, a few at a time. Ctrl-C waits for none of them."""
+    pool = ThreadPoolExecutor(CONNECTIONS)
+    try:
+        return list(pool.map(work, names))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def is_plain(name: str) -> bool:
@@ -147,13 +187,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def weight_names(found: HubName, listed: Mapping[str, int]) -> list[str]:
     """The files of weights that a merge reads. Raises SlerpMergeError where there are none that it could."""
     folder = found.snapshot_of(found.revision or "")
-    nested = [name for name in listed if name.endswith(f"/{WEIGHTS_SINGLE}") and name.count("/") == 1]
-    nested = nested if MODULES_NAME in listed else []
     if WEIGHTS_SINGLE in listed:
-        return [WEIGHTS_SINGLE, *nested]
+        return [WEIGHTS_SINGLE]
     if WEIGHTS_INDEX in listed:
-        names = [file.name for file in read_index("safetensors", folder / WEIGHTS_INDEX, listed).files]
-        return [*names, *nested]
+        return [file.name for file in read_index("safetensors", folder / WEIGHTS_INDEX, listed).files]
     raise refuse_contents(found, listed)
 
 
@@ -181,8 +218,8 @@ def fetch_small(named: HubName, names: Iterable[str]) -> None:
     def fetch(name: str) -> None:
         huggingface_hub.hf_hub_download(named.name, name, revision=named.revision)
 
-    with errors_explained(named), ThreadPoolExecutor(CONNECTIONS) as pool:
-        list(pool.map(fetch, names))
+    with errors_explained(named):
+        at_once(fetch, list(names))
 
 
 def read_remote_header(found: HubName, name: str, size: int) -> dict[str, TensorInfo]:
@@ -192,10 +229,9 @@ def read_remote_header(found: HubName, name: str, size: int) -> dict[str, Tensor
     start = size - max((info.data_offsets[1] for info in header.tensors.values()), default=0)
     tensors = {}
     for tensor, info in header.tensors.items():
-        begin, end = info.data_offsets
-        if info.dtype not in DTYPE_BYTES or not 0 <= begin <= end or start < 8:
-            raise broken_file(file, f"its entry for {tensor!r} is not understood")
-        tensors[tensor] = TensorInfo(tensor, info.dtype, tuple(info.shape), file, start + begin, end - begin)
+        entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+        tensors[tensor] = parse_header_entry(file, tensor, entry, start)
+    check_layout(file, tensors.values(), start, size)
     return tensors
 
 
@@ -239,7 +275,7 @@ def explain_hub_error(error: Exception, named: HubName) -> SlerpMergeError:
         return SlerpMergeError(what, f"{suggestion(named.name)}For a private one {LOG_IN}.")
     if isinstance(error, errors.OfflineModeIsEnabled) or huggingface_hub.constants.HF_HUB_OFFLINE:
         what = f"{named} is no folder here and not whole in the cache, and HF_HUB_OFFLINE keeps from asking the Hub."
-        return SlerpMergeError(what, f"{suggestion(named.name, ask=False)}Unset HF_HUB_OFFLINE, or give a folder.")
+        return HubUnreachable(what, f"{suggestion(named.name, ask=False)}Unset HF_HUB_OFFLINE, or give a folder.")
     if status == 403:
         return SlerpMergeError(f"The Hub does not let you read {named.name}.", f"Ask its owner, then {LOG_IN}.")
     if status == 429:
@@ -254,7 +290,7 @@ def explain_hub_error(error: Exception, named: HubName) -> SlerpMergeError:
     if is_lost:
         what = f"{named} is no folder here, and the Hub cannot be reached ({huggingface_hub.constants.ENDPOINT})."
         hint = f"{suggestion(named.name, ask=False)}Check the network, or give the folder of a download."
-        return SlerpMergeError(what, hint)
+        return HubUnreachable(what, hint)
     reason = printable(shorten((str(error).splitlines() or [""])[0], 120))
     return SlerpMergeError(f"The Hub's answer on {named} is not understood: {type(error).__name__} {reason}".rstrip(),
                            f"Download it with `hf download {named.name}`, and give its name again.")  # fmt: skip

@@ -26,6 +26,7 @@ from slerpkit.parents.hub_cache import HubName, RemoteModel
 FILES_AT_ONCE = 4  # what is cut off begins anew with its file, so no more than keeps a line busy
 LOOK_SECONDS = 0.1  # between two looks at what has arrived
 FAREWELL_SECONDS = 2.0  # for the library to put away what is under way
+ANSWER_MARK = "=== slerpmerge:"
 PAUSES = (1.0, 5.0, 20.0)  # seconds before a file is tried again
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # Parts that the library never takes up again: each download has a name of its own.
@@ -61,8 +62,9 @@ def fetch_files(remote: RemoteModel, names: Sequence[str], advanced: Callable[[i
         end(process)
         remove_useless_parts(set(parts_of(remote)) - parts_before)
         raise
-    if answer.strip():
-        raise SlerpMergeError(*json.loads(answer.splitlines()[-1]))
+    fault = answer.partition(ANSWER_MARK)[2]  # before it, whatever a library prints
+    if fault.strip():
+        raise SlerpMergeError(*json.loads(fault))
     if missing := [name for name in names if not (remote.folder / name).is_file()]:
         what = f"The download of {remote.named.name} ended before {missing[0]} was here (status {process.returncode})."
         raise SlerpMergeError(what, "Try again; what is whole is kept.")
@@ -132,6 +134,6 @@ import os, signal, sys
 sys.path[:] = [sys.argv[1], *filter(None, sys.path)]  # not the current folder, which may be a stranger's
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 from {fetch_in_this_process.__module__} import {fetch_in_this_process.__name__} as fetch
-print(fetch(sys.argv[2]), flush=True)
+print({ANSWER_MARK!r}, fetch(sys.argv[2]), flush=True)
 os._exit(0)  # without waiting for what a library still does
 """

@@ -21,6 +21,7 @@ from slerpkit.parents.checkpoint import (
 )
 from slerpkit.parity.modules import modules_source
 from slerpkit.parity.report import Mismatch
+from slerpkit.parity.tokenizer_source import code_of_tokenizer
 from slerpkit.parity.vocabulary import MAX_TOKENIZER_BYTES
 from slerpkit.recipe import PARENTS
 
@@ -60,6 +61,9 @@ def copied_files(
     if (role := modules_source(primary, secondary)) is not None:
         nested = tuple(name for module in models[role].modules for name in module.files)
         found.append(CopiedFiles(role, models[role].companion_folder, MODULE_FILES, nested))
+    if vocabulary.tokenizer_source == "secondary":
+        code, _ = code_of_tokenizer(primary.companion_folder, secondary.companion_folder)
+        found.append(CopiedFiles("secondary", secondary.companion_folder, (), tuple(sorted(code))))
     return found
 
 
@@ -89,13 +93,16 @@ def judge_copied_json(name: str, states: Iterable[str], fault: str, holds_tokens
     return Mismatch("notice", name, *states, f"{fault} The child has it as it is; what reads it may fail.")
 
 
-def check_links(copied: Iterable[CopiedFiles], primary: Checkpoint) -> None:
+def check_links(copied: Iterable[CopiedFiles], primary: Checkpoint, secondary: Checkpoint) -> None:
     """Raises SlerpMergeError where a link that leads out of a parent's folder would bring a file into the child.
 
     Weights may lie anywhere: nothing but weights comes through them.
     """
-    made_from = CopiedFiles("primary", primary.companion_folder, ("config.json", GENERATION_NAME))
-    for group in (made_from, *copied):
+    made_from = (
+        CopiedFiles("primary", primary.companion_folder, ("config.json", GENERATION_NAME)),
+        CopiedFiles("secondary", secondary.companion_folder, (GENERATION_NAME,)),
+    )
+    for group in (*made_from, *copied):
         for path in group.paths:
             if not stays_within(path, group.folder):
                 raise SlerpMergeError(

@@ -16,8 +16,10 @@ from slerpkit.lazy import huggingface_hub, lazy_modules
 from slerpkit.merge.save_directory import free_bytes
 from slerpkit.merge.supply import DiskTooSmall, download_bytes, fetch_parents
 from slerpkit.messages import SlerpMergeError, format_bytes
+from slerpkit.screen.flags import wants_evaluation
 
 if TYPE_CHECKING:
+    from slerpkit.evaluation.objectives import Objective
     from slerpkit.merge.plan import MergePlan
     from slerpkit.parents.checkpoint import Parents
     from slerpkit.parity.report import ParityReport
@@ -31,13 +33,22 @@ FETCHED_KEPT = "No child was made. What was fetched of the parents is kept; the 
 
 
 def plan_within_disk(
-    session: Session, recipe: MergeRecipe, options: RunOptions, parents: Parents, parity: ParityReport
+    session: Session,
+    recipe: MergeRecipe,
+    options: RunOptions,
+    parents: Parents,
+    parity: ParityReport,
+    objective: Objective | None = None,
 ) -> MergePlan:
-    """The plan. Where the parents' files do not fit on the disk, and would one by one, that is offered."""
+    """The plan. Where the parents' files do not fit on the disk, and would one by one, that is offered.
+
+    Not where they are needed whole: by a search, objective, or for what flags ask of them afterwards.
+    """
     try:
         return story.plan_merge(recipe, options, parents, parity)
     except DiskTooSmall as error:
-        if not (error.can_stream and session.asks):
+        is_needed_whole = objective is not None or wants_evaluation(session.arguments)
+        if is_needed_whole or not (error.can_stream and session.asks):
             raise
         question = f"{error.message} Fetch and drop them file by file?"
         if not session.wizard.prompt.confirm(question, "stream", default=True):

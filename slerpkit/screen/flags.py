@@ -213,10 +213,10 @@ FLAG_GROUPS = {
 EVALUATION_FLAGS = {"taste": "prompts", "perplexity": "texts", "score": "tasks", "map": "maps"}
 EVALUATED = {"taste", "perplexity", "score"}
 CLASHING_FLAGS = {
-    "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score"},
+    "inspect": {"child", "demo", "sweep", "dry_run", "taste", "perplexity", "score", "upload"},
     "child": {"demo", "sweep", "dry_run", "map", "upload"},
-    "demo": {"sweep", "dry_run", "taste", "perplexity", "score", "map"},
-    "dry_run": {"map"},
+    "demo": {"sweep", "dry_run", "taste", "perplexity", "score", "map", "upload"},
+    "dry_run": {"map", "upload"},
 }
 ANSWER_FLAGS = {"primary": "--primary", "secondary": "--secondary", "save_directory": "--save-dir", "blend": "--t"}
 
@@ -238,6 +238,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_flags(arguments: argparse.Namespace) -> None:
     """Raises WrongUsage where flags ask for what cannot be had together, SlerpMergeError where no map can be saved."""
     given = {flag for flag in ("inspect", "child", "demo", "sweep", "dry_run") if getattr(arguments, flag)}
+    given |= {"upload"} if arguments.upload is not None else set()
     given |= {flag for flag, name in EVALUATION_FLAGS.items() if getattr(arguments, name)}
     for flag, others in CLASHING_FLAGS.items():
         if flag in given and (clashing := sorted(given & others)):

@@ -84,8 +84,8 @@ class Wizard:
 
     def open(self, folder: Path) -> Checkpoint:
         """A model that was named. Raises SlerpMergeError as open_checkpoint does."""
-        base = self.adapter_bases.get(folder)
-        return checkpoint.open_checkpoint(folder, base and hub.locate_base(folder, base))
+        located = hub.locate(folder)
+        return checkpoint.open_checkpoint(located, hub.locate_base(located, self.adapter_bases.get(folder)))
 
     def change(self, answers: Answers, is_planned: bool) -> Answers | None:
         """The answers with one given anew; None where the person thinks better of it.
@@ -119,7 +119,8 @@ class Wizard:
 
         None where it is not needed, and the person wants none. Raises GoBack.
         """
-        if default is not None and answer_check(check_folder)(default) is not True:
+        is_here = default is not None and not hub.must_be_looked_up(default)
+        if is_here and answer_check(check_folder)(default) is not True:
             default = None
         shown = resolver.short_name(default) if default is not None else None
 
@@ -151,7 +152,9 @@ class Wizard:
                 return folder
             self.prompt.say(f"  Looking at {resolver.short_name(folder)} on the Hub ...")
             try:
-                folder = hub.locate(folder)
+                base, folder = self.adapter_bases.pop(folder, None), hub.locate(folder)
+                if base is not None:
+                    self.adapter_bases[folder] = base
                 check_folder(folder)
                 return folder
             except SlerpMergeError as error:
