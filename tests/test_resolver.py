@@ -34,6 +34,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "ada/finch@pr/7",
         f"ada/finch@{COMMIT}",
         "https://huggingface.co/ada/finch",
+        "huggingface.co/ada/finch/tree/v2",
         "https://huggingface.co/ada/finch/",
         "https://huggingface.co/ada/finch/tree/v2",
         "https://huggingface.co/ada/finch/blob/main/config.json?download=true",

@@ -315,5 +315,5 @@ def suggestion(name: str, ask: bool = True) -> str:
         with contextlib.suppress(Exception):  # whatever keeps from it, a suggestion is no more than that
             maker = name.partition("/")[0]
             names |= {model.id for model in huggingface_hub.HfApi().list_models(author=maker, limit=200)}
-    near = difflib.get_close_matches(name, names - {name}, 1, 0.75)
-    return f"Did you mean {printable(near[0])}? " if near else ""
+    near = difflib.get_close_matches(name, names, 1, 0.75)  # itself, where only the revision is wrong
+    return f"Did you mean {printable(near[0])}? " if near and near[0] != name else ""

@@ -30,7 +30,10 @@ def find_model(text: str, revision: str | None = None, read: Callable[[str], Pat
     neither a name nor there, as the path that it would be. revision: of a name, where it is said apart. read: what
     makes a path of a text. Raises SlerpMergeError for an address that leads to no model.
     """
-    text = text.strip().strip("'\"") if "://" in text else text
+    bare = text.strip().strip("'\"")
+    if bare.lower().startswith(tuple(f"{host}/" for host in HUB_HOSTS)) and not os.path.lexists(bare):
+        bare = f"https://{bare}"  # as some browsers copy it
+    text = bare if "://" in bare else text
     if (address := ADDRESS.fullmatch(text)) is not None:
         if address[1].lower() != "file":
             named = name_in_address(*address.groups())
@@ -73,7 +76,8 @@ def hub_name_of(folder: Path) -> HubName | None:
     """
     if (named := name_of_snapshot(folder)) is not None:
         return named
-    return parse_hub_name(folder.as_posix()) if not folder.exists() else None
+    # What the system cannot even look for is not there either.
+    return parse_hub_name(folder.as_posix()) if not os.path.exists(folder) else None  # noqa: PTH110
 
 
 def short_name(folder: Path) -> str:

@@ -127,7 +127,7 @@ GUIDES = {
     "upload": Guide(
         "Where the child is to stand on the Hugging Face Hub: a name of yours, or org/name. Enter takes the one shown.",
         "--upload",
-        "What now?",
+        "what to do now",
     ),
     "private": Guide("y lets you alone see it there; n lets everybody.", "--public", "its name"),
     "prompt": Guide(

@@ -272,9 +272,9 @@ class Wizard:
             return parse(text) if text.strip() else proposed
 
         while True:
-            name = self.prompt.text("Name on the Hub", "upload", find, lambda: proposed, proposed)
+            proposed = self.prompt.text("Name on the Hub", "upload", find, functools.partial(str, proposed), proposed)
             with contextlib.suppress(GoBack):
-                return name, self.prompt.confirm("Private?", "private", default=True)
+                return proposed, self.prompt.confirm("Private?", "private", default=True)
 
     def ask_prompts(self) -> list[str]:
         """Prompts for a taste, until an empty one. Raises GoBack where there is none."""
