@@ -231,6 +231,8 @@ def draw_session(console: Console, clock: Clock, scene: Scene) -> None:
         mock.patch.object(slerpmerge.fetching, "plan_within_disk", lambda *_: scene.plan),
         mock.patch.object(wizard.checkpoint, "open_checkpoint", lambda *_: scene.plan.parents.primary),
         mock.patch.object(wizard.hub, "must_be_looked_up", lambda folder: False),
+        mock.patch.object(wizard.hub, "locate", lambda folder: folder),
+        mock.patch.object(wizard.hub, "locate_base", lambda *_: None),
         mock.patch.object(wizard.story, "check_fit", lambda *_: None),
         mock.patch("shutil.disk_usage", lambda path: mock.Mock(free=scene.plan.disk_free_bytes)),
         mock.patch("sys.argv", ["slerpmerge.py"]),

@@ -200,14 +200,16 @@ class WorkFolder:
             self.leave()
 
     def _acquire(self) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
                 self._lock.acquire()
-        except OSError as error:
-            # Without locks of the system the library takes files for locks; those of a run that was killed would stay.
-            if error.errno not in NO_LOCKS and not isinstance(self._lock, filelock.SoftFileLock):
-                raise
+            except OSError as error:
+                # Without locks of the system the library takes files for locks, and some versions only say so in a
+                # warning; those of a run that was killed would stay.
+                is_file = isinstance(self._lock, filelock.SoftFileLock) or "SoftFileLock" in " ".join(map(str, told))
+                if error.errno not in NO_LOCKS and not is_file:
+                    raise
 
     def leave(self) -> None:
         """Lets go, and removes the folder, and those above it that were made for it, where they are empty."""
