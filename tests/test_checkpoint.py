@@ -534,6 +534,7 @@ LYING_HEADERS = {
     "more-dimensions-than-torch-has": ({"a": entry(shape=[1] * 63 + [2, 2])}, 16, "entry for 'a' is not understood"),
     "longer-than-torch-can-count": ({"a": entry(shape=[2**63, 0], offsets=(0, 0))}, 0, "entry for 'a' is not"),
     "unknown-dtype": ({"a": entry(dtype="F31")}, 16, "the dtype 'F31', which is not known here"),
+    "metadata-is-a-list": ({"__metadata__": [], "a": entry()}, 16, "its metadata is not understood"),
     "metadata-is-no-text": ({"__metadata__": {"format": 1}, "a": entry()}, 16, "its metadata is not understood"),
     "name-twice": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
                    b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1, "'a' stands there twice"),

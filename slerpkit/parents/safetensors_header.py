@@ -47,8 +47,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise explain_os_error(error, path, "read") from error
     header = parse_json_object(raw_header, path)  # it also refuses a name that stands there twice
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = header.pop("__metadata__", None)
+    is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not is_text:
         raise broken_file(path, "its metadata is not understood")
     tensors = {name: parse_header_entry(path, name, entry, 8 + header_length) for name, entry in header.items()}
     check_layout(path, tensors.values(), 8 + header_length, size)
