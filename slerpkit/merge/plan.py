@@ -111,7 +111,7 @@ class MergePlan:
         """The parent whose modules of sentence-transformers the child has, blended where they have weights."""
         return modules_source(self.parents.primary, self.parents.secondary)
 
-    @property
+    @functools.cached_property
     def copied_files(self) -> list[CopiedFiles]:
         """What the child takes over of its parents as it is, beside their weights."""
         parity = self.parity

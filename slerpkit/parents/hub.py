@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 CONNECTIONS = 8  # at once, for small files and headers
 MAX_UNASKED_BYTES = 100_000_000  # of a model's files beside its weights; some tokenizers have a third of that
-MAX_CARD_BYTES = 1_000_000  # a larger one is no card
+MAX_HUB_CARD_BYTES = 1_000_000  # a larger one is no card
 TOLD_FIRST = ("config.json", ADAPTER_CONFIG, WEIGHTS_INDEX, MODULES_NAME)
 NEVER_NEEDED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.md", "*.safetensors")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -133,7 +133,7 @@ def look_up(named: HubName) -> RemoteModel:
     with errors_explained(named):
         tables = at_once(lambda name: read_remote_header(found, name, listed[name]), names)
     small = [name for name in listed if matches(name, PARENT_FILES) and not matches(name, NEVER_NEEDED)]
-    small += [CARD_NAME] if listed.get(CARD_NAME, MAX_CARD_BYTES + 1) <= MAX_CARD_BYTES else []
+    small += [CARD_NAME] if listed.get(CARD_NAME, MAX_HUB_CARD_BYTES + 1) <= MAX_HUB_CARD_BYTES else []
     sizes = {name: listed[name] for name in (*dict.fromkeys([*first, *nested, *small]), *names)}
     remote = REMOTE_MODELS[found.snapshot_of(commit)] = RemoteModel(found, sizes, dict(zip(names, tables)))
     return remote
